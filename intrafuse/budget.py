@@ -1,0 +1,232 @@
+"""Scores and a budget -> how many channels each group keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import floor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup
+from intrafuse.patterns import matches, require_matches
+
+__all__ = ["Budget", "Figures", "choose_widths", "measure"]
+
+Kind = Literal["channels", "params", "macs"]
+Scope = Literal["uniform", "global"]
+KINDS: tuple[Kind, ...] = ("channels", "params", "macs")
+SCOPES: tuple[Scope, ...] = ("uniform", "global")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Size of a network.
+
+    Attributes:
+        channels: channels of all prunable groups.
+        params: elements of all parameters (buffers do not count).
+        macs: multiply-accumulates for one sample of the traced size.
+    """
+
+    channels: int
+    params: int
+    macs: int
+
+    def removed(self, before: Figures) -> dict[str, float]:
+        """Return the share that is gone, in [0, 1], of channels, params and macs."""
+        return {kind: 1 - getattr(self, kind) / max(getattr(before, kind), 1) for kind in KINDS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much to remove, and where.
+
+    Attributes:
+        kind: what is counted: `channels`, `params` or `macs`.
+        share: the fraction to remove, in [0, 1).
+        scope: `uniform` removes the same share of channels in every group; `global` ranks the
+            channels of all groups together, each score divided by the mean of its group.
+        floor: with `global`, the share of its channels that every group keeps at least.
+        round_to: widths are multiples of this (where a group has that many channels).
+        overrides: share of channels to remove by pattern of group or layer names; the first
+            pattern that matches decides.
+    """
+
+    kind: Kind
+    share: float
+    scope: Scope = "uniform"
+    floor: float = 0.1
+    round_to: int = 1
+    overrides: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, share in (
+            (self.kind, self.share),
+            *self.overrides.items(),
+            ("floor", self.floor),
+        ):
+            number = isinstance(share, int | float) and not isinstance(share, bool)
+            if not number or not 0 <= share < 1:
+                raise IntrafuseError(
+                    f"{name} must be a share in [0, 1)",
+                    value=share,
+                    usage=True,
+                    remedy="0.5 removes half",
+                )
+        if self.scope not in SCOPES:
+            raise IntrafuseError(f"scope must be one of {', '.join(SCOPES)}", value=self.scope)
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise IntrafuseError("round_to must be a whole number from 1", value=self.round_to)
+
+    @classmethod
+    def of(cls, shares: Mapping[str, float | None], **settings) -> Budget:
+        """Make the budget from exactly one share that is not None.
+
+        Raises:
+            IntrafuseError: no share, more than one, or one outside [0, 1).
+
+        >>> Budget.of({"channels": 0.5, "params": None, "macs": None}).kind
+        'channels'
+        """
+        given = {name: share for name, share in shares.items() if share is not None}
+        if len(given) != 1:
+            raise IntrafuseError(
+                f"exactly one budget of {', '.join(shares)} must be given",
+                value=given or None,
+                usage=True,
+                remedy="for example channels=0.5",
+            )
+        ((kind, share),) = given.items()
+        return cls(kind=kind, share=share, **settings)
+
+
+def measure(graph: ChannelGraph, sizes: Mapping[int, int], counted: Mapping[str, int]) -> Figures:
+    """Count channels, parameters and multiply-accumulates at given sizes of the atoms.
+
+    Args:
+        graph: the channel graph.
+        sizes: the size of every atom.
+        counted: the parameters that exist, with their traced number of elements.
+    """
+    params = 0
+    for name, elements in counted.items():
+        if name in graph.axes:
+            elements = 1
+            for n in graph.shape(name, sizes):
+                elements *= n
+        params += elements
+    channels = sum(sizes[group.id] for group in graph.groups)
+    return Figures(channels, params, graph.macs(sizes))
+
+
+def choose_widths(
+    graph: ChannelGraph,
+    groups: list[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    figures: Callable[[Mapping[str, int]], Figures],
+) -> dict[str, int]:
+    """Choose how many channels each group keeps.
+
+    Args:
+        graph: the channel graph.
+        groups: the groups that may shrink.
+        scores: importance (channels,) by group name, for `scope="global"`.
+        budget: what to remove.
+        figures: sizes of the network when the named groups have the given widths.
+
+    Returns:
+        Widths by group name, at least 1 each. Of all widths that the budget's scope can
+        produce, these remove least among those that remove what was asked.
+
+    Raises:
+        IntrafuseError: the groups cannot shed as much, or an override matches nothing.
+    """
+    require_matches(list(budget.overrides), graph, "overrides")
+    fixed = {g.name: share for g in groups if (share := _override(g, budget)) is not None}
+    free = [group for group in groups if group.name not in fixed]
+    base = {
+        g.name: _round(g.size, g.size * (1 - fixed[g.name]), budget)
+        for g in groups
+        if g.name in fixed
+    }
+    ladder = _uniform_ladder if budget.scope == "uniform" else _global_ladder
+    steps, widths_at = ladder(free, scores, budget)
+    if budget.kind == "channels" and budget.scope == "uniform":
+        return {**base, **widths_at(budget.share)}
+    before = figures({})
+    groups_before = sum(group.size for group in groups)
+
+    def removed(step: float) -> float:
+        widths = {**base, **widths_at(step)}
+        if budget.kind == "channels":  # of the groups that may shrink
+            return 1 - sum(widths.values()) / max(groups_before, 1)
+        return figures(widths).removed(before)[budget.kind]
+
+    most = removed(steps[-1]) if len(steps) else 0.0
+    if most < budget.share - 1e-12:
+        raise IntrafuseError(
+            f"the unlocked groups cannot shed that share of {budget.kind}",
+            value=budget.share,
+            remedy=f"at most {floor(most * 1e4) / 1e4:.4f} can be removed; lower the budget, the "
+            "floor or round_to, or exclude less",
+        )
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle) if removed(steps[middle]) >= budget.share - 1e-12 else (middle + 1, high)
+        )
+    return {**base, **widths_at(steps[low])}
+
+
+def _override(group: ChannelGroup, budget: Budget) -> float | None:
+    return next((s for p, s in budget.overrides.items() if matches(group, p)), None)
+
+
+def _round(size: int, width: float, budget: Budget, least: int = 1) -> int:
+    """Round a width down to a multiple, but keep at least one multiple and `least` channels."""
+    whole = floor(width + 1e-9)
+    if whole >= size:
+        return size
+    step = min(budget.round_to, size)
+    lowest = -(-max(least, 1) // step) * step
+    return min(size, max(lowest, whole // step * step))
+
+
+def _uniform_ladder(groups, scores, budget: Budget):
+    """Every distinct share at which some width changes, and the widths at a share."""
+
+    def widths_at(share: float) -> dict[str, int]:
+        return {g.name: _round(g.size, g.size * (1 - share), budget) for g in groups}
+
+    sizes = sorted({group.size for group in groups})
+    shares = sorted({removed / size for size in sizes for removed in range(size)})
+    return shares, widths_at
+
+
+def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
+    """Every number of channels that a common ranking can remove, and the widths at it."""
+    rows, owner = [], []
+    for i, group in enumerate(groups):
+        score = scores[group.name].double().cpu()
+        score = (score / score.mean().abs().clamp_min(1e-300)).sort(descending=True).values
+        least = max(1, -(-int(group.size * budget.floor * 1000) // 1000))
+        rows.append(score[least:])
+        owner.append(torch.full((len(score) - least,), i))
+    if not rows:
+        return [0], lambda count: {}
+    order = torch.cat(rows).sort(stable=True).indices
+    ranked = torch.cat(owner)[order]
+
+    def widths_at(count: float) -> dict[str, int]:
+        gone = torch.bincount(ranked[: int(count)], minlength=len(groups)).tolist()
+        return {
+            g.name: _round(g.size, g.size - k, budget) for g, k in zip(groups, gone, strict=True)
+        }
+
+    return range(len(ranked) + 1), widths_at

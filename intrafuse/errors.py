@@ -1,0 +1,41 @@
+"""The one exception class of the package: every refusal names rule, value, layer and remedy."""
+
+from __future__ import annotations
+
+__all__ = ["IntrafuseError"]
+
+_MISSING = object()
+
+
+class IntrafuseError(ValueError):
+    """Say why an input was refused, and what to do instead.
+
+    Args:
+        rule: the rule that was broken, as a sentence without its full stop.
+        value: the value received, where there is one.
+        layer: the layer, parameter or channel group concerned.
+        remedy: what the user can do, as a sentence without its full stop.
+        usage: True where the command line was misused (exit status 2, not 1).
+
+    >>> print(IntrafuseError("channels must lie in [0, 1)", value=1.5, remedy="try channels=0.5"))
+    channels must lie in [0, 1); got 1.5. Remedy: try channels=0.5
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        *,
+        value: object = _MISSING,
+        layer: str | None = None,
+        remedy: str | None = None,
+        usage: bool = False,
+    ) -> None:
+        message = rule
+        if layer is not None:
+            message += f" (at {layer})"
+        if value is not _MISSING:
+            message += f"; got {value!r}"
+        if remedy is not None:
+            message += f". Remedy: {remedy}"
+        super().__init__(message)
+        self.rule, self.layer, self.remedy, self.usage = rule, layer, remedy, usage

@@ -1,0 +1,91 @@
+"""Read and rewrite the channels of a group along one axis of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intrafuse.graph.axes import Block
+
+__all__ = ["channel_rows", "merge_channels", "positions", "select_channels"]
+
+
+def positions(blocks: Sequence[Block], channels: int) -> np.ndarray:
+    """List the positions of each channel: an integer array (channels, repeats).
+
+    >>> positions([Block(offset=4, inner=2)], 3).tolist()
+    [[4, 5], [6, 7], [8, 9]]
+    """
+    columns = []
+    for block in blocks:
+        start = np.arange(channels)[:, None] * block.inner + block.offset
+        repeats = np.zeros(1, dtype=np.int64)
+        for count, stride in block.outer:
+            repeats = (repeats[:, None] + np.arange(count) * stride).ravel()
+        repeats = (repeats[:, None] + np.arange(block.inner)).ravel()
+        columns.append(start + repeats)
+    return np.concatenate(columns, axis=1)
+
+
+def _is_whole_axis(blocks: Sequence[Block], channels: int, length: int) -> bool:
+    return len(blocks) == 1 and not blocks[0].outer and channels * blocks[0].inner == length
+
+
+def channel_rows(tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int) -> Tensor:
+    """Gather a group's channels as rows: (channels, everything else of the tensor).
+
+    The result is a view where the memory layout allows it.
+    """
+    front = tensor.movedim(axis, 0)
+    if not _is_whole_axis(blocks, channels, tensor.shape[axis]):
+        front = front[torch.from_numpy(positions(blocks, channels)).to(tensor.device)]
+    return front.reshape(channels, -1)
+
+
+def select_channels(
+    tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int, keep: Tensor
+) -> Tensor:
+    """Keep some channels of a group (ascending indices) and everything that is not of the group."""
+    stays = np.ones(tensor.shape[axis], dtype=bool)
+    dropped = np.ones(channels, dtype=bool)
+    dropped[keep.cpu().numpy()] = False
+    stays[positions(blocks, channels)[dropped].ravel()] = False
+    return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(stays)).to(tensor.device))
+
+
+def merge_channels(
+    tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int, matrix: Tensor
+) -> Tensor:
+    """Replace the n channels of a group by m combinations of them.
+
+    Args:
+        tensor: any parameter.
+        axis: the axis on which the channels lie.
+        blocks: where they lie.
+        channels: n.
+        matrix: (m, n) with m <= n; new channel j is the sum of matrix[j, c] times channel c.
+
+    Returns:
+        A new tensor of the same dtype; the products are taken in float32 at least.
+    """
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    matrix = matrix.to(device=tensor.device, dtype=exact)
+    width = matrix.shape[0]
+    rows = channel_rows(tensor, axis, blocks, channels).to(exact)
+    merged = (matrix @ rows).to(tensor.dtype)
+    rest = [n for dim, n in enumerate(tensor.shape) if dim != axis]
+    if _is_whole_axis(blocks, channels, tensor.shape[axis]):
+        return merged.reshape(-1, *rest).movedim(0, axis).contiguous()
+    first = torch.arange(width, device=tensor.device)
+    result = select_channels(tensor, axis, blocks, channels, first)
+    # Where the first m channels stood, and where these positions are once the others are gone.
+    where = positions(blocks, channels)
+    stays = np.ones(tensor.shape[axis], dtype=bool)
+    stays[where[width:].ravel()] = False
+    new = (np.cumsum(stays) - 1)[where[:width]]
+    target = torch.from_numpy(new.ravel()).to(tensor.device)
+    result.movedim(axis, 0)[target] = merged.reshape(new.size, *rest)
+    return result

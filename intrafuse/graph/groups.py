@@ -1,0 +1,195 @@
+"""The channel graph as frozen data: groups, slots, layers, norms, costs, module attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+from intrafuse.graph.axes import Block, Tree, locate, tree_size
+
+__all__ = ["Attribute", "ChannelGraph", "ChannelGroup", "Cost", "Layer", "Norm", "Role", "Slot"]
+
+Role = Literal["writer", "carrier", "reader"]
+Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One parameter axis on which a channel group lies.
+
+    Attributes:
+        parameter: the name in the state dict.
+        axis: the dimension of the parameter.
+        role: writer, carrier or reader of the channels.
+        kind: `weight` or `bias` of a writer or reader; `scale` (multiplies the channel),
+            `shift` (is added to it), `mean` or `variance` (running statistics) of a carrier.
+        blocks: where the channels lie along the axis at the traced sizes.
+    """
+
+    parameter: str
+    axis: int
+    role: Role
+    kind: Kind
+    blocks: tuple[Block, ...]
+
+    @property
+    def layer(self) -> str:
+        """The module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """All parameter axes that must shrink together.
+
+    Attributes:
+        id: the atom that stands for the channels in the trees of `ChannelGraph.axes`.
+        name: the first layer that writes the channels (with `#k` where it writes several groups).
+        index: position in the paper's order; 0 is nearest the output.
+        size: number of channels.
+        slots: every parameter axis of the group, in the order of execution.
+        locked: why the group must keep its size; empty where it may shrink.
+    """
+
+    id: int
+    name: str
+    index: int
+    size: int
+    slots: tuple[Slot, ...]
+    locked: tuple[str, ...] = ()
+
+    @property
+    def writers(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.role == "writer")
+
+    @property
+    def carriers(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.role == "carrier")
+
+    @property
+    def readers(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.role == "reader")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules that write the channels, without repetition."""
+        return tuple(dict.fromkeys(slot.layer for slot in self.writers))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution or linear map of the graph.
+
+    Attributes:
+        name: the module's path.
+        operator: the ATen operator, such as `conv2d`.
+        weight, bias: names in the state dict; bias is None where there is none.
+        output_axis, input_axis: axes of the weight that hold output and input channels.
+    """
+
+    name: str
+    operator: str
+    weight: str
+    bias: str | None
+    output_axis: int
+    input_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A batch norm in evaluation mode.
+
+    Attributes:
+        name: the module's path.
+        weight, bias: affine parameters, None where the norm has none.
+        mean, variance: the running statistics.
+        eps: added to the variance.
+        layer: the weight's name of the layer that feeds this norm and nothing else, or None.
+    """
+
+    name: str
+    weight: str | None
+    bias: str | None
+    mean: str
+    variance: str
+    eps: float
+    layer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """A module attribute that must equal the size of an axis, such as `out_channels`."""
+
+    module: str
+    name: str
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Multiply-accumulates of one operator for one sample: factor times the sizes of the axes."""
+
+    layer: str
+    factor: float
+    trees: tuple[Tree, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What a trace knows of a model's channels.
+
+    Attributes:
+        groups: the prunable channel groups, from input to output.
+        locked: groups that must keep their size, with the reasons.
+        axes: for each parameter and buffer, the tree of every dimension.
+        sizes: the traced size of every atom.
+        layers: the convolutions and linear maps by the name of their weight, in order of execution.
+        norms: the batch norms, in order of execution.
+        attributes: the module attributes that follow the sizes.
+        costs: the terms whose sum is the number of multiply-accumulates.
+        aliases: other names of shared (tied) parameters -> the name used here.
+        program: the traced operator graph (torch.fx), absent from a graph that was loaded.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    locked: tuple[ChannelGroup, ...]
+    axes: Mapping[str, tuple[Tree, ...]]
+    sizes: Mapping[int, int]
+    layers: Mapping[str, Layer]
+    norms: tuple[Norm, ...]
+    attributes: tuple[Attribute, ...]
+    costs: tuple[Cost, ...]
+    aliases: Mapping[str, str]
+    program: Any = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, ChannelGroup]:
+        """The prunable groups by name."""
+        return {group.name: group for group in self.groups}
+
+    def blocks(self, slot: Slot, group: int, sizes: Mapping[int, int]) -> tuple[Block, ...]:
+        """Find a group's channels along a slot's axis once other groups have shrunk to `sizes`."""
+        return locate(self.axes[slot.parameter][slot.axis], group, sizes)
+
+    def shape(self, parameter: str, sizes: Mapping[int, int]) -> tuple[int, ...]:
+        """Predict the shape of a parameter at the given sizes of the atoms."""
+        return tuple(tree_size(tree, sizes) for tree in self.axes[parameter])
+
+    def resized(self, widths: Mapping[str, int]) -> dict[int, int]:
+        """Return the sizes of all atoms once the named groups have the given widths."""
+        changed = {self.by_name[name].id: width for name, width in widths.items()}
+        return {**self.sizes, **changed}
+
+    def attribute_values(self, sizes: Mapping[int, int]) -> dict[str, dict[str, int]]:
+        """Compute the attributes that follow the sizes: {module: {attribute: value}}."""
+        found: dict[str, dict[str, int]] = {}
+        for item in self.attributes:
+            found.setdefault(item.module, {})[item.name] = tree_size(item.tree, sizes)
+        return found
+
+    def macs(self, sizes: Mapping[int, int]) -> int:
+        """Count the multiply-accumulates for one sample at the given sizes."""
+        return round(sum(c.factor * prod(tree_size(t, sizes) for t in c.trees) for c in self.costs))

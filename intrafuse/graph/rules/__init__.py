@@ -1,0 +1,20 @@
+"""One rule for each operator says how axes flow through it (DESIGN: the channel graph).
+
+A new rule is one function with `register("operator")` in the file of its kind; a new file is
+imported here.
+"""
+
+from intrafuse.graph.rules import layers, pointwise, reduce, shape
+from intrafuse.graph.rules.registry import RULES, LockError, Scope, operator_name, register
+
+__all__ = [
+    "RULES",
+    "LockError",
+    "Scope",
+    "layers",
+    "operator_name",
+    "pointwise",
+    "reduce",
+    "register",
+    "shape",
+]

@@ -1,0 +1,224 @@
+"""Rules for layers with parameters: convolution, linear, normalisation, PReLU, embedding."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Tree
+from intrafuse.graph.groups import Layer, Norm
+from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+
+INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
+
+
+def _declare(
+    scope: Scope, node: Node, weight: str, bias: str | None, axes: tuple[int, int], out: Tree
+) -> str | None:
+    """Record a layer and name its bias: one that it has, or one that its module could hold."""
+    name = weight.rpartition(".")[0]
+    module = scope.model.get_submodule(name)
+    plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.endswith(".weight")
+    if bias is None and plain and module.bias is None:
+        bias = f"{name}.bias"
+        scope.parameter_axes.setdefault(bias, [out])
+    if weight in scope.layers:  # called twice: its statistics differ between the calls
+        bias = scope.layers[weight].bias
+    scope.layers[weight] = Layer(name, operator_name(node), weight, bias, *axes)
+    return bias
+
+
+@register("linear")
+def linear(scope: Scope, node: Node) -> Axes:
+    """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
+    args = scope.arguments(node)
+    *rest, channels = scope.axes(args["input"])
+    weight = scope.parameter(args["weight"], "weight")
+    bias = scope.parameter(args["bias"], "bias")
+    rows, columns = scope.axes(args["weight"])
+    scope.table.unify(columns, channels)
+    if args["bias"] is not None:
+        scope.table.unify(rows, scope.axes(args["bias"])[0])
+    scope.use(weight, 1, "reader", "weight")
+    scope.use(weight, 0, "writer", "weight")
+    scope.use(_declare(scope, node, weight, bias, (0, 1), rows), 0, "writer", "bias")
+    scope.attribute(weight, "out_features", rows)
+    scope.attribute(weight, "in_features", columns)
+    scope.cost(node, weight, scope.positions(node, scope.table.measure(rows)), rows, columns)
+    return [*rest, rows]
+
+
+def _grouped(
+    scope: Scope, channels: Tree, weight: Axes, groups: int, transposed: bool
+) -> tuple[Tree, Tree]:
+    """Couple the axes of a grouped convolution; return its groups and its output channels."""
+    table = scope.table
+    side = weight[0]  # (groups x outputs) of a convolution, (groups x inputs) if transposed
+    split = table.factor(channels, (groups, table.measure(channels) // groups))
+    rows = table.factor(side, (groups, table.measure(side) // groups))
+    if split is None or rows is None:
+        raise LockError("its input cannot be divided into the groups of the convolution")
+    table.unify(split[0], rows[0])
+    table.unify(split[1], rows[1] if transposed else weight[1])
+    for inside in (split[1], rows[1], weight[1]):
+        table.lock(inside, INSIDE_GROUP)
+    out = table.resolve(Product((split[0], weight[1]))) if transposed else side
+    return split[0], out
+
+
+def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Axes:
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    at = len(x) - spatial - 1  # the channel dimension; an unbatched input has no axis before it
+    weight = scope.parameter(args["weight"], "weight")
+    bias = scope.parameter(args["bias"], "bias")
+    w = scope.axes(args["weight"])
+    groups = args["groups"]
+    reader, writer = (0, 1) if transposed else (1, 0)
+    if groups == 1:
+        scope.table.unify(w[reader], x[at])
+        out = w[writer]
+        scope.use(weight, reader, "reader", "weight")
+        scope.use(weight, writer, "writer", "weight")
+        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        scope.use(bias, 0, "writer", "bias")
+    else:
+        which, out = _grouped(scope, x[at], w, groups, transposed)
+        scope.attribute(weight, "groups", which, needed=True)
+        scope.use(weight, 0, "carrier", "scale")
+        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        scope.use(bias, 0, "carrier", "shift")
+    if args["bias"] is not None:
+        scope.table.unify(out, scope.axes(args["bias"])[0])
+    scope.attribute(weight, "in_channels", x[at])
+    scope.attribute(weight, "out_channels", out)
+    w = scope.axes(args["weight"])
+    counted = args["input"] if transposed else node
+    positions = scope.positions(counted, scope.table.measure(x[at] if transposed else out))
+    scope.cost(node, weight, positions * prod(scope.shape(args["weight"])[2:]), w[0], w[1])
+    size = scope.shape(node)[at + 1 :]
+    return [*x[:at], out, *(scope.fixed(n, "spatial") for n in size)]
+
+
+@register("conv1d", "conv2d", "conv3d")
+def convolution(scope: Scope, node: Node) -> Axes:
+    """Convolve; weight (outputs, inputs / groups, kernel...)."""
+    return _convolution(scope, node, int(operator_name(node)[4]), False)
+
+
+@register("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(scope: Scope, node: Node) -> Axes:
+    """Convolve transposed; weight (inputs, outputs / groups, kernel...)."""
+    return _convolution(scope, node, int(operator_name(node)[14]), True)
+
+
+@register("batch_norm")
+def batch_norm(scope: Scope, node: Node) -> Axes:
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias on dimension 1."""
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    names = {}
+    parts = (
+        ("weight", "scale"),
+        ("bias", "shift"),
+        ("running_mean", "mean"),
+        ("running_var", "variance"),
+    )
+    for argument, kind in parts:
+        names[argument] = scope.parameter(args[argument], argument)
+        if names[argument] is not None:
+            scope.table.unify(x[1], scope.axes(args[argument])[0])
+            scope.use(names[argument], 0, "carrier", kind)
+            scope.attribute(names[argument], "num_features", x[1])
+    if names["running_mean"] and names["running_var"] and not args["training"]:
+        scope.norms.append(
+            Norm(
+                names["running_mean"].rpartition(".")[0],
+                names["weight"],
+                names["bias"],
+                names["running_mean"],
+                names["running_var"],
+                args["eps"],
+                _layer_before(scope, args["input"]),
+            )
+        )
+    return x
+
+
+def _layer_before(scope: Scope, node: Node) -> str | None:
+    """Name the weight of the layer whose only reader is a norm, if the norm can fold into it."""
+    if operator_name(node) == "getitem" or len(node.users) != 1 or node.op != "call_function":
+        return None
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, Node) or len(weight.users) != 1:
+        return None
+    layer = scope.layers.get(scope.parameters.get(weight, ""))
+    if layer is None or layer.operator != operator_name(node) or layer.bias is None:
+        return None
+    return layer.weight
+
+
+@register("prelu")
+def prelu(scope: Scope, node: Node) -> Axes:
+    """Multiply negative values by a slope for each channel, or by one slope."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    weight = scope.parameter(args["weight"], "weight")
+    (slope,) = scope.axes(args["weight"])
+    if scope.table.measure(slope) > 1:
+        scope.table.unify(slope, x[1 if len(x) > 1 else 0])
+        scope.use(weight, 0, "carrier", "scale")
+        scope.attribute(weight, "num_parameters", slope)
+    return x
+
+
+@register("group_norm")
+def group_norm(scope: Scope, node: Node) -> Axes:
+    """Normalise within groups of channels: whole groups may go, the inside stays."""
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    groups = args["num_groups"]
+    split = scope.table.factor(x[1], (groups, scope.table.measure(x[1]) // groups))
+    if split is None:
+        raise LockError("its input cannot be divided into the groups of the norm")
+    scope.table.lock(split[1], INSIDE_GROUP)
+    owner = args["weight"] if args["weight"] is not None else args["bias"]
+    if owner is None:
+        scope.table.lock(x[1], "group norm without parameters")
+    else:
+        name = scope.parameter(owner, "weight")
+        scope.attribute(name, "num_groups", split[0], needed=True)
+        scope.attribute(name, "num_channels", x[1])
+    for argument, kind in (("weight", "scale"), ("bias", "shift")):
+        if args[argument] is not None:
+            scope.table.unify(x[1], scope.axes(args[argument])[0])
+            scope.use(scope.parameter(args[argument], argument), 0, "carrier", kind)
+    return scope.axes(args["input"])
+
+
+@register("layer_norm", "rms_norm")
+def layer_norm(scope: Scope, node: Node) -> Axes:
+    """Normalise over the last dimensions, whose sizes enter the statistics and stay."""
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    normalised = x[len(x) - len(args["normalized_shape"]) :]
+    for tree in normalised:
+        scope.table.lock(tree, f"{operator_name(node)} takes its statistics over it")
+    for argument in ("weight", "bias"):
+        if args.get(argument) is not None:
+            scope.unify(scope.axes(args[argument]), normalised)
+    return x
+
+
+@register("embedding")
+def embedding(scope: Scope, node: Node) -> Axes:
+    """Look up rows of the weight: dimension 0 is the vocabulary and stays."""
+    args = scope.arguments(node)
+    weight = scope.parameter(args["weight"], "weight")
+    rows, columns = scope.axes(args["weight"])
+    scope.table.lock(rows, "vocabulary of an embedding")
+    scope.use(weight, 1, "writer", "weight")
+    scope.attribute(weight, "embedding_dim", columns)
+    return [*scope.axes(args["indices"]), columns]

@@ -1,0 +1,75 @@
+"""Rules for operators that act on each element: activations, arithmetic, dropout, copies."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import UNIT
+from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+
+UNARY = (
+    "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid "
+    "log_sigmoid tanh softplus softsign softshrink hardshrink tanhshrink threshold rrelu "
+    "exp log log1p expm1 sqrt rsqrt square abs neg sign sin cos tan atan erf reciprocal floor "
+    "ceil round clamp clamp_min clamp_max pow logical_not bitwise_not isnan isinf nan_to_num "
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
+    "clone contiguous detach detach_ alias to _to_copy type_as float half bfloat16 double "
+    "zeros_like ones_like full_like rand_like randn_like empty_like fill lift_fresh_copy "
+    "lift_fresh positive logit"
+).split()
+BINARY = (
+    "add sub rsub mul div floor_divide remainder fmod maximum minimum atan2 where lerp addcmul "
+    "addcdiv eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or "
+    "masked_fill copysign fmax fmin multiply divide subtract true_divide copy"
+).split()
+# How a parameter that meets the channels in an operator acts on them.
+PARAMETER_KIND = {"add": "shift", "sub": "shift", "mul": "scale", "multiply": "scale"}
+
+
+@register(*UNARY)
+def unary(scope: Scope, node: Node) -> Axes:
+    """Act on each element; a second tensor (the exponent of pow) makes it a binary operator."""
+    if sum(isinstance(argument, Node) for argument in node.args) > 1:
+        return binary(scope, node)
+    return scope.axes(node.all_input_nodes[0])
+
+
+@register(*BINARY)
+def binary(scope: Scope, node: Node) -> Axes:
+    """Combine tensors element by element, broadcast as NumPy does from the last dimension."""
+    result: Axes = [UNIT] * len(scope.shape(node))
+    for operand in node.all_input_nodes:
+        axes, shape = scope.axes(operand), scope.shape(operand)
+        for back in range(1, len(axes) + 1):
+            if shape[-back] == 1 and scope.shape(node)[-back] != 1:
+                continue
+            if result[-back] == UNIT:
+                result[-back] = axes[-back]
+            else:
+                scope.table.unify(result[-back], axes[-back])
+        kind = PARAMETER_KIND.get(operator_name(node))
+        parameter = scope.parameters.get(operand) or scope.origins.get(operand)
+        if parameter is not None and kind is not None:
+            for axis in range(len(scope.parameter_axes[parameter])):
+                scope.use(parameter, axis, "carrier", kind)
+    return [scope.table.resolve(tree) for tree in result]
+
+
+@register("softmax", "log_softmax", "_softmax", "_log_softmax")
+def softmax(scope: Scope, node: Node) -> Axes:
+    """Normalise along one dimension, whose size enters the result and stays."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    scope.table.lock(x[args["dim"]], "softmax is taken over it")
+    return x
+
+
+@register("glu")
+def glu(scope: Scope, node: Node) -> Axes:
+    """Multiply the first half of a dimension by the sigmoid of the second."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    first, second = scope.table.cut(x[dim], scope.table.measure(x[dim]) // 2)
+    scope.table.unify(first, second)
+    return [*x[:dim], first, *x[dim + 1 :]]

@@ -1,0 +1,155 @@
+"""The registry of operator rules, and the scope through which a rule sees one trace.
+
+A rule is a function ``rule(scope, node) -> axes``: it states with `Scope.table` which axes are
+the same, records which parameters take part, and returns the axes of the operator's result
+(a list of trees, or a list of such lists for an operator with several results). Operators are
+named as in ATen, without overload and trailing underscore: `conv2d`, `add`, `relu`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from intrafuse.graph.axes import AxisTable, Tree, leaves
+from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
+
+__all__ = ["RULES", "LockError", "Scope", "operator_name", "register"]
+
+Axes = list[Tree]
+Rule = Callable[["Scope", Node], Any]
+RULES: dict[str, Rule] = {}
+
+
+class LockError(Exception):
+    """Raised by a rule that cannot say how axes flow: every axis that enters is locked."""
+
+
+def register(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for one or more ATen operators."""
+
+    def add(rule: Rule) -> Rule:
+        for name in operators:
+            if name in RULES:
+                raise ValueError(f"operator {name} already has a rule")
+            RULES[name] = rule
+        return rule
+
+    return add
+
+
+def operator_name(node: Node) -> str:
+    """Name a node's operator without namespace, overload and in-place underscore.
+
+    Operators outside ATen keep their namespace, so that no rule is taken for them by accident.
+    """
+    target = node.target
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", str(target))
+    name = schema.name.removeprefix("aten::")
+    return name if name.startswith("_") or not name.endswith("_") else name[:-1]
+
+
+class Scope:
+    """What a rule may ask of the trace, and where it records what it found."""
+
+    def __init__(self, model: nn.Module, batch: int, aliases: Mapping[str, str]) -> None:
+        self.table = AxisTable()
+        self.model = model
+        self.batch = batch
+        self.aliases = aliases  # other name of a shared parameter -> the name used here
+        self.values: dict[Node, Any] = {}  # node -> axes of its tensor, or a list of these
+        self.parameters: dict[Node, str] = {}  # placeholder -> name in the state dict
+        self.parameter_axes: dict[str, Axes] = {}  # also for biases that a layer may be given
+        self.origins: dict[Node, str] = {}  # reshaped parameter -> name in the state dict
+        self.roles: dict[tuple[str, int], tuple[Role, Kind]] = {}
+        self.layers: dict[str, Layer] = {}
+        self.norms: list[Norm] = []
+        self.attributes: list[Attribute] = []
+        self.costs: list[Cost] = []
+
+    def arguments(self, node: Node) -> dict[str, Any]:
+        """Return the arguments of a node by name, with the operator's defaults."""
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        found = {a.name: a.default_value for a in schema if a.has_default_value()}
+        found.update(zip((a.name for a in schema), node.args, strict=False))
+        return {**found, **node.kwargs}
+
+    def axes(self, node: Node) -> Axes:
+        """Return the resolved axes of a tensor."""
+        return [self.table.resolve(tree) for tree in self.values[node]]
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """Return the traced shape of a tensor."""
+        return tuple(int(n) for n in node.meta["val"].shape)
+
+    def fixed(self, size: int, reason: str) -> Tree:
+        """Make a new axis that must keep its size."""
+        return self.table.atom(size, reason)
+
+    def is_fixed(self, tree: Tree) -> bool:
+        """Tell whether no channel of an axis may be removed."""
+        return not self.free_atoms(tree)
+
+    def free_atoms(self, tree: Tree) -> list[int]:
+        return [a for a in leaves(self.table.resolve(tree)) if not self.table.reasons(a)]
+
+    def unify(self, xs: Sequence[Tree], ys: Sequence[Tree]) -> None:
+        """State that two tensors have the same axes, dimension by dimension."""
+        for x, y in zip(xs, ys, strict=True):
+            self.table.unify(x, y)
+
+    def literal(self, tree: Tree, node: Node) -> None:
+        """Lock an axis whose size the model's code holds as a number."""
+        if not self.is_fixed(tree):
+            where = self.where(node)
+            self.table.lock(tree, f"{operator_name(node)} takes its size as a number{where}")
+
+    def where(self, node: Node) -> str:
+        """Say at which line of the model's code a node was recorded."""
+        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        return f" at {frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
+
+    def parameter(self, node: Node | None, what: str) -> str | None:
+        """Name the parameter behind an argument; a computed one cannot be pruned."""
+        if node is None:
+            return None
+        if node not in self.parameters:
+            raise LockError(f"its {what} is computed, not a parameter")
+        return self.parameters[node]
+
+    def use(self, parameter: str | None, axis: int, role: Role, kind: Kind) -> None:
+        """Record which part a parameter axis plays for the channels that lie on it."""
+        if parameter is None:
+            return
+        known = self.roles.setdefault((parameter, axis), (role, kind))
+        if known != (role, kind):
+            for tree in self.parameter_axes[parameter]:
+                self.table.lock(tree, f"{parameter} is used as {known[0]} and as {role}")
+
+    def attribute(self, parameter: str, name: str, tree: Tree, *, needed: bool = False) -> None:
+        """Let an attribute of a parameter's module follow the size of an axis.
+
+        An attribute that is needed but absent or different locks the axis.
+        """
+        names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
+        for module in (alias.rpartition(".")[0] for alias in names):
+            value = getattr(self.model.get_submodule(module), name, None)
+            if isinstance(value, int) and value == self.table.measure(tree):
+                self.attributes.append(Attribute(module, name, tree))
+            elif needed:
+                self.table.lock(tree, f"{module} has no attribute {name} to follow it")
+
+    def cost(self, node: Node, layer: str, positions: float, *trees: Tree) -> None:
+        """Count multiply-accumulates: for each sample, positions times the sizes of the axes."""
+        self.costs.append(Cost(layer, positions / self.batch, trees))
+
+    def positions(self, node: Node, channels: int) -> float:
+        """Count the elements of a tensor for one channel (batch included)."""
+        return prod(self.shape(node)) / max(channels, 1)

@@ -1,0 +1,276 @@
+"""Rules for operators that move channels without computing: cat, split, view, permute, pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import UNIT, Product, Sum, Tree
+from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+
+
+@register("cat", "concat", "concatenate")
+def cat(scope: Scope, node: Node) -> Axes:
+    """Lay tensors one after the other along a dimension."""
+    args = scope.arguments(node)
+    tensors = [t for t in args["tensors"] if scope.shape(t) != (0,)]
+    dim = args["dim"] % len(scope.shape(node))
+    first = scope.axes(tensors[0])
+    for other in tensors[1:]:
+        axes = scope.axes(other)
+        scope.unify(first[:dim] + first[dim + 1 :], axes[:dim] + axes[dim + 1 :])
+    joined = Sum(tuple(scope.axes(tensor)[dim] for tensor in tensors))
+    return [*first[:dim], scope.table.resolve(joined), *first[dim + 1 :]]
+
+
+@register("stack")
+def stack(scope: Scope, node: Node) -> Axes:
+    """Lay tensors one after the other along a new dimension."""
+    args = scope.arguments(node)
+    dim = args["dim"] % len(scope.shape(node))
+    first = scope.axes(args["tensors"][0])
+    for other in args["tensors"][1:]:
+        scope.unify(first, scope.axes(other))
+    return [*first[:dim], scope.fixed(len(args["tensors"]), "stacked tensors"), *first[dim:]]
+
+
+@register("chunk")
+def chunk(scope: Scope, node: Node) -> list[Axes]:
+    """Divide a dimension into equal parts.
+
+    The parts stay equal when channels go, so their channels are coupled position by position.
+    """
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    parts = len(node.meta["val"])
+    size = scope.table.measure(x[dim])
+    if size % parts:
+        scope.table.lock(x[dim], "chunk divides it into unequal parts")
+        return _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+    results = _split(scope, node, x, dim, [size // parts] * parts)
+    for other in results[1:]:
+        scope.table.unify(results[0][dim], other[dim])
+    return results
+
+
+def _split(scope: Scope, node: Node, x: Axes, dim: int, sizes: Sequence[int]) -> list[Axes]:
+    parts = []
+    rest = x[dim]
+    for size in sizes:
+        part, rest = scope.table.cut(rest, size)
+        parts.append([*x[:dim], part, *x[dim + 1 :]])
+    return parts
+
+
+@register("split", "split_with_sizes", "unsafe_split", "tensor_split")
+def split(scope: Scope, node: Node) -> list[Axes]:
+    """Divide a dimension at positions that the code holds as numbers."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    scope.literal(x[dim], node)
+    return _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+
+
+@register("unbind")
+def unbind(scope: Scope, node: Node) -> list[Axes]:
+    """Take a dimension apart."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    scope.table.lock(x[dim], "it is taken apart position by position")
+    return [x[:dim] + x[dim + 1 :] for _ in node.meta["val"]]
+
+
+@register("select")
+def select(scope: Scope, node: Node) -> Axes:
+    """Take one position of a dimension."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    scope.table.lock(x[dim], "one of its positions is selected by number")
+    return x[:dim] + x[dim + 1 :]
+
+
+@register("slice", "narrow")
+def slice_(scope: Scope, node: Node) -> Axes:
+    """Take a range of a dimension; its ends are numbers in the code."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    size = scope.table.measure(x[dim])
+    if operator_name(node) == "narrow":
+        start, stop, step = args["start"], args["start"] + args["length"], 1
+    else:
+        start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return x
+    scope.literal(x[dim], node)
+    if step == 1:
+        part = scope.table.slice(x[dim], start, max(start, stop))
+    else:
+        part = scope.fixed(len(range(start, stop, step)), "strided slice")
+    return [*x[:dim], part, *x[dim + 1 :]]
+
+
+@register("pad", "constant_pad_nd")
+def pad(scope: Scope, node: Node) -> Axes:
+    """Add positions before and after; how many is a number in the code, so these stay."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    amounts = args["pad"]
+    shape = scope.shape(node)
+    for back in range(1, len(amounts) // 2 + 1):
+        before, after = amounts[2 * back - 2 : 2 * back]
+        if before == after == 0:
+            continue
+        tree = x[-back]
+        if scope.is_fixed(tree) or args.get("mode", "constant") != "constant":
+            scope.table.lock(tree, "padded from its own values")
+            x[-back] = scope.fixed(shape[len(shape) - back], "padded")
+            continue
+        if before < 0 or after < 0:
+            raise LockError("negative padding")
+        constant = "padding of a size that the code holds as a number"
+        x[-back] = scope.table.resolve(
+            Sum((scope.fixed(before, constant), tree, scope.fixed(after, constant)))
+        )
+    return x
+
+
+@register("flatten")
+def flatten(scope: Scope, node: Node) -> Axes:
+    """Join neighbouring dimensions into one."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    if not x:
+        return [UNIT]
+    start, end = args["start_dim"] % len(x), args["end_dim"] % len(x)
+    joined = scope.table.resolve(Product(tuple(x[start : end + 1])))
+    return [*x[:start], joined, *x[end + 1 :]]
+
+
+@register("view", "reshape", "_unsafe_view", "unflatten")
+def view(scope: Scope, node: Node) -> Axes:
+    """Read the same elements in another shape; sizes given as numbers stay."""
+    args = scope.arguments(node)
+    shape = scope.shape(node)
+    axes = reshape(scope, scope.axes(args["self"]), shape)
+    if operator_name(node) == "unflatten":
+        dim = args["dim"] % len(scope.shape(args["self"]))
+        given = {dim + i: n for i, n in enumerate(args["sizes"])}
+    else:
+        given = dict(enumerate(args["size"] if "size" in args else args["shape"]))
+    for dim, number in given.items():
+        if number != -1 and shape[dim] > 1:
+            scope.literal(axes[dim], node)
+    return axes
+
+
+def reshape(scope: Scope, x: Axes, shape: Sequence[int]) -> Axes:
+    """Match runs of old dimensions with runs of new ones of the same number of elements."""
+    if 0 in shape:
+        raise LockError("empty tensor")
+    old_ends = list(accumulate((scope.table.measure(tree) for tree in x), lambda a, b: a * b))
+    result: Axes = []
+    old = new = 0
+    while new < len(shape):
+        start, done = new, prod(shape[:new])
+        total = done * shape[new]
+        new += 1
+        first = old
+        while old < len(x) and (old_ends[old] <= total) and total % old_ends[old] == 0:
+            old += 1
+        reached = old_ends[old - 1] if old else 1
+        while reached != total:  # the runs end at different places: widen both
+            if reached < total:
+                old += 1
+            else:
+                total *= shape[new]
+                new += 1
+            reached = old_ends[old - 1]
+        result += _regroup(scope, x[first:old], shape[start:new])
+    return result
+
+
+def _regroup(scope: Scope, run: Axes, sizes: Sequence[int]) -> Axes:
+    joined: Tree = scope.table.resolve(Product(tuple(run)))
+    factors = scope.table.factor(joined, sizes)
+    if factors is None:
+        reason = "it is reshaped across its structure"
+        scope.table.lock(joined, reason)
+        return [scope.fixed(n, reason) for n in sizes]
+    return [scope.table.resolve(tree) for tree in factors]
+
+
+@register("permute", "transpose", "t", "swapaxes", "numpy_T", "mT")
+def permute(scope: Scope, node: Node) -> Axes:
+    """Reorder dimensions."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    if "dims" in args:
+        return [x[dim] for dim in args["dims"]]
+    order = list(range(len(x)))
+    names = ("dim0", "dim1") if "dim0" in args else ("axis0", "axis1")
+    i, j = (args.get(name, back) for name, back in zip(names, (-2, -1), strict=True))
+    if len(x) > 1:
+        order[i], order[j] = order[j], order[i]
+    return [x[dim] for dim in order]
+
+
+@register("unsqueeze")
+def unsqueeze(scope: Scope, node: Node) -> Axes:
+    """Insert a dimension of size 1."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % (len(x) + 1)
+    return [*x[:dim], UNIT, *x[dim:]]
+
+
+@register("squeeze")
+def squeeze(scope: Scope, node: Node) -> Axes:
+    """Drop dimensions of size 1; one that may be pruned to size 1 must not be dropped then."""
+    args = scope.arguments(node)
+    x, shape = scope.axes(args["self"]), scope.shape(args["self"])
+    wanted = args.get("dim", range(len(x)))
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    dropped = {dim % len(x) for dim in wanted if shape[dim] == 1}
+    for dim in wanted:
+        if shape[dim] != 1:
+            scope.table.lock(x[dim], "squeeze would drop it at size 1")
+    return [tree for dim, tree in enumerate(x) if dim not in dropped]
+
+
+@register("expand", "expand_as", "broadcast_to")
+def expand(scope: Scope, node: Node) -> Axes:
+    """Repeat dimensions of size 1."""
+    args = scope.arguments(node)
+    x, shape = scope.axes(args["self"]), scope.shape(node)
+    old = scope.shape(args["self"])
+    other = scope.axes(args["other"]) if "other" in args else None
+    result: Axes = []
+    for dim, size in enumerate(shape):
+        back = dim - len(shape) + len(x)
+        kept = back >= 0 and (old[back] == size)
+        if other is not None:
+            if kept:
+                scope.table.unify(x[back], other[dim])
+            result.append(other[dim])
+        elif kept:
+            if args["size"][dim] != -1 and size > 1:
+                scope.literal(x[back], node)
+            result.append(x[back])
+        else:
+            result.append(scope.fixed(size, "expanded to a size that the code holds as a number"))
+    return result
+
+
+@register("getitem")
+def getitem(scope: Scope, node: Node) -> Axes:
+    """Take one result of an operator that has several."""
+    source, index = node.args
+    return scope.values[source][index]

@@ -1,0 +1,264 @@
+"""Model -> channel graph: export, run one rule for each operator, freeze what was found."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
+from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Slot
+from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+
+__all__ = ["ExampleInputs", "Program", "as_arguments", "evaluating", "trace"]
+
+ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
+PASS_ORIGIN = {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """The traced operators: nodes in order, the trees of each result, names of parameters."""
+
+    nodes: tuple[Node, ...]
+    values: Mapping[Node, Any]
+    parameters: Mapping[Node, str]
+
+
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in evaluation mode, and every module back into its own mode at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
+    """Find the channel groups of a model.
+
+    Args:
+        model: any module that `torch.export` takes; it is not changed.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs. Sizes matter
+            (multiply-accumulates are counted for them), values do not.
+
+    Returns:
+        The channel graph: prunable groups from input to output, locked groups with reasons.
+
+    Raises:
+        IntrafuseError: the model cannot be traced.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [(group.name, group.size) for group in trace(model, torch.zeros(1, 4)).groups]
+    [('0', 8)]
+    """
+    args, kwargs = as_arguments(example_inputs)
+    with evaluating(model):
+        program = _export(model, args, kwargs)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 1]
+    scope = Scope(model, tensors[0].shape[0] if tensors else 1, _aliases(model))
+    _enter(scope, program)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            _apply_rule(scope, node)
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                _lock_all(scope, source, "model output")
+    return _freeze(scope, tuple(program.graph.nodes))
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        frames = re.findall(r'File "([^"]+)", line (\d+)', text)
+        tail = error.__traceback__
+        while tail is not None:
+            name = tail.tb_frame.f_code.co_filename
+            if "/torch/" not in name and "/intrafuse/" not in name:
+                frames.append((name, str(tail.tb_lineno)))
+            tail = tail.tb_next
+        where = f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
+        raise IntrafuseError(
+            "the model cannot be traced by torch.export: "
+            f"{type(error).__name__}: {text.splitlines()[0]}",
+            layer=where,
+            remedy="check that model(*example_inputs) runs, replace control flow that depends on "
+            "tensor values, or trace the part of the model that should be pruned",
+        ) from error
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False)]
+    for name, tensor in [*named, *model.named_buffers(remove_duplicate=False)]:
+        if first.setdefault(id(tensor), name) != name:
+            found[name] = first[id(tensor)]
+    return found
+
+
+def _enter(scope: Scope, program) -> None:
+    """Give axes to parameters, buffers, constants and inputs."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if node.name in names:
+            name = scope.aliases.get(names[node.name], names[node.name])
+            known = scope.parameter_axes.get(name)
+            scope.values[node] = known or [scope.table.atom(int(n)) for n in value.shape]
+            scope.parameter_axes[name] = scope.values[node]
+            scope.parameters[node] = name
+        elif isinstance(value, Tensor):
+            constant = node.name in signature.inputs_to_lifted_tensor_constants
+            reason = "constant of the model's code" if constant else "model input"
+            scope.values[node] = [scope.fixed(int(n), reason) for n in value.shape]
+
+
+def _apply_rule(scope: Scope, node: Node) -> None:
+    name = operator_name(node)
+    rule = RULES.get(name)
+    try:
+        if rule is None:
+            raise LockError("it has no rule")
+        result = rule(scope, node)
+        if not _agrees(scope, result, node.meta.get("val")):
+            raise LockError("its rule does not fit these arguments")
+    except LockError as error:
+        result = _lock_operator(scope, node, f"operator {name}{scope.where(node)}: {error}")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        text = f"its rule failed: {type(error).__name__}: {error}"
+        result = _lock_operator(scope, node, f"operator {name}{scope.where(node)}: {text}")
+    scope.values[node] = result
+    sources = node.all_input_nodes
+    if name in PASS_ORIGIN and sources:
+        origin = scope.parameters.get(sources[0]) or scope.origins.get(sources[0])
+        if origin is not None:
+            scope.origins[node] = origin
+
+
+def _agrees(scope: Scope, result: Any, value: Any) -> bool:
+    if isinstance(value, Tensor):
+        sizes = [scope.table.measure(scope.table.resolve(tree)) for tree in result]
+        return sizes == [int(n) for n in value.shape]
+    if isinstance(value, tuple | list):
+        return len(result) == len(value) and all(map(_agrees, [scope] * len(value), result, value))
+    return True
+
+
+def _lock_operator(scope: Scope, node: Node, reason: str) -> Any:
+    for source in node.all_input_nodes:
+        _lock_all(scope, source, reason)
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list):
+        return [[scope.fixed(int(n), reason) for n in getattr(v, "shape", ())] for v in value]
+    return [scope.fixed(int(n), reason) for n in getattr(value, "shape", ())]
+
+
+def _lock_all(scope: Scope, node: Node, reason: str) -> None:
+    values = scope.values.get(node, [])
+    for item in values:
+        for tree in item if isinstance(item, list) else [item]:
+            scope.table.lock(tree, reason)
+
+
+def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
+    resolve = scope.table.resolve
+    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
+    _lock_unclear(scope, axes)
+    slots: dict[int, list[Slot]] = {}
+    for (parameter, axis), (role, kind) in scope.roles.items():
+        tree = axes[parameter][axis]
+        for atom in dict.fromkeys(leaves(tree)):
+            blocks = locate(tree, atom, scope.table.size)
+            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
+    groups = _name_groups(scope, slots)
+    free = [group for group in groups if not group.locked]
+    free = [
+        ChannelGroup(g.id, g.name, len(free) - 1 - i, g.size, g.slots) for i, g in enumerate(free)
+    ]
+    attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
+    values = {
+        node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
+        for node, value in scope.values.items()
+    }
+    return ChannelGraph(
+        groups=tuple(free),
+        locked=tuple(group for group in groups if group.locked),
+        axes=axes,
+        sizes=dict(enumerate(scope.table.size)),
+        layers=scope.layers,
+        norms=tuple(scope.norms),
+        attributes=tuple(dict.fromkeys(attributes)),
+        costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
+        aliases=scope.aliases,
+        program=Program(nodes, values, scope.parameters),
+    )
+
+
+def _lock_unclear(scope: Scope, axes: Mapping[str, tuple[Tree, ...]]) -> None:
+    """Lock what no rule accounts for: parameters without a role, channels squared."""
+    for name, trees in axes.items():
+        for axis, tree in enumerate(trees):
+            if (name, axis) not in scope.roles:
+                scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
+            for atom in _squared(tree):
+                scope.table.lock(atom, "it is multiplied with itself along one axis")
+
+
+def _squared(tree: Tree) -> list[int]:
+    """List atoms that lie in two factors of one product."""
+    if isinstance(tree, int):
+        return []
+    children = tree.parts if isinstance(tree, Sum) else tree.factors
+    found = [atom for child in children for atom in _squared(child)]
+    if isinstance(tree, Product):
+        counts = Counter(atom for child in children for atom in set(leaves(child)))
+        found += [atom for atom, count in counts.items() if count > 1]
+    return found
+
+
+def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
+    groups = []
+    taken: Counter[str] = Counter()
+    for atom, rows in slots.items():
+        writers = [slot for slot in rows if slot.role == "writer"]
+        reasons = list(scope.table.reasons(atom))
+        size = scope.table.size[atom]
+        if size < 2:
+            reasons.append("a single channel")
+        if not writers:
+            if not reasons:
+                reasons.append("no layer writes these channels")
+            if all(slot.role == "reader" for slot in rows):
+                continue  # the model's own inputs
+        name = (writers or rows)[0].layer
+        taken[name] += 1
+        name += f"#{taken[name]}" if taken[name] > 1 else ""
+        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons)))
+    return groups

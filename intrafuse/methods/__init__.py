@@ -1,0 +1,64 @@
+"""Methods: scores and a width -> the merge map of one group. One file each, listed here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.merge import MergeMap
+from intrafuse.methods.folding import Folding
+from intrafuse.methods.intra_fusion import IntraFusion
+from intrafuse.methods.select import Select
+
+__all__ = ["METHODS", "Folding", "IntraFusion", "Method", "Select", "resolve_method"]
+
+
+class Method(Protocol):
+    """A compression method: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        name: its name on the command line.
+        folds_batchnorm: whether batch norm is folded before the method looks at the weights.
+    """
+
+    name: ClassVar[str]
+    folds_batchnorm: ClassVar[bool]
+
+    def __call__(
+        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
+    ) -> MergeMap:
+        """Return the map that reduces a group with scores (n,) to `width` channels."""
+        ...
+
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Select, IntraFusion, Folding)
+}
+
+
+def resolve_method(method: str | Method) -> Method:
+    """Turn a name into the method with its default settings.
+
+    Raises:
+        IntrafuseError: no method has that name.
+
+    >>> resolve_method("intra-fusion").p
+    1.0
+    """
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1, cutoff=0.3)
+        names = ", ".join(METHODS)
+        raise IntrafuseError(
+            f"method must be one of {names}",
+            value=method,
+            usage=True,
+            remedy=f"did you mean {near[0]}?" if near else None,
+        )
+    return METHODS[method]()

@@ -1,0 +1,125 @@
+"""Intra-Fusion: transport every channel of a group onto the channels that stay.
+
+Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 2402.07839.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.merge import MergeMap
+from intrafuse.methods.select import most_important
+from intrafuse.transport import (
+    Marginal,
+    Normalisation,
+    encode_matrix,
+    ground_cost,
+    marginal,
+    transport,
+)
+
+__all__ = ["IntraFusion", "channel_features"]
+
+Target = Literal["important", "k-means", "mixture"]
+MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
+
+
+def channel_features(group: ChannelGroup, context: Context) -> Tensor:
+    """Concatenate, for each channel, its writers' weights and biases and its readers' weights.
+
+    Returns:
+        (n, F) in float32. Carriers enter through the layer that batch norm was folded into.
+    """
+    slots = context.weights.present(group.writers + group.readers)
+    rows = [context.weights.rows(group, slot).float() for slot in slots]
+    if not rows:
+        raise IntrafuseError(
+            "a group without writers and readers has no features", layer=group.name
+        )
+    return torch.cat(rows, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntraFusion:
+    """Fuse the channels of a group by optimal transport (sections 3 and 4 of the paper).
+
+    Attributes:
+        target: what the channels are transported onto: the most `important` channels, the
+            centroids of `k-means`, or those of a Gaussian `mixture`.
+        source_marginal, target_marginal: mass of channels and targets: `uniform`,
+            by `importance`, or by its `softmax`. Centroids get the importance of their members.
+        p: order of the norm of the ground cost.
+        regularisation: None chooses the solver by size; 0 is exact; above 0 is entropic.
+        normalisation: `paper` (each channel spreads its whole mass) or `barycentric`
+            (each new channel is a mean; readers still get the whole mass).
+    """
+
+    name: ClassVar[str] = "intra-fusion"
+    folds_batchnorm: ClassVar[bool] = True
+
+    target: Target = "important"
+    source_marginal: Marginal = "uniform"
+    target_marginal: Marginal = "uniform"
+    p: float = 1.0
+    regularisation: float | None = None
+    normalisation: Normalisation = "paper"
+
+    def __call__(
+        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
+    ) -> MergeMap:
+        features = channel_features(group, context)
+        targets, target_scores = self._targets(features, scores.cpu(), width, context.seed)
+        solution = transport(
+            ground_cost(features, targets, p=self.p),
+            marginal(self.source_marginal, scores),
+            marginal(self.target_marginal, target_scores),
+            regularisation=self.regularisation,
+        )
+        encode = encode_matrix(solution, self.normalisation)
+        decode = encode_matrix(solution, "paper").T
+        return MergeMap.linear(group.name, encode, decode)
+
+    def _targets(
+        self, features: Tensor, scores: Tensor, width: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the targets' features (m, F) and scores (m,)."""
+        if self.target == "important":
+            keep = most_important(scores, width)
+            return features[keep.to(features.device)], scores[keep]
+        points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
+        if self.target == "k-means":
+            members = KMeans(width, n_init=1, random_state=seed).fit(points).labels_
+        elif self.target == "mixture":
+            members = _mixture_members(points, width, seed)
+        else:
+            choices = "important, k-means, mixture"
+            raise IntrafuseError(f"target must be one of {choices}", value=self.target)
+        belongs = torch.nn.functional.one_hot(torch.from_numpy(members).long(), width).T.float()
+        share = belongs / belongs.sum(1, keepdim=True).clamp_min(1)
+        share = share.to(features)
+        return share @ torch.from_numpy(points).to(features), (share.cpu() @ scores.float())
+
+
+def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """Assign each channel to its most likely component, in the leading principal components."""
+    dimensions = min(MIXTURE_DIMENSIONS, *points.shape)
+    points = PCA(dimensions, random_state=seed).fit_transform(points)
+    mixture = GaussianMixture(
+        width,
+        covariance_type="spherical",
+        reg_covar=1e-4,
+        init_params="k-means++",
+        random_state=seed,
+    )
+    return mixture.fit(points).predict(points)

@@ -1,0 +1,36 @@
+"""Conventional structured pruning: keep the most important channels, discard the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from intrafuse.context import Context
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.merge import MergeMap
+
+__all__ = ["Select", "most_important"]
+
+
+def most_important(scores: Tensor, width: int) -> Tensor:
+    """Return the ascending indices (width,) of the highest scores; ties go to the first."""
+    order = scores.cpu().sort(descending=True, stable=True).indices
+    return order[:width].sort().values
+
+
+@dataclass(frozen=True)
+class Select:
+    """Keep the channels with the highest importance (Li et al., ICLR 2017, arXiv 1608.08710).
+
+    The right choice where long fine-tuning follows, and the baseline of every comparison.
+    """
+
+    name: ClassVar[str] = "select"
+    folds_batchnorm: ClassVar[bool] = False
+
+    def __call__(
+        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
+    ) -> MergeMap:
+        return MergeMap.select(group.name, len(scores), most_important(scores, width))

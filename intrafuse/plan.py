@@ -1,0 +1,167 @@
+"""The plan: the merge maps of all groups, to look at, save and apply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from intrafuse.batchnorm import fold_norms
+from intrafuse.budget import KINDS, Figures
+from intrafuse.errors import IntrafuseError
+from intrafuse.files import replacing
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.serial import graph_from_data, graph_to_data
+from intrafuse.merge import MergeMap
+from intrafuse.report.tables import text_table
+from intrafuse.surgery import install
+from intrafuse.weights import Weights
+
+__all__ = ["MergeMap", "Plan"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will happen to each group of a model; nothing has happened yet.
+
+    Attributes:
+        graph: the channel graph of the model.
+        maps: one merge map for each group that shrinks, in the order of application.
+        fold: whether batch norm is folded first.
+        settings: method, importance, budget and seed, as JSON data.
+        before, after: sizes of the network.
+        seconds: time that planning took.
+    """
+
+    graph: ChannelGraph
+    maps: tuple[MergeMap, ...]
+    fold: bool
+    settings: Mapping[str, Any]
+    before: Figures
+    after: Figures
+    seconds: float = 0.0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels that each prunable group keeps, by group name."""
+        merged = {step.group: step.width for step in self.maps}
+        return {group.name: merged.get(group.name, group.size) for group in self.graph.groups}
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """Share of channels, params and macs that goes, in [0, 1]."""
+        return self.after.removed(self.before)
+
+    def weights(self, model: nn.Module) -> Weights:
+        """Compute the tensors of the pruned network; the model stays as it is.
+
+        Raises:
+            IntrafuseError: the model has other shapes than the one that was planned for, or holds
+                numbers that are not finite.
+        """
+        weights = Weights.of(self.graph, model)
+        if self.fold:
+            fold_norms(weights)
+        for step in self.maps:
+            weights.merge(step)
+        return weights
+
+    def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+        """Return the pruned network.
+
+        Args:
+            model: the network that the plan was made for (or one of the same shapes).
+            inplace: change and return `model` itself instead of a copy.
+        """
+        return install(model, self.weights(model), inplace=inplace)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Predict the shape of every parameter and buffer that the graph knows."""
+        sizes = self.graph.resized(self.widths)
+        return {name: self.graph.shape(name, sizes) for name in self.graph.axes}
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                str(g.index),
+                g.name,
+                str(g.size),
+                str(self.widths[g.name]),
+                ", ".join(g.layers[:3]) + (", ..." if len(g.layers) > 3 else ""),
+                ", ".join(dict.fromkeys(s.layer for s in g.readers[:3])),
+            ]
+            for g in sorted(self.graph.groups, key=lambda group: group.index)
+        ]
+        header = ["index", "group", "channels", "kept", "written by", "read by"]
+        summary = "   ".join(
+            f"{kind} {getattr(self.before, kind):,} -> {getattr(self.after, kind):,} "
+            f"({self.removed[kind]:.1%} removed)"
+            for kind in KINDS
+        )
+        title = f"Plan: {self.settings.get('method', {}).get('name', '?')}"
+        return f"{text_table(title, header, rows, numbers=(0, 2, 3))}{summary}"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to one safetensors file; no half-written file is left on failure."""
+        tensors = {
+            f"{i}/{name}": tensor.contiguous().clone()
+            for i, step in enumerate(self.maps)
+            for name, tensor in step.tensors().items()
+        }
+        data = {
+            "format": FORMAT,
+            "groups": [step.group for step in self.maps],
+            "fold": self.fold,
+            "settings": dict(self.settings),
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "seconds": self.seconds,
+            "graph": graph_to_data(self.graph),
+        }
+        with replacing(Path(path)) as temporary:
+            save_file(tensors or {"empty": torch.zeros(0)}, temporary, {"plan": json.dumps(data)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            IntrafuseError: the file is missing, truncated or not a plan.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                data = json.loads((file.metadata() or {})["plan"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if data["format"] != FORMAT:
+                raise IntrafuseError("a plan of an unknown format", value=data["format"])
+            graph = graph_from_data(data["graph"])
+        except IntrafuseError:
+            raise
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise IntrafuseError(
+                f"a plan must be a readable safetensors file that intrafuse wrote: {error}",
+                value=str(path),
+                remedy="make the plan again",
+            ) from error
+        maps = []
+        for i, name in enumerate(data["groups"]):
+            own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
+            maps.append(MergeMap.from_tensors(name, own))
+        return cls(
+            graph,
+            tuple(maps),
+            data["fold"],
+            data["settings"],
+            Figures(**data["before"]),
+            Figures(**data["after"]),
+            data["seconds"],
+        )

@@ -1,0 +1,251 @@
+"""One model in, one model out: plan and prune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from intrafuse.batchnorm import fold_norms
+from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph import ExampleInputs, trace
+from intrafuse.importance import Importance, score
+from intrafuse.methods import Method, resolve_method
+from intrafuse.patterns import choose_groups
+from intrafuse.plan import Plan
+from intrafuse.repair import reestimate_batchnorm
+from intrafuse.report.tables import text_table
+from intrafuse.weights import Weights
+
+__all__ = ["Pruned", "Report", "plan", "prune"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pruning was asked to do and did.
+
+    Attributes:
+        wanted: the budget: {kind: share to remove}.
+        reached: shares removed of channels, params and macs, in [0, 1].
+        before, after: sizes of the network.
+        seconds: time for tracing, planning and surgery (and repair, where asked for).
+    """
+
+    wanted: Mapping[str, float]
+    reached: Mapping[str, float]
+    before: Figures
+    after: Figures
+    seconds: float
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                kind,
+                f"{getattr(self.before, kind):,}",
+                f"{getattr(self.after, kind):,}",
+                f"{self.reached[kind]:.1%}",
+                f"{self.wanted[kind]:.1%}" if kind in self.wanted else "",
+            ]
+            for kind in KINDS
+        ]
+        header = ["", "before", "after", "removed", "wanted"]
+        return text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned network with the plan that made it and a report."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    channels: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    method: str | Method = "intra-fusion",
+    importance: str | Importance = "l1",
+    scope: Scope = "uniform",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    floor: float = 0.1,
+    round_to: int = 1,
+    data: Iterable | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Decide what happens to each channel group; change nothing.
+
+    Args:
+        model: a trained network.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace it with.
+        channels, params, macs: the budget, exactly one of them: the share to remove, in [0, 1).
+        method: `select`, `intra-fusion`, `folding`, or a method with settings of your own, such
+            as `IntraFusion(p=2)`.
+        importance: a metric's name, or a callable `(group, context) -> scores (channels,)`.
+        scope: `uniform` removes the same share in every group; `global` ranks all channels
+            together, and every group keeps at least the share `floor`.
+        include, exclude: patterns of group or layer names; by default every prunable group.
+        overrides: share of channels to remove, by pattern.
+        floor: share of its channels that a group keeps at least under `global`.
+        round_to: make widths multiples of this.
+        data: batches of inputs or of (inputs, labels), for metrics that need them.
+        seed: seeds everything random.
+        progress: called with (groups done, groups in all).
+
+    Returns:
+        The plan; `print` it, `save` it, or `apply` it.
+
+    Raises:
+        IntrafuseError: see the table of errors in the documentation.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan(net, torch.zeros(1, 4), channels=0.5).widths
+    {'0': 4}
+    """
+    started = time.perf_counter()
+    budget = Budget.of(
+        {"channels": channels, "params": params, "macs": macs},
+        scope=scope,
+        floor=floor,
+        round_to=round_to,
+        overrides=dict(overrides or {}),
+    )
+    chosen = resolve_method(method)
+    graph = trace(model, example_inputs)
+    groups = choose_groups(graph, include, exclude)
+    weights = Weights.of(graph, model)
+    before = measure(graph, graph.sizes, weights.counted())
+    if chosen.folds_batchnorm:
+        fold_norms(weights)
+    original = weights.snapshot()
+    counted = original.counted()
+
+    def figures(widths: Mapping[str, int]) -> Figures:
+        return measure(graph, graph.resized(widths), counted) if widths else before
+
+    context = Context(weights, original, model, example_inputs, data, seed)
+    scores = {group.name: score(group, context, importance) for group in groups}
+    widths = choose_widths(graph, groups, scores, budget, figures)
+    maps = []
+    shrinking = [group for group in reversed(groups) if widths[group.name] < group.size]
+    for done, group in enumerate(shrinking):
+        step = chosen(group, scores[group.name], widths[group.name], context).check()
+        weights.merge(step)
+        maps.append(step)
+        if progress is not None:
+            progress(done + 1, len(shrinking))
+    settings = {
+        "method": _describe(chosen),
+        "importance": importance if isinstance(importance, str) else _name(importance),
+        "budget": asdict(budget),
+        "include": None if include is None else list(include),
+        "exclude": list(exclude),
+        "seed": seed,
+    }
+    after = measure(graph, weights.sizes, weights.counted()) if maps else before
+    fold = chosen.folds_batchnorm and bool(maps)
+    return Plan(graph, tuple(maps), fold, settings, before, after, time.perf_counter() - started)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    channels: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    method: str | Method = "intra-fusion",
+    importance: str | Importance = "l1",
+    scope: Scope = "uniform",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    floor: float = 0.1,
+    round_to: int = 1,
+    data: Iterable | None = None,
+    seed: int = 0,
+    repair: Literal["batchnorm"] | None = None,
+    inplace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pruned:
+    """Make a network smaller.
+
+    The arguments are those of `plan`, and:
+
+    Args:
+        repair: `batchnorm` re-estimates the statistics of batch norm from `data` (unlabelled).
+        inplace: change `model` itself; by default it stays untouched.
+
+    Returns:
+        The pruned network, its plan and a report.
+
+    Raises:
+        IntrafuseError: as for `plan`; also a repair that is unknown or lacks data.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> prune(net, torch.zeros(1, 4), channels=0.5).model[0]
+    Linear(in_features=4, out_features=4, bias=True)
+    """
+    started = time.perf_counter()
+    if repair not in (None, "batchnorm"):
+        raise IntrafuseError("repair must be batchnorm or None", value=repair, usage=True)
+    if repair is not None and data is None:
+        raise IntrafuseError(
+            "repair of batch norm needs unlabelled data",
+            usage=True,
+            remedy="give data= (on the command line --data)",
+        )
+    made = plan(
+        model,
+        example_inputs,
+        channels=channels,
+        params=params,
+        macs=macs,
+        method=method,
+        importance=importance,
+        scope=scope,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        floor=floor,
+        round_to=round_to,
+        data=data,
+        seed=seed,
+        progress=progress,
+    )
+    smaller = made.apply(model, inplace=inplace and repair is None)
+    if repair is not None:
+        assert data is not None
+        smaller = reestimate_batchnorm(model, smaller, made, data, inplace=inplace)
+    budget: Mapping[str, Any] = made.settings["budget"]
+    report = Report(
+        {budget["kind"]: budget["share"]},
+        made.removed,
+        made.before,
+        made.after,
+        time.perf_counter() - started,
+    )
+    return Pruned(smaller, made, report)
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _describe(method: Method) -> dict[str, Any]:
+    settings = asdict(method) if is_dataclass(method) else {}  # type: ignore[call-overload]
+    return {"name": getattr(method, "name", _name(method)), **settings}

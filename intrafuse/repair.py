@@ -1,0 +1,138 @@
+"""Repair: restore the statistics of activations after surgery, from unlabelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import locate
+from intrafuse.graph.blocks import merge_channels, select_channels
+from intrafuse.graph.trace import evaluating
+from intrafuse.plan import Plan
+from intrafuse.surgery import place
+
+__all__ = ["reestimate_batchnorm"]
+
+
+def reestimate_batchnorm(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    data: Iterable,
+    *,
+    inplace: bool = False,
+) -> nn.Module:
+    """Estimate the statistics of batch norm anew (REPAIR, Jordan et al., arXiv 2211.08403).
+
+    Each norm of the pruned network gets the running statistics of what reaches it. Where batch
+    norm was folded, its scale and shift become the spread and mean that the merged channels have
+    in the original network.
+
+    Args:
+        original: the network before pruning.
+        pruned: what `plan.apply(original)` gave.
+        plan: the plan.
+        data: batches of inputs, or of (inputs, labels); labels are ignored. It is read twice
+            where batch norm was folded, so it must be a list or a loader, not a generator.
+        inplace: put the result into `original` instead of returning `pruned`.
+
+    Raises:
+        IntrafuseError: the data holds no batch.
+    """
+    targets = _targets(original, plan, data) if plan.fold else {}
+    norms = [pruned.get_submodule(norm.name) for norm in plan.graph.norms]
+    for norm in plan.graph.norms:
+        module = pruned.get_submodule(norm.name)
+        if norm.mean in targets and isinstance(module.weight, Tensor):
+            mean, variance = targets[norm.mean]
+            module.weight.data = variance.clamp_min(0).sqrt().to(module.weight)
+            module.bias.data = mean.to(module.bias)
+    with evaluating(pruned), _estimating(norms):
+        for _ in _outputs(pruned, data):
+            pass
+    if not inplace:
+        return pruned
+    state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    attributes = plan.graph.attribute_values(plan.graph.resized(plan.widths))
+    place(original, state, attributes, aliases=plan.graph.aliases)
+    return original
+
+
+class _estimating:
+    """Let batch norms average the statistics of all batches; momentum comes back at the end."""
+
+    def __init__(self, norms: list[nn.Module]) -> None:
+        self.norms = norms
+        self.momenta = [norm.momentum for norm in norms]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
+    seen = 0
+    with torch.no_grad():
+        for batch in data:
+            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            seen += 1
+            yield model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    if seen == 0:
+        raise IntrafuseError("repair needs at least one batch of data", remedy="give data=")
+
+
+def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure mean and variance (channels,) of each norm's output, merged as the plan says."""
+    sums: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def measure(mean: str):
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            merged = _merge_output(plan, mean, output.double())
+            dims = [d for d in range(merged.dim()) if d != 1]
+            count = torch.tensor(float(merged.numel() // merged.shape[1]))
+            parts = [count, merged.sum(dims), (merged * merged).sum(dims)]
+            old = sums.get(mean)
+            sums[mean] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+
+        return hook
+
+    with evaluating(original):
+        try:
+            for norm in plan.graph.norms:
+                module = original.get_submodule(norm.name)
+                handles.append(module.register_forward_hook(measure(norm.mean)))
+            for _ in _outputs(original, data):
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {
+        name: (first / count, second / count - (first / count) ** 2)
+        for name, (count, first, second) in sums.items()
+    }
+
+
+def _merge_output(plan: Plan, mean: str, output: Tensor) -> Tensor:
+    """Apply the plan's encode matrices to a norm's output (batch, channels, ...)."""
+    tree = plan.graph.axes[mean][0]
+    sizes = dict(plan.graph.sizes)
+    for step in plan.maps:
+        group = plan.graph.by_name[step.group]
+        blocks = locate(tree, group.id, sizes)
+        if blocks and step.keep is not None:
+            output = select_channels(output, 1, blocks, group.size, step.keep)
+        elif blocks:
+            output = merge_channels(output, 1, blocks, group.size, step.encode)
+        sizes[group.id] = step.width
+    return output

@@ -1,0 +1,158 @@
+"""The tensors of a network on their way through a plan, without the module that owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.blocks import channel_rows, merge_channels, positions, select_channels
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
+from intrafuse.merge import MergeMap
+
+__all__ = ["Weights"]
+
+
+class Weights:
+    """A state dict together with the graph that says what its axes mean.
+
+    Planning and surgery both work on this: tensors are replaced, never written into, so the
+    model that they came from stays as it is.
+
+    Attributes:
+        graph: the channel graph of the traced network.
+        state: parameters and buffers by name; shared parameters under one name.
+        sizes: the current size of every atom; a merged group has its new width.
+        statistics: mean and standard deviation (outputs,) of a layer's output, by the name of its
+            weight, where a batch norm that was folded into the layer told them.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, state: Mapping[str, Tensor], buffers: Iterable[str] = ()
+    ) -> None:
+        self.graph = graph
+        self.buffers = frozenset(buffers)
+        self.state = {k: v.detach() for k, v in state.items() if k not in graph.aliases}
+        self.sizes = dict(graph.sizes)
+        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def of(cls, graph: ChannelGraph, model: nn.Module) -> Weights:
+        """Take the tensors of a model, without copying them.
+
+        Raises:
+            IntrafuseError: a tensor that the graph knows is absent, of another shape, or not finite.
+        """
+        buffers = dict(model.named_buffers())
+        weights = cls(graph, {**dict(model.named_parameters()), **buffers}, buffers)
+        for name in graph.axes:
+            if name not in weights.state:
+                continue
+            tensor = weights.state[name]
+            if tuple(tensor.shape) != graph.shape(name, graph.sizes):
+                raise IntrafuseError(
+                    "the model must have the shapes that the plan was made for",
+                    value=tuple(tensor.shape),
+                    layer=name,
+                    remedy="make the plan from this model",
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise IntrafuseError(
+                    "weights must be finite, but NaN or infinity was found",
+                    layer=name,
+                    remedy="repair or reload the weights",
+                )
+        return weights
+
+    def rows(self, group: ChannelGroup, slot: Slot) -> Tensor:
+        """Return the channels of a group in one slot as rows (channels, elements)."""
+        blocks = self.graph.blocks(slot, group.id, self.sizes)
+        return channel_rows(self.state[slot.parameter], slot.axis, blocks, self.sizes[group.id])
+
+    def present(self, slots: tuple[Slot, ...]) -> list[Slot]:
+        """Drop slots of biases that layers could have but do not."""
+        return [slot for slot in slots if slot.parameter in self.state]
+
+    def snapshot(self) -> Weights:
+        """Return the same tensors under a name of their own: later merges do not reach it."""
+        copy = Weights(self.graph, self.state, self.buffers)
+        copy.sizes, copy.statistics = dict(self.sizes), dict(self.statistics)
+        return copy
+
+    def counted(self) -> dict[str, int]:
+        """Count the elements of every parameter, by name; buffers do not count."""
+        return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}
+
+    def merge(self, step: MergeMap) -> None:
+        """Apply one merge map."""
+        group = self.graph.by_name[step.group]
+        n = self.sizes[group.id]
+        for slot in self.present(group.slots):
+            tensor = self.state[slot.parameter]
+            blocks = self.graph.blocks(slot, group.id, self.sizes)
+            own = slot.role == "reader" and slot.parameter in step.readers
+            if step.keep is not None and not own:
+                new = select_channels(tensor, slot.axis, blocks, n, step.keep)
+            else:
+                new = merge_channels(tensor, slot.axis, blocks, n, _matrix(step, slot))
+            self.state[slot.parameter] = new
+        self.sizes[group.id] = step.width
+        for weight in sorted({*step.writer_gain, *step.writer_shift}):
+            at = next(s for s in group.writers if s.parameter == weight)
+            blocks = self.graph.blocks(at, group.id, self.sizes)
+            size = self.state[weight].shape[at.axis]
+            gain, shift = torch.ones(size), torch.zeros(size)
+            self._place(gain, blocks, step.writer_gain.get(weight), step.width)
+            self._place(shift, blocks, step.writer_shift.get(weight), step.width)
+            self.rescale(weight, gain, shift)
+        for weight in sorted({*step.gain, *step.shift}):
+            self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
+
+    @staticmethod
+    def _place(line: Tensor, blocks, values: Tensor | None, channels: int) -> None:
+        if values is not None:
+            where = torch.from_numpy(positions(blocks, channels))
+            line[where] = values.float().cpu()[:, None].expand(where.shape)
+
+    def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
+        """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).
+
+        Raises:
+            IntrafuseError: the layer has no bias and its module cannot hold one.
+        """
+        layer = self.graph.layers[weight]
+        tensor = self.state[weight]
+        if gain is not None:
+            self.state[weight] = _scale_outputs(tensor, layer.output_axis, gain).to(tensor)
+            gain = gain.to(tensor)
+        bias = self.state.get(layer.bias) if layer.bias is not None else None
+        if bias is not None and gain is not None:
+            bias = bias * gain
+        if shift is not None and (bias is not None or bool((shift != 0).any())):
+            if layer.bias is None:
+                raise IntrafuseError("a layer that is shifted needs a bias", layer=layer.name)
+            bias = shift.to(tensor) if bias is None else bias + shift.to(tensor)
+        if bias is not None:
+            assert layer.bias is not None
+            self.state[layer.bias] = bias
+
+
+def _scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
+    """Multiply each output of a layer's weight by its gain (outputs,)."""
+    shape = [1] * weight.dim()
+    groups = len(gain) // weight.shape[axis]
+    if groups <= 1:
+        shape[axis] = -1
+        return weight * gain.view(shape)
+    # A grouped transposed convolution: weight (groups x inputs, outputs / groups, kernel...).
+    blocks = weight.unflatten(0, (groups, -1))
+    return (blocks * gain.view(groups, 1, -1, *shape[2:])).flatten(0, 1)
+
+
+def _matrix(step: MergeMap, slot: Slot) -> Tensor:
+    """Choose the matrix (m, n) that one slot is multiplied with."""
+    if slot.role == "reader":
+        return step.decoder(slot.parameter).T
+    return step.carry if slot.kind in ("scale", "variance") else step.encode

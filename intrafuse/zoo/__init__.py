@@ -1,0 +1,8 @@
+"""Networks by name: the zoo itself, MODEL strings, and weights from safetensors files."""
+
+from __future__ import annotations
+
+from intrafuse.zoo.registry import ZOO, ResolvedModel, ZooEntry, resolve_model
+from intrafuse.zoo.weights import file_sha256, load_weights
+
+__all__ = ["ZOO", "ResolvedModel", "ZooEntry", "file_sha256", "load_weights", "resolve_model"]

@@ -1,0 +1,16 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder of trained networks and data beside the project, or skip the test."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models").is_dir() or not (folder / "data").is_dir():
+        pytest.skip(f"../shared is absent: {folder} has no models and data")
+    return folder
