@@ -78,9 +78,13 @@ class Budget:
                     remedy="0.5 removes half",
                 )
         if self.scope not in SCOPES:
-            raise IntrafuseError(f"scope must be one of {', '.join(SCOPES)}", value=self.scope)
+            raise IntrafuseError(
+                f"scope must be one of {', '.join(SCOPES)}", value=self.scope, usage=True
+            )
         if not isinstance(self.round_to, int) or self.round_to < 1:
-            raise IntrafuseError("round_to must be a whole number from 1", value=self.round_to)
+            raise IntrafuseError(
+                "round_to must be a whole number from 1", value=self.round_to, usage=True
+            )
 
     @classmethod
     def of(cls, shares: Mapping[str, float | None], **settings) -> Budget:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from intrafuse.errors import IntrafuseError
 
 __all__ = ["replacing", "replacing_folder"]
@@ -27,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter wraps a full disk
         raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,7 +65,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter wraps a full disk
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,9 +76,9 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _cannot_write(path: Path, error: OSError) -> IntrafuseError:
+def _cannot_write(path: Path, error: Exception) -> IntrafuseError:
     return IntrafuseError(
-        f"the output cannot be written: {error.strerror or error}",
+        f"the output cannot be written: {getattr(error, 'strerror', None) or error}",
         value=str(path),
         remedy="free space or choose another folder; nothing was written under that name",
     )

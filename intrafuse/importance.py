@@ -114,7 +114,7 @@ def lamp(group: ChannelGroup, context: Context) -> Tensor:
     what is left, so prefer it to `l2` where one threshold cuts all groups.
 
     Source: Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning",
-    ICLR 2021, arXiv 2010.07611, equation 4, on channels instead of single weights.
+    ICLR 2021, arXiv 2010.07611: the LAMP score, on channels instead of single weights.
     """
     squares = _filters(group, context.weights).double().square().sum(1)
     ascending = squares.sort().values
@@ -156,7 +156,7 @@ def fpgm(group: ChannelGroup, context: Context) -> Tensor:
     Channels near the geometric median are what the others can stand in for.
 
     Source: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median for Deep Convolutional
-    Neural Networks Acceleration", CVPR 2019, arXiv 1811.00250, equation 6.
+    Neural Networks Acceleration", CVPR 2019, arXiv 1811.00250.
     """
     filters = _filters(group, context.weights).double()  # cdist squares: keep the digits
     return torch.cat([torch.cdist(part, filters).sum(1) for part in filters.split(1024)]).float()
@@ -225,8 +225,9 @@ def _linear_copy(model: nn.Module) -> nn.Module:
 
 def _scale_and_shift(module: Any, x: Tensor) -> Tensor:
     """Apply what is left of a norm layer without its statistics (batch norm: without its mean)."""
-    last = isinstance(module, nn.LayerNorm | nn.RMSNorm)  # over the last dimensions, else over 1
-    shape = module.normalized_shape if last else (-1, *[1] * (x.dim() - 2))
+    shape = tuple(getattr(module, "normalized_shape", ()))
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:  # channels first, also LayerNorm2d
+        shape = (-1, *[1] * (x.dim() - 2))
     if getattr(module, "running_var", None) is not None:
         x = x / (module.running_var + module.eps).sqrt().view(shape)
     if module.weight is not None:

@@ -77,7 +77,7 @@ def chip(group: ChannelGroup, context: Context) -> Tensor:
         IntrafuseError: no data, or no reader that is called as a module.
 
     Source: Sui, Yin, Xie, Phan, Zonouz, Yuan, "CHIP: CHannel Independence-based Pruning for
-    Compact Neural Networks", NeurIPS 2021, arXiv 2110.13981, equation 4.
+    Compact Neural Networks", NeurIPS 2021, arXiv 2110.13981, section 3.
     """
 
     def compute(context: Context) -> Scores:

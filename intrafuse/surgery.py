@@ -63,7 +63,8 @@ def place(
                 owner._buffers[leaf] = tensor
             elif leaf in owner._parameters:
                 trained = old.requires_grad if old is not None else _trains(owner)
-                parameter = parameter or nn.Parameter(tensor, requires_grad=trained)
+                if parameter is None:
+                    parameter = nn.Parameter(tensor, requires_grad=trained)
                 owner._parameters[leaf] = parameter
             else:
                 raise IntrafuseError("the module has no such parameter", layer=path)

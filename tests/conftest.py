@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,8 @@ def shared() -> Path:
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(f"../shared is absent: {folder} has no models and data")
     return folder
+
+
+settings.register_profile("intrafuse", deadline=None, derandomize=True)
+settings.load_profile("intrafuse")
+torch.set_num_threads(2)

@@ -118,6 +118,12 @@ class Norm:
     eps: float
     layer: str | None
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the parameters and buffers that it has."""
+        names = (self.weight, self.bias, self.mean, self.variance)
+        return tuple(name for name in names if name is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Attribute:

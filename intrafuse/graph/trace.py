@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Slot
+from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
 
 __all__ = ["ExampleInputs", "Program", "as_arguments", "evaluating", "trace"]
@@ -213,12 +213,23 @@ def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
         axes=axes,
         sizes=dict(enumerate(scope.table.size)),
         layers=scope.layers,
-        norms=tuple(scope.norms),
+        norms=_list_norms(scope),
         attributes=tuple(dict.fromkeys(attributes)),
         costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
         aliases=scope.aliases,
         program=Program(nodes, values, scope.parameters),
     )
+
+
+def _list_norms(scope: Scope) -> tuple[Norm, ...]:
+    """List each norm once; one that is called twice or shares a parameter folds into no layer."""
+    uses = Counter(name for norm in scope.norms for name in norm.tensors)
+    alone = [max(uses[name] for name in norm.tensors) == 1 for norm in scope.norms]
+    norms = (
+        norm if once else replace(norm, layer=None)
+        for norm, once in zip(scope.norms, alone, strict=True)
+    )
+    return tuple(dict.fromkeys(norms))
 
 
 def _lock_unclear(scope: Scope, axes: Mapping[str, tuple[Tree, ...]]) -> None:

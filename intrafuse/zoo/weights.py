@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["file_sha256", "load_weights"]
+__all__ = ["file_sha256", "load_weights", "read_tensors"]
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     >>> bool((source.weight == target.weight).all())
     True
     """
-    tensors = _read(Path(path))
+    tensors = read_tensors(Path(path))
     _check_keys(model, tensors, path)
     broken = [n for n, t in sorted(tensors.items()) if not torch.isfinite(t).all()]
     if broken:
@@ -71,7 +71,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; nothing is unpickled.
+
+    Raises:
+        IntrafuseError: a missing, truncated, corrupt or pickled file.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(9)

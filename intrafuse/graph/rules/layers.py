@@ -151,8 +151,11 @@ def _layer_before(scope: Scope, node: Node) -> str | None:
     """Name the weight of the layer whose only reader is a norm, if the norm can fold into it."""
     if operator_name(node) == "getitem" or len(node.users) != 1 or node.op != "call_function":
         return None
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    if not isinstance(weight, Node) or len(weight.users) != 1:
+    args = scope.arguments(node)
+    weight, bias = args.get("weight"), args.get("bias")
+    if not isinstance(weight, Node) or scope.uses(weight) != 1:
+        return None
+    if isinstance(bias, Node) and scope.uses(bias) != 1:
         return None
     layer = scope.layers.get(scope.parameters.get(weight, ""))
     if layer is None or layer.operator != operator_name(node) or layer.bias is None:

@@ -124,6 +124,12 @@ class Scope:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
 
+    def uses(self, node: Node) -> int:
+        """Count the operators that take the parameter behind a node, under any of its names."""
+        name = self.parameters.get(node)
+        same = [n for n, known in self.parameters.items() if known == name] if name else [node]
+        return sum(len(n.users) for n in same)
+
     def use(self, parameter: str | None, axis: int, role: Role, kind: Kind) -> None:
         """Record which part a parameter axis plays for the channels that lie on it."""
         if parameter is None:

@@ -1,0 +1,392 @@
+"""Save a network to a folder of safetensors and JSON, and load it again, bit for bit."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import intrafuse
+from intrafuse.errors import IntrafuseError
+from intrafuse.files import replacing_folder
+from intrafuse.graph.axes import leaves
+from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
+from intrafuse.plan import Plan
+from intrafuse.prune import Pruned
+from intrafuse.surgery import place
+from intrafuse.zoo import ZOO, file_sha256, resolve_model
+from intrafuse.zoo.weights import read_tensors
+
+__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save"]
+
+WEIGHTS, MANIFEST, PLAN = "model.safetensors", "intrafuse.json", "plan.safetensors"
+REMEDY = "build the network that was pruned, before pruning, and give it as model="
+
+
+def save(
+    folder: str | Path,
+    pruned: Pruned | nn.Module,
+    *,
+    architecture: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    source_sha256: str | None = None,
+    figures: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+) -> Path:
+    """Save a network so that `load` gives it back bit for bit; nothing is pickled.
+
+    The folder is written under a temporary name and renamed, so that a full disk or a kill leaves
+    nothing half-written under its own name. One that intrafuse saved before is replaced.
+
+    Args:
+        folder: where to; new, empty, or saved by intrafuse.
+        pruned: what `prune` returned, or a module.
+        architecture: a name in the zoo, for `load(folder)` alone; or any other note.
+        arguments: what the architecture's factory was called with, as JSON data.
+        source_sha256: of the weights before pruning (`intrafuse.zoo.file_sha256`).
+        figures: what was measured, as JSON data, such as {"accuracy": 93.2}.
+        plan: of a module that was pruned and is now, say, fine-tuned. Without it a module must
+            have the shapes of its architecture.
+
+    Returns:
+        The folder.
+
+    Raises:
+        IntrafuseError: the folder holds other files or cannot be written; the plan or the
+            architecture is that of another network; NaN or Inf in the weights.
+
+    >>> import tempfile
+    >>> from intrafuse import prune
+    >>> net = resolve_model("mlp")
+    >>> small = prune(net.model, net.example_inputs, channels=0.5)
+    >>> with tempfile.TemporaryDirectory() as temporary:
+    ...     again = load(save(f"{temporary}/small", small, architecture="mlp"))
+    >>> again.layers[1]
+    Linear(in_features=64, out_features=64, bias=True)
+    """
+    seconds = None
+    if isinstance(pruned, Pruned):
+        model, plan, seconds = pruned.model, plan or pruned.plan, pruned.report.seconds
+    else:
+        model = pruned
+    folder = _usable(Path(folder))
+    tensors, aliases = _state(model)
+    _require_finite(tensors, dict(model.named_buffers()))
+    if plan is not None:
+        _require_same(plan, tensors)
+    manifest = Manifest(
+        schema_version=SCHEMA,
+        architecture=architecture,
+        arguments=as_json(dict(arguments or {}), "arguments"),
+        tensors=_describe(tensors, plan),
+        aliases=aliases,
+        removed_layers=_identities(model),
+        figures=as_json(dict(figures or {}), "figures"),
+        source_sha256=_digest(source_sha256),
+        files={},
+        versions=_versions(),
+        **_history(plan, seconds),
+    )
+    if architecture in ZOO:
+        _check(_build(manifest), tensors, manifest)  # refuse now what `load` would refuse
+    with replacing_folder(folder) as temporary:
+        packed = {name: _pack(tensor, manifest.tensors[name]) for name, tensor in tensors.items()}
+        save_file(packed, temporary / WEIGHTS, {"format": "pt"})
+        if plan is not None:
+            plan.save(temporary / PLAN)
+        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        text = manifest.model_copy(update={"files": files}).text()
+        (temporary / MANIFEST).write_text(text, "utf-8")
+    return folder
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a network that `save` wrote. No code that the folder names is imported.
+
+    Args:
+        folder: what `save` wrote.
+        model: the network before pruning, for an architecture outside the zoo. It is changed in
+            place, and only when everything in the folder fits it.
+
+    Returns:
+        The network in evaluation mode: a new one of the zoo, or `model`.
+
+    Raises:
+        IntrafuseError: the folder is missing, truncated, corrupt or pickled, has an unknown
+            schema version, holds NaN or Inf; missing, unexpected or misshapen keys; an
+            architecture outside the zoo, and no `model`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise IntrafuseError(
+            "a saved network is a folder, and nothing is unpickled",
+            value=str(folder),
+            remedy=f"give the folder that holds {MANIFEST}",
+        )
+    manifest = Manifest.read(folder / MANIFEST)
+    tensors = _read(folder, manifest)
+    target = _build(manifest) if model is None else model
+    _check(target, tensors, manifest)
+    old = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+    devices = {name: tensor.device for name, tensor in old.items()}
+    default = next(iter(devices.values()), torch.device("cpu"))
+    tensors = {name: t.to(devices.get(name, default)) for name, t in tensors.items()}
+    standing = _identities(target)
+    removed = [layer for layer in manifest.removed_layers if layer not in standing]
+    place(target, tensors, manifest.attributes, removed, manifest.aliases)
+    return target.eval()
+
+
+# --- saving -------------------------------------------------------------------------------------
+
+
+def _usable(folder: Path) -> Path:
+    """Refuse a folder with files of somebody else: it would be replaced as a whole."""
+    folder = folder.expanduser().resolve()
+    if folder.is_dir():
+        others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, MANIFEST, PLAN})
+        if others:
+            raise IntrafuseError(
+                f"the folder holds other files ({', '.join(others[:3])})",
+                value=str(folder),
+                remedy="choose a new folder",
+            )
+    return folder
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """List every parameter and buffer under its first name, and the other names of tied ones."""
+    first: dict[int, str] = {}
+    tensors, aliases = {}, {}
+    named = [*model.named_parameters(remove_duplicate=False)]
+    for name, tensor in [*named, *model.named_buffers(remove_duplicate=False)]:
+        if first.setdefault(id(tensor), name) == name:
+            tensors[name] = tensor.detach().cpu()
+        else:
+            aliases[name] = first[id(tensor)]
+    return tensors, aliases
+
+
+def _require_same(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    for name, shape in plan.shapes().items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise IntrafuseError(
+                f"the network must have the shapes that its plan gives, here {shape}",
+                value=tuple(tensors[name].shape),
+                layer=name,
+                remedy="give the plan that the network was pruned with",
+            )
+
+
+def _describe(tensors: Mapping[str, Tensor], plan: Plan | None) -> dict[str, Stored]:
+    """Describe tensors; a group of one channel may have been pruned by an earlier plan."""
+    axes = {} if plan is None else plan.graph.axes
+    free: set[int] = set()
+    if plan is not None:
+        free = {g.id for g in plan.graph.groups}
+        free |= {g.id for g in plan.graph.locked if g.size == 1}
+    return {
+        name: Stored(
+            shape=tuple(tensor.shape),
+            dtype=_dtype(tensor),
+            pruned_axes=tuple(
+                i for i, tree in enumerate(axes.get(name, ())) if free.intersection(leaves(tree))
+            ),
+            order=_order(tensor),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Find the order in which axes lie in memory: kernels, and so rounding, depend on it."""
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def _pack(tensor: Tensor, stored: Stored) -> Tensor:
+    """Make a tensor that safetensors can hold: plain memory of its own."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if stored.dtype in ("complex32", "complex128"):
+        tensor = torch.view_as_real(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _identities(model: nn.Module) -> tuple[str, ...]:
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(name for name, m in named if name and isinstance(m, nn.Identity))
+
+
+def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
+    """Say what the pruning was asked for and did, in the manifest's fields."""
+    if plan is None:
+        return {}
+    keys = ("budget", "method", "importance", "include", "exclude", "seed")
+    return {
+        **{key: as_json(plan.settings.get(key), key) for key in keys},
+        "attributes": plan.graph.attribute_values(plan.graph.resized(plan.widths)),
+        "before": vars(plan.before),
+        "after": vars(plan.after),
+        "seconds": plan.seconds if seconds is None else seconds,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "intrafuse": intrafuse.__version__,
+    }
+
+
+def _digest(sha256: str | None) -> str | None:
+    if sha256 is not None and (len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef")):
+        raise IntrafuseError(
+            "source_sha256 must be 64 hexadecimal digits",
+            value=sha256,
+            remedy="use intrafuse.zoo.file_sha256",
+        )
+    return sha256
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the tensors, and check them against the manifest."""
+    path = folder / WEIGHTS
+    packed = read_tensors(path)
+    if manifest.files.get(WEIGHTS) != file_sha256(path):
+        raise IntrafuseError(
+            "the weights are corrupt, or not those that the manifest describes (SHA-256 differs)",
+            value=str(path),
+            remedy="save the network again",
+        )
+    tensors = {}
+    for name in sorted(packed.keys() | manifest.tensors.keys()):
+        stored, tensor = manifest.tensors.get(name), packed.get(name)
+        if stored is not None and tensor is not None:
+            tensors[name] = tensor = _unpack(tensor, stored)
+        if stored is None or tensor is None or not _agree(tensor, stored):
+            given = None if tensor is None else f"{_dtype(tensor)} {list(tensor.shape)}"
+            raise IntrafuseError(
+                "the manifest and the weights disagree",
+                value=given,
+                layer=name,
+                remedy="save the network again",
+            )
+    return tensors
+
+
+def _unpack(tensor: Tensor, stored: Stored) -> Tensor:
+    tensor = tensor.clone()  # off the file, and aligned as any other tensor
+    if stored.dtype in ("complex32", "complex128") and tensor.shape[-1:] == (2,):
+        tensor = torch.view_as_complex(tensor)
+    order = stored.order
+    if order is not None and sorted(order) == list(range(tensor.dim())):
+        back = sorted(range(len(order)), key=order.__getitem__)
+        tensor = tensor.permute(order).contiguous().permute(back)
+    return tensor
+
+
+def _agree(tensor: Tensor, stored: Stored) -> bool:
+    return tuple(tensor.shape) == stored.shape and _dtype(tensor) == stored.dtype
+
+
+def _build(manifest: Manifest) -> nn.Module:
+    """Build an architecture of the zoo, and no other, without touching the random state."""
+    name = manifest.architecture
+    if name not in ZOO:
+        raise IntrafuseError(
+            "only architectures of the zoo are built from a folder, which must not import code",
+            value=name,
+            remedy=REMEDY,
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return resolve_model(name, **manifest.arguments).model  # type: ignore[arg-type]
+    except TypeError as error:
+        raise IntrafuseError(
+            f"the architecture cannot be built ({error})", value=name, remedy=REMEDY
+        ) from error
+
+
+def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Refuse tensors, names and attributes that do not fit a model; change nothing."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    wanted.update(buffers)  # type: ignore[arg-type]
+    gone = tuple(f"{layer}." for layer in manifest.removed_layers)
+    sources = {**{name: name for name in tensors}, **manifest.aliases}
+    missing = [name for name in wanted if name not in sources and not name.startswith(gone)]
+    missing += [source for source in sources.values() if source not in tensors]
+    unexpected = [name for name in sources if not _can_hold(owners, name)]
+    misshapen = []
+    for name, source in sources.items():
+        if source in tensors and name not in unexpected:
+            why = _misfit(tensors[source], wanted.get(name), manifest.tensors[source])
+            misshapen += [f"{name} ({why})"] if why else []
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
+    if found:
+        raise IntrafuseError(
+            f"the saved network does not fit the model; {'; '.join(found)}", remedy=REMEDY
+        )
+    _require_finite(tensors, buffers)
+    for path, values in manifest.attributes.items():
+        for attribute in values:
+            if type(getattr(owners.get(path), attribute, None)) is not int:
+                raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
+    for layer in manifest.removed_layers:
+        if not layer or layer not in owners:
+            raise IntrafuseError("the model has no such layer", layer=layer, remedy=REMEDY)
+
+
+def _can_hold(owners: Mapping[str, nn.Module], name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    owner = owners.get(path)
+    return owner is not None and (leaf in owner._parameters or leaf in owner._buffers)
+
+
+def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
+    """Say why a tensor cannot take the place of the model's own, or of an absent one."""
+    if old is None:  # a bias that folding gave to a layer without one
+        fits = tensor.is_floating_point() or tensor.is_complex()
+        return None if fits else f"file {_dtype(tensor)}, model has none"
+    same = (
+        tensor.dim() == old.dim()
+        and tensor.is_floating_point() == old.is_floating_point()
+        and tensor.is_complex() == old.is_complex()
+        and all(
+            n == m or (n < m and axis in stored.pruned_axes)
+            for axis, (n, m) in enumerate(zip(tensor.shape, old.shape, strict=True))
+        )
+    )
+    if same:
+        return None
+    return f"file {_dtype(tensor)} {list(tensor.shape)}, model {_dtype(old)} {list(old.shape)}"
+
+
+def _require_finite(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Refuse NaN, and Inf but in buffers such as attention masks."""
+    for name, tensor in sorted(tensors.items()):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        value = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        mask = name in buffers and not name.rpartition(".")[2].startswith("running_")
+        if value.isnan().any() or (not mask and value.isinf().any()):
+            raise IntrafuseError("weights must be finite, but NaN or Inf was found", layer=name)
