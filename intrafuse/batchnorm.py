@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor, nn
 
@@ -48,13 +46,11 @@ def fold_batchnorm(
 def fold_norms(weights: Weights) -> None:
     """Fold every batch norm of a set of tensors, and note the statistics that it told.
 
-    After this a norm has mean 0 and variance 1 - eps (unless nothing could hold what these were);
-    one that was folded also has weight 1 and bias 0, and `weights.statistics` holds mean and standard deviation of its layer's output.
+    After this a norm has mean 0 and variance 1 - eps, unless it shares tensors with another or
+    has no scale and shift to hold these. One that was folded also has weight 1 and bias 0, and
+    `weights.statistics` holds mean and standard deviation of its layer's output.
     """
-    uses = Counter(name for norm in weights.graph.norms for name in norm.tensors)
-    for norm in weights.graph.norms:
-        if max(uses[name] for name in norm.tensors) > 1:
-            continue  # two norms share a parameter: neither can have one of its own
+    for norm in weights.graph.own_norms:
         scale, shift = _affine(weights, norm)
         mean, variance = weights.state[norm.mean], weights.state[norm.variance]
         if norm.layer is not None:

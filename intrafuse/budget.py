@@ -87,7 +87,7 @@ class Budget:
             )
 
     @classmethod
-    def of(cls, shares: Mapping[str, float | None], **settings) -> Budget:
+    def of(cls, shares: Mapping[Kind, float | None], **settings) -> Budget:
         """Make the budget from exactly one share that is not None.
 
         Raises:
@@ -160,7 +160,7 @@ def choose_widths(
     }
     ladder = _uniform_ladder if budget.scope == "uniform" else _global_ladder
     steps, widths_at = ladder(free, scores, budget)
-    if budget.kind == "channels" and budget.scope == "uniform":
+    if groups and budget.kind == "channels" and budget.scope == "uniform":
         return {**base, **widths_at(budget.share)}
     before = figures({})
     groups_before = sum(group.size for group in groups)
@@ -168,18 +168,19 @@ def choose_widths(
     def removed(step: float) -> float:
         widths = {**base, **widths_at(step)}
         if budget.kind == "channels":  # of the groups that may shrink
-            return 1 - sum(widths.values()) / max(groups_before, 1)
+            return 1 - sum(widths.values()) / groups_before if groups_before else 0.0
         return figures(widths).removed(before)[budget.kind]
 
-    most = removed(steps[-1]) if len(steps) else 0.0
+    most = removed(steps[-1])
     if most < budget.share - 1e-12:
         raise IntrafuseError(
             f"the unlocked groups cannot shed that share of {budget.kind}",
             value=budget.share,
-            remedy=f"at most {floor(most * 1e4) / 1e4:.4f} can be removed; lower the budget, the "
-            "floor or round_to, or exclude less",
+            remedy=f"at most {floor(max(most, 0) * 1e4) / 1e4:.4f} can be removed; lower the "
+            "budget, the floor or round_to, or exclude less",
         )
-    low, high = 0, len(steps) - 1
+    # Folding may add biases, so that the first step removes less than none: look at zero apart.
+    low, high = 0, 0 if removed(steps[0]) >= budget.share - 1e-12 else len(steps) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (
@@ -210,16 +211,17 @@ def _uniform_ladder(groups, scores, budget: Budget):
 
     sizes = sorted({group.size for group in groups})
     shares = sorted({removed / size for size in sizes for removed in range(size)})
-    return shares, widths_at
+    return shares or [0.0], widths_at
 
 
 def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
     """Every number of channels that a common ranking can remove, and the widths at it."""
-    rows, owner = [], []
+    rows, owner, floors = [], [], []
     for i, group in enumerate(groups):
         score = scores[group.name].double().cpu()
         score = (score / score.mean().abs().clamp_min(1e-300)).sort(descending=True).values
         least = max(1, -(-int(group.size * budget.floor * 1000) // 1000))
+        floors.append(least)
         rows.append(score[least:])
         owner.append(torch.full((len(score) - least,), i))
     if not rows:
@@ -230,7 +232,8 @@ def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
     def widths_at(count: float) -> dict[str, int]:
         gone = torch.bincount(ranked[: int(count)], minlength=len(groups)).tolist()
         return {
-            g.name: _round(g.size, g.size - k, budget) for g, k in zip(groups, gone, strict=True)
+            g.name: _round(g.size, g.size - k, budget, least)
+            for g, k, least in zip(groups, gone, floors, strict=True)
         }
 
     return range(len(ranked) + 1), widths_at

@@ -23,7 +23,7 @@ from intrafuse.surgery import place
 from intrafuse.zoo import ZOO, file_sha256, resolve_model
 from intrafuse.zoo.weights import read_tensors
 
-__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save"]
+__all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
 WEIGHTS, MANIFEST, PLAN = "model.safetensors", "intrafuse.json", "plan.safetensors"
 REMEDY = "build the network that was pruned, before pruning, and give it as model="
@@ -75,7 +75,7 @@ def save(
         model, plan, seconds = pruned.model, plan or pruned.plan, pruned.report.seconds
     else:
         model = pruned
-    folder = _usable(Path(folder))
+    folder = usable(folder)
     tensors, aliases = _state(model)
     _require_finite(tensors, dict(model.named_buffers()))
     if plan is not None:
@@ -146,9 +146,15 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 # --- saving -------------------------------------------------------------------------------------
 
 
-def _usable(folder: Path) -> Path:
-    """Refuse a folder with files of somebody else: it would be replaced as a whole."""
-    folder = folder.expanduser().resolve()
+def usable(folder: str | Path) -> Path:
+    """Return a folder that `save` may write, and refuse one with files of somebody else.
+
+    Raises:
+        IntrafuseError: it would be replaced as a whole, and it holds other files, or is a file.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise IntrafuseError("the output must be a folder, but it is a file", value=str(folder))
     if folder.is_dir():
         others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, MANIFEST, PLAN})
         if others:

@@ -57,7 +57,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.iterdir():
             _flush(file)
-        temporary.chmod(0o755)
+        temporary.chmod(_mode(0o777))
         if path.exists():
             old = temporary.with_suffix(".old")
             os.rename(path, old)
@@ -71,7 +71,15 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _mode(most: int) -> int:
+    """Take from a mode what the user's umask forbids; temporary files start as private."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return most & ~umask
+
+
 def _flush(path: Path) -> None:
+    path.chmod(_mode(0o666))
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -54,8 +54,8 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 SATURATING = (nn.Hardtanh, nn.Tanh, nn.Softsign)  # ReLU6 is a Hardtanh
 
 
-def _filters(group: ChannelGroup, weights: Weights) -> Tensor:
-    """Lay the weights that write each channel side by side: float32 (channels, elements).
+def _filters(group: ChannelGroup, weights: Weights) -> list[Tensor]:
+    """List the weights that write each channel, by writer: float32 (channels, elements).
 
     A group that no weight writes is judged by all its parameters instead.
     """
@@ -68,33 +68,47 @@ def _filters(group: ChannelGroup, weights: Weights) -> Tensor:
             layer=group.name,
             remedy='choose another importance, such as "random"',
         )
-    return torch.cat([weights.rows(group, slot).float() for slot in slots], dim=1)
+    return [weights.rows(group, slot).float() for slot in slots]
+
+
+def _norm(group: ChannelGroup, weights: Weights, p: float) -> Tensor:
+    """Take the p-norm of the weights that write each channel.
+
+    Several writers (of a residual stream) count alike, however large or many their weights:
+    the norms of each are divided by their mean before they are averaged.
+    """
+    norms = [torch.linalg.vector_norm(rows, p, dim=1) for rows in _filters(group, weights)]
+    if len(norms) == 1:
+        return norms[0]
+    levels = torch.stack([norm.mean() for norm in norms])
+    shares = torch.stack([norm / norm.mean().clamp_min(1e-30) for norm in norms])
+    return shares.mean(0) * levels.mean()
 
 
 def l1(group: ChannelGroup, context: Context) -> Tensor:
-    """Sum the absolute weights of all writers of a channel, biases excluded.
+    """Sum the absolute weights that write a channel, biases excluded; writers count alike.
 
     Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets",
     ICLR 2017, arXiv 1608.08710, section 3.1.
     """
-    return _filters(group, context.weights).abs().sum(1)
+    return _norm(group, context.weights, 1)
 
 
 def l2(group: ChannelGroup, context: Context) -> Tensor:
-    """Take the Euclidean norm of the weights of all writers of a channel, biases excluded.
+    """Take the Euclidean norm of the weights that write a channel; writers count alike.
 
     Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning for Accelerating Deep Convolutional
     Neural Networks", IJCAI 2018, arXiv 1808.06866, equation 2 with p = 2.
     """
-    return torch.linalg.vector_norm(_filters(group, context.weights), dim=1)
+    return _norm(group, context.weights, 2)
 
 
 def linf(group: ChannelGroup, context: Context) -> Tensor:
-    """Take the largest absolute weight of all writers of a channel, biases excluded.
+    """Take the largest absolute weight that writes a channel; writers count alike.
 
     Source: as `l2`, with p = infinity.
     """
-    return _filters(group, context.weights).abs().amax(1)
+    return _norm(group, context.weights, torch.inf)
 
 
 def random(group: ChannelGroup, context: Context) -> Tensor:
@@ -116,7 +130,7 @@ def lamp(group: ChannelGroup, context: Context) -> Tensor:
     Source: Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning",
     ICLR 2021, arXiv 2010.07611: the LAMP score, on channels instead of single weights.
     """
-    squares = _filters(group, context.weights).double().square().sum(1)
+    squares = _norm(group, context.weights, 2).double().square()
     ascending = squares.sort().values
     rest = ascending.flip(0).cumsum(0).flip(0)  # rest[k]: sum from the k-th smallest on
     rest = rest[torch.searchsorted(ascending, squares)]  # equal channels count alike
@@ -158,7 +172,7 @@ def fpgm(group: ChannelGroup, context: Context) -> Tensor:
     Source: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median for Deep Convolutional
     Neural Networks Acceleration", CVPR 2019, arXiv 1811.00250.
     """
-    filters = _filters(group, context.weights).double()  # cdist squares: keep the digits
+    filters = torch.cat(_filters(group, context.weights), 1).double()  # cdist squares: keep the digits
     return torch.cat([torch.cdist(part, filters).sum(1) for part in filters.split(1024)]).float()
 
 

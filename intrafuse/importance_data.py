@@ -123,7 +123,7 @@ def scored(
     if known is None or any(old is not new for old, new in zip(known[0], source, strict=True)):
         known = entries[metric] = (source, compute(context))
     if group.id in known[1]:
-        return known[1][group.id].float().clone()
+        return known[1][group.id].to(torch.float32, copy=True)
     reason = "none of the modules that read them is called" if not group.locked else "locked"
     raise IntrafuseError(
         f'importance "{metric}" cannot see these channels: {reason}',

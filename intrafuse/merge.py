@@ -12,6 +12,8 @@ from intrafuse.errors import IntrafuseError
 
 __all__ = ["MergeMap"]
 
+PARTS = ("readers", "gain", "shift", "writer_gain", "writer_shift")  # tensors by parameter
+
 
 @dataclass(frozen=True, eq=False)
 class MergeMap:
@@ -94,32 +96,51 @@ class MergeMap:
         found = {"encode": self.encode, "decode": self.decode, "carry": self.carry}
         if self.keep is not None:
             found["keep"] = self.keep
-        for part in ("readers", "gain", "shift", "writer_gain", "writer_shift"):
+        for part in PARTS:
             found.update({f"{part}:{name}": t for name, t in getattr(self, part).items()})
         return found
 
     @classmethod
     def from_tensors(cls, group: str, tensors: Mapping[str, Tensor]) -> MergeMap:
         """Rebuild a map from what `tensors` gave."""
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
         for name, tensor in tensors.items():
             part, colon, parameter = name.partition(":")
             if colon:
-                parts.setdefault(part, {})[parameter] = tensor
-        plain = {name: tensor for name, tensor in tensors.items() if ":" not in name}
-        return cls(group=group, **plain, **parts)
+                parts[part][parameter] = tensor
+        encode, decode, carry = (tensors[name] for name in ("encode", "decode", "carry"))
+        return cls(group, encode, decode, carry, tensors.get("keep"), **parts)
 
     def check(self) -> MergeMap:
-        """Return the map itself, or refuse one with numbers that are not finite.
+        """Return the map itself, or refuse one that does not fit together or is not finite.
 
         Raises:
-            IntrafuseError: a matrix, gain or shift holds NaN or infinity.
+            IntrafuseError: a matrix, gain or shift has the wrong shape, or holds NaN or infinity.
         """
+        n, m = self.size, self.width
+        shapes = {"encode": (m, n), "decode": (n, m), "carry": (m, n), "keep": (m,)}
+        shapes |= {f"readers:{name}": (n, m) for name in self.readers}
         for name, tensor in self.tensors().items():
+            if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                raise IntrafuseError(
+                    f"{name} of a merge map must have the shape {shapes[name]}",
+                    value=tuple(tensor.shape),
+                    layer=self.group,
+                )
             if not torch.isfinite(tensor).all():
                 raise IntrafuseError(
                     f"merge maps must be finite, but {name} is not",
                     layer=self.group,
                     remedy="check the weights, the importance and the settings of the method",
                 )
+        if self.keep is not None and not _ascends(self.keep, n):
+            raise IntrafuseError(
+                f"keep of a merge map must hold ascending channels below {n}",
+                value=self.keep.tolist(),
+                layer=self.group,
+            )
         return self
+
+
+def _ascends(keep: Tensor, channels: int) -> bool:
+    return bool((keep.diff(prepend=keep.new_tensor([-1])) > 0).all()) and int(keep[-1]) < channels

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Figures
@@ -72,7 +72,7 @@ class Plan:
         if self.fold:
             fold_norms(weights)
         for step in self.maps:
-            weights.merge(step)
+            weights.merge(step.check())
         return weights
 
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -143,19 +143,27 @@ class Plan:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if data["format"] != FORMAT:
                 raise IntrafuseError("a plan of an unknown format", value=data["format"])
-            graph = graph_from_data(data["graph"])
+            return cls._from_data(data, tensors)
         except IntrafuseError:
             raise
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as e:
             raise IntrafuseError(
-                f"a plan must be a readable safetensors file that intrafuse wrote: {error}",
+                "a plan must be a readable safetensors file that intrafuse wrote: "
+                f"{type(e).__name__}: {e}",
                 value=str(path),
                 remedy="make the plan again",
-            ) from error
+            ) from e
+
+    @classmethod
+    def _from_data(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+        graph = graph_from_data(data["graph"])
         maps = []
         for i, name in enumerate(data["groups"]):
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
-            maps.append(MergeMap.from_tensors(name, own))
+            step = MergeMap.from_tensors(name, own).check()
+            if step.size != graph.by_name[name].size:
+                raise IntrafuseError("a merge map of another size than its group", layer=name)
+            maps.append(step)
         return cls(
             graph,
             tuple(maps),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal
 
@@ -123,6 +123,12 @@ def plan(
         round_to=round_to,
         overrides=dict(overrides or {}),
     )
+    if isinstance(data, Iterator):
+        raise IntrafuseError(
+            "data must be readable more than once: a list of batches or a loader",
+            value=type(data).__name__,
+            remedy="list(batches)",
+        )
     chosen = resolve_method(method)
     graph = trace(model, example_inputs)
     groups = choose_groups(graph, include, exclude)
@@ -134,7 +140,8 @@ def plan(
     counted = original.counted()
 
     def figures(widths: Mapping[str, int]) -> Figures:
-        return measure(graph, graph.resized(widths), counted) if widths else before
+        shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
+        return measure(graph, graph.resized(widths), counted) if shrinks else before
 
     context = Context(weights, original, model, example_inputs, data, seed)
     scores = {group.name: score(group, context, importance) for group in groups}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import locate
@@ -44,7 +45,7 @@ def reestimate_batchnorm(
     """
     targets = _targets(original, plan, data) if plan.fold else {}
     norms = [pruned.get_submodule(norm.name) for norm in plan.graph.norms]
-    for norm in plan.graph.norms:
+    for norm in plan.graph.own_norms:
         module = pruned.get_submodule(norm.name)
         if norm.mean in targets and isinstance(module.weight, Tensor):
             mean, variance = targets[norm.mean]
@@ -62,10 +63,21 @@ def reestimate_batchnorm(
     return original
 
 
+def _norm_module(model: nn.Module, name: str) -> _BatchNorm:
+    module = model.get_submodule(name)
+    if not isinstance(module, _BatchNorm):
+        raise IntrafuseError(
+            "repair of batch norm needs modules of torch.nn.BatchNorm",
+            layer=name,
+            value=type(module).__name__,
+        )
+    return module
+
+
 class _estimating:
     """Let batch norms average the statistics of all batches; momentum comes back at the end."""
 
-    def __init__(self, norms: list[nn.Module]) -> None:
+    def __init__(self, norms: list[_BatchNorm]) -> None:
         self.norms = norms
         self.momenta = [norm.momentum for norm in norms]
 

@@ -43,10 +43,18 @@ class Weights:
         """Take the tensors of a model, without copying them.
 
         Raises:
-            IntrafuseError: a tensor that the graph knows is absent, of another shape, or not finite.
+            IntrafuseError: a tensor of the graph is absent, of another shape, or not finite.
         """
         buffers = dict(model.named_buffers())
         weights = cls(graph, {**dict(model.named_parameters()), **buffers}, buffers)
+        optional = {layer.bias for layer in graph.layers.values()}
+        missing = sorted(n for n in graph.axes if n not in weights.state and n not in optional)
+        if missing:
+            raise IntrafuseError(
+                "the model lacks parameters of the model that the plan was made for",
+                value=missing,
+                remedy="make the plan from this model",
+            )
         for name in graph.axes:
             if name not in weights.state:
                 continue
@@ -125,7 +133,9 @@ class Weights:
         layer = self.graph.layers[weight]
         tensor = self.state[weight]
         if gain is not None:
-            self.state[weight] = _scale_outputs(tensor, layer.output_axis, gain).to(tensor)
+            self.state[weight] = _scale_outputs(
+                tensor, layer.output_axis, gain.to(tensor.device)
+            ).to(tensor)
             gain = gain.to(tensor)
         bias = self.state.get(layer.bias) if layer.bias is not None else None
         if bias is not None and gain is not None:

@@ -153,19 +153,36 @@ def test_biases_do_not_count():
         torch.testing.assert_close(ask(context, "0", name), scores, rtol=0, atol=0)
 
 
-def test_several_writers_count_together():
+def balanced(norms: list[torch.Tensor]) -> torch.Tensor:
+    """Average the norms of several writers, each divided by its mean; keep the mean level."""
+    level = sum(float(norm.mean()) for norm in norms) / len(norms)
+    return level * sum(norm / norm.mean() for norm in norms) / len(norms)
+
+
+@pytest.mark.parametrize(("name", "p"), [("l1", 1), ("l2", 2), ("linf", torch.inf)])
+def test_several_writers_count_alike(name, p):
     model = Residual()
     context = make_context(model, torch.zeros(1, 2, 3, 3))
-    both = torch.cat([model.stem.weight.flatten(1), model.branch.weight.flatten(1)], 1)
-    torch.testing.assert_close(ask(context, "stem", "l2"), both.detach().norm(dim=1))
-    torch.testing.assert_close(ask(context, "stem", "l1"), both.detach().abs().sum(1))
+    writers = [layer.weight.detach().flatten(1) for layer in (model.stem, model.branch)]
+    expected = balanced([torch.linalg.vector_norm(rows, p, dim=1) for rows in writers])
+    torch.testing.assert_close(ask(context, "stem", name), expected)
+
+
+def test_the_scale_of_one_writer_does_not_decide():
+    model = Residual()
+    context = make_context(model, torch.zeros(1, 2, 3, 3))
+    before = ask(context, "stem", "l1")
+    with torch.no_grad():
+        model.branch.weight *= 100
+    after = ask(make_context(model, torch.zeros(1, 2, 3, 3)), "stem", "l1")
+    torch.testing.assert_close(after / after.mean(), before / before.mean())
 
 
 def test_heads_are_blocks_of_all_three_writers():
     model = Attention()
     context = make_context(model, torch.randn(2, 5, 8))
-    rows = torch.cat([f.weight.detach().view(2, -1) for f in model.qkv], 1)
-    torch.testing.assert_close(ask(context, "qkv.0", "l1"), rows.abs().sum(1))
+    expected = balanced([f.weight.detach().view(2, -1).abs().sum(1) for f in model.qkv])
+    torch.testing.assert_close(ask(context, "qkv.0", "l1"), expected)
 
 
 def test_grouped_convolution_scores_whole_groups():
@@ -200,10 +217,11 @@ def test_lamp_of_a_group_of_zeros_is_zero():
     assert ask(context, "0", "lamp").tolist() == [0.0, 0.0]
 
 
-def test_fpgm_of_equal_channels_is_zero():
-    rows = torch.randn(1, 300).repeat(40, 1) * 1e3  # many and long: cdist multiplies matrices
+def test_fpgm_tells_nearly_equal_channels_apart():
+    rows = 10 * torch.randn(1, 300) + 1e-2 * torch.randn(40, 300)
     context = make_context(mlp(rows.tolist(), [[1.0] * 40]), torch.zeros(1, 300))
-    assert ask(context, "0", "fpgm").max() < 1e-3 * rows[0].norm()
+    exact = (rows[:, None].double() - rows.double()).norm(dim=2).sum(1).float()
+    torch.testing.assert_close(ask(context, "0", "fpgm"), exact)
 
 
 def test_writerless_channels_are_judged_by_all_their_parameters():
@@ -211,8 +229,8 @@ def test_writerless_channels_are_judged_by_all_their_parameters():
     model = context.model
     (group,) = (g for g in context.weights.graph.locked if g.size == 3)
     assert not group.writers
-    expected = model[0].weight.abs() + model[1].weight.abs().sum(0)
-    torch.testing.assert_close(score(group, context, "l1"), expected.detach())
+    expected = balanced([model[0].weight.detach().abs(), model[1].weight.detach().abs().sum(0)])
+    torch.testing.assert_close(score(group, context, "l1"), expected)
 
 
 def test_scores_follow_what_other_groups_became():
@@ -264,6 +282,21 @@ def test_synflow_of_a_chain_by_hand():
     context = make_context(mlp([[1.0], [-2.0], [3.0]], [[4.0, 1.0, -1.0]]), torch.zeros(1, 1))
     expected = torch.tensor([4.0, 2.0, 3.0]) / 9
     torch.testing.assert_close(ask(context, "0", "synflow"), expected)
+
+
+def test_synflow_of_a_batch_norm_by_hand():
+    # gamma / std multiplies the channel; the mean is left out, and beta adds to R alone.
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    for layer, values in ((0, [[1.0], [-2.0]]), (2, [[4.0, 1.0]])):
+        model[layer].weight.data = torch.tensor(values)
+    norm = model[1]
+    norm.weight.data, norm.bias.data = torch.tensor([-3.0, 5.0]), torch.tensor([0.5, -1.0])
+    norm.running_mean, norm.running_var = torch.tensor([9.0, 9.0]), torch.tensor([4.0, 25.0])
+    norm.eps, model[2].bias.data = 0.0, torch.tensor([-3.0])
+    flow = torch.tensor([1 * (3 / 2) * 4, 2 * (5 / 5) * 1])
+    total = flow.sum() + 0.5 * 4 + 1.0 * 1 + 3.0
+    context = make_context(model, torch.zeros(2, 1))
+    torch.testing.assert_close(ask(context, "0", "synflow"), flow / total)
 
 
 def test_synflow_is_conserved_in_every_group_of_a_chain():

@@ -310,9 +310,12 @@ class AxisTable:
         inner = prod(sizes[1:])
         if any(self.measure(part) % inner for part in parts):
             return None
-        split = [self.factor(part, (self.measure(part) // inner, *sizes[1:])) for part in parts]
-        if any(factors is None for factors in split):
-            return None
+        split: list[list[Tree]] = []
+        for part in parts:
+            factors = self.factor(part, (self.measure(part) // inner, *sizes[1:]))
+            if factors is None:
+                return None
+            split.append(factors)
         first = split[0]
         for other in split[1:]:
             for x, y in zip(first[1:], other[1:], strict=True):

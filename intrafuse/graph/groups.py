@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -175,6 +176,12 @@ class ChannelGraph:
     def by_name(self) -> Mapping[str, ChannelGroup]:
         """The prunable groups by name."""
         return {group.name: group for group in self.groups}
+
+    @cached_property
+    def own_norms(self) -> tuple[Norm, ...]:
+        """The norms that share no tensor with another: each can be given values of its own."""
+        uses = Counter(name for norm in self.norms for name in norm.tensors)
+        return tuple(n for n in self.norms if all(uses[name] == 1 for name in n.tensors))
 
     def blocks(self, slot: Slot, group: int, sizes: Mapping[int, int]) -> tuple[Block, ...]:
         """Find a group's channels along a slot's axis once other groups have shrunk to `sizes`."""

@@ -31,17 +31,30 @@ from intrafuse.transport import (
 
 __all__ = ["IntraFusion", "channel_features"]
 
+Features = Literal["writers", "all"]
 Target = Literal["important", "k-means", "mixture"]
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
-def channel_features(group: ChannelGroup, context: Context) -> Tensor:
-    """Concatenate, for each channel, its writers' weights and biases and its readers' weights.
+def channel_features(
+    group: ChannelGroup, context: Context, kind: Features = "writers"
+) -> Tensor:
+    """Lay what describes each channel side by side.
+
+    Args:
+        group: the channel group, of n channels.
+        context: the state of planning.
+        kind: `writers`: the weights that write the channel; `all`: these, the writers' biases
+            and the readers' weights.
 
     Returns:
-        (n, F) in float32. Carriers enter through the layer that batch norm was folded into.
+        (n, F) in float32. Batch norm enters through the layer that it was folded into.
     """
-    slots = context.weights.present(group.writers + group.readers)
+    if kind not in ("writers", "all"):
+        raise IntrafuseError("features must be writers or all", value=kind)
+    slots = [s for s in context.weights.present(group.writers) if s.kind == "weight"]
+    if kind == "all" or not slots:
+        slots = context.weights.present(group.writers + group.readers)
     rows = [context.weights.rows(group, slot).float() for slot in slots]
     if not rows:
         raise IntrafuseError(
@@ -55,6 +68,9 @@ class IntraFusion:
     """Fuse the channels of a group by optimal transport (sections 3 and 4 of the paper).
 
     Attributes:
+        features: what the ground cost compares: the `writers`' weights, or `all` weights and
+            biases of writers and readers (section 4 of the paper). `writers` keeps more accuracy
+            where many channels go (docs/research.md), and makes the maps of the groups independent.
         target: what the channels are transported onto: the most `important` channels, the
             centroids of `k-means`, or those of a Gaussian `mixture`.
         source_marginal, target_marginal: mass of channels and targets: `uniform`,
@@ -68,6 +84,7 @@ class IntraFusion:
     name: ClassVar[str] = "intra-fusion"
     folds_batchnorm: ClassVar[bool] = True
 
+    features: Features = "writers"
     target: Target = "important"
     source_marginal: Marginal = "uniform"
     target_marginal: Marginal = "uniform"
@@ -78,7 +95,7 @@ class IntraFusion:
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        features = channel_features(group, context)
+        features = channel_features(group, context, self.features)
         targets, target_scores = self._targets(features, scores.cpu(), width, context.seed)
         solution = transport(
             ground_cost(features, targets, p=self.p),
@@ -99,7 +116,7 @@ class IntraFusion:
             return features[keep.to(features.device)], scores[keep]
         points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
         if self.target == "k-means":
-            members = KMeans(width, n_init=1, random_state=seed).fit(points).labels_
+            members = KMeans(width, n_init="auto", random_state=seed).fit(points).labels_
         elif self.target == "mixture":
             members = _mixture_members(points, width, seed)
         else:

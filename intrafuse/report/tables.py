@@ -7,6 +7,7 @@ from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["make_table", "text_table"]
 
@@ -19,7 +20,7 @@ def make_table(
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # not markup: names may hold brackets
     return table
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree
-from intrafuse.graph.groups import Layer, Norm
+from intrafuse.graph.groups import Kind, Layer, Norm
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
@@ -24,9 +24,8 @@ def _declare(
     if bias is None and plain and module.bias is None:
         bias = f"{name}.bias"
         scope.parameter_axes.setdefault(bias, [out])
-    if weight in scope.layers:  # called twice: its statistics differ between the calls
-        bias = scope.layers[weight].bias
-    scope.layers[weight] = Layer(name, operator_name(node), weight, bias, *axes)
+    layer = Layer(name, operator_name(node), weight, bias, *axes)
+    scope.layers.setdefault(weight, layer)  # a shared weight keeps the bias of its first call
     return bias
 
 
@@ -36,7 +35,7 @@ def linear(scope: Scope, node: Node) -> Axes:
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
     weight = scope.parameter(args["weight"], "weight")
-    bias = scope.parameter(args["bias"], "bias")
+    bias = scope.optional_parameter(args["bias"], "bias")
     rows, columns = scope.axes(args["weight"])
     scope.table.unify(columns, channels)
     if args["bias"] is not None:
@@ -73,7 +72,7 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     x = scope.axes(args["input"])
     at = len(x) - spatial - 1  # the channel dimension; an unbatched input has no axis before it
     weight = scope.parameter(args["weight"], "weight")
-    bias = scope.parameter(args["bias"], "bias")
+    bias = scope.optional_parameter(args["bias"], "bias")
     w = scope.axes(args["weight"])
     groups = args["groups"]
     reader, writer = (0, 1) if transposed else (1, 0)
@@ -119,19 +118,19 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
     """y = (x - mean) / sqrt(variance + eps) * weight + bias on dimension 1."""
     args = scope.arguments(node)
     x = scope.axes(args["input"])
-    names = {}
-    parts = (
+    names: dict[str, str | None] = {}
+    parts: tuple[tuple[str, Kind], ...] = (
         ("weight", "scale"),
         ("bias", "shift"),
         ("running_mean", "mean"),
         ("running_var", "variance"),
     )
     for argument, kind in parts:
-        names[argument] = scope.parameter(args[argument], argument)
-        if names[argument] is not None:
+        name = names[argument] = scope.optional_parameter(args[argument], argument)
+        if name is not None:
             scope.table.unify(x[1], scope.axes(args[argument])[0])
-            scope.use(names[argument], 0, "carrier", kind)
-            scope.attribute(names[argument], "num_features", x[1])
+            scope.use(name, 0, "carrier", kind)
+            scope.attribute(name, "num_features", x[1])
     if names["running_mean"] and names["running_var"] and not args["training"]:
         scope.norms.append(
             Norm(
@@ -157,6 +156,8 @@ def _layer_before(scope: Scope, node: Node) -> str | None:
         return None
     if isinstance(bias, Node) and scope.uses(bias) != 1:
         return None
+    if len(scope.shape(node)) != len(scope.shape(weight)):
+        return None  # the norm's dimension 1 does not hold the layer's outputs
     layer = scope.layers.get(scope.parameters.get(weight, ""))
     if layer is None or layer.operator != operator_name(node) or layer.bias is None:
         return None
@@ -194,7 +195,8 @@ def group_norm(scope: Scope, node: Node) -> Axes:
         name = scope.parameter(owner, "weight")
         scope.attribute(name, "num_groups", split[0], needed=True)
         scope.attribute(name, "num_channels", x[1])
-    for argument, kind in (("weight", "scale"), ("bias", "shift")):
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "scale"), ("bias", "shift"))
+    for argument, kind in parts:
         if args[argument] is not None:
             scope.table.unify(x[1], scope.axes(args[argument])[0])
             scope.use(scope.parameter(args[argument], argument), 0, "carrier", kind)

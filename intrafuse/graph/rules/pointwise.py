@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT
+from intrafuse.graph.groups import Kind
 from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
 
 UNARY = (
@@ -23,7 +24,12 @@ BINARY = (
     "masked_fill copysign fmax fmin multiply divide subtract true_divide copy"
 ).split()
 # How a parameter that meets the channels in an operator acts on them.
-PARAMETER_KIND = {"add": "shift", "sub": "shift", "mul": "scale", "multiply": "scale"}
+PARAMETER_KIND: dict[str, Kind] = {
+    "add": "shift",
+    "sub": "shift",
+    "mul": "scale",
+    "multiply": "scale",
+}
 
 
 @register(*UNARY)

@@ -116,10 +116,8 @@ class Scope:
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
         return f" at {frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
 
-    def parameter(self, node: Node | None, what: str) -> str | None:
+    def parameter(self, node: Node, what: str) -> str:
         """Name the parameter behind an argument; a computed one cannot be pruned."""
-        if node is None:
-            return None
         if node not in self.parameters:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
@@ -129,6 +127,10 @@ class Scope:
         name = self.parameters.get(node)
         same = [n for n, known in self.parameters.items() if known == name] if name else [node]
         return sum(len(n.users) for n in same)
+
+    def optional_parameter(self, node: Node | None, what: str) -> str | None:
+        """Name the parameter behind an argument that may be absent."""
+        return None if node is None else self.parameter(node, what)
 
     def use(self, parameter: str | None, axis: int, role: Role, kind: Kind) -> None:
         """Record which part a parameter axis plays for the channels that lie on it."""

@@ -272,5 +272,5 @@ def expand(scope: Scope, node: Node) -> Axes:
 @register("getitem")
 def getitem(scope: Scope, node: Node) -> Axes:
     """Take one result of an operator that has several."""
-    source, index = node.args
-    return scope.values[source][index]
+    (source,) = node.all_input_nodes
+    return scope.values[source][node.args[1]]

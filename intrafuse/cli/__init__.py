@@ -1,0 +1,50 @@
+"""The command line: the application and its entry point; one file for each command.
+
+A new command is one file with a function under `@command`, and an import in `_commands`.
+PyTorch is imported inside the commands, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import intrafuse
+from intrafuse.cli import compare, demo, evaluate, inspect, prune
+from intrafuse.cli.options import add_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="intrafuse",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"intrafuse {intrafuse.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Make a trained neural network smaller without its data."""
+
+
+for _command in (inspect.inspect, prune.prune, compare.compare, evaluate.evaluate, demo.demo):
+    add_command(app, _command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

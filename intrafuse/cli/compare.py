@@ -1,0 +1,53 @@
+"""`intrafuse compare`: several methods and amounts side by side, without fine-tuning."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions, numbers
+from intrafuse.cli.output import progress, show_table, write_json
+
+__all__ = ["compare"]
+
+
+def compare(
+    model: ModelOptions,
+    channels: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
+    ] = "0.3,0.5,0.7",
+    methods: Annotated[
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+    ] = "select,intra-fusion",
+    options: PruneOptions = PruneOptions(),
+    data: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Prune a network by several methods and amounts, and measure each without fine-tuning."""
+    shares = numbers("--channels", channels, float)
+    settings = options.settings()
+    common.start()
+    from intrafuse.evaluate.compare import compare as compare_methods
+
+    resolved = model.resolve(common.device)
+    spec = data.spec(tuple(resolved.example_inputs[0].shape[1:]))
+    test = data.images(spec, "test", data.limit)
+    with progress() as advance:
+        found = compare_methods(
+            resolved.model,
+            resolved.example_inputs,
+            test,
+            channels=shares,
+            methods=methods.split(","),
+            batch_size=data.batch_size,
+            device=common.device,
+            data=data.batches(spec, common),
+            progress=partial(advance, "comparing"),
+            seed=common.seed,
+            **settings,
+        )
+    title = f"{model.model}, {options.importance}, {len(test):,} images of {spec}"
+    show_table(common, title, *found.table())
+    write_json(common, found.as_data())

@@ -1,0 +1,43 @@
+"""`intrafuse demo`: train on the embedded digits, prune, compare, save and reload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intrafuse.cli.options import Common
+from intrafuse.cli.output import progress, show_note, show_table, write_json
+from intrafuse.errors import IntrafuseError
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to save the networks in.")
+    ] = Path("runs/demo"),
+    common: Common = Common(),
+) -> None:
+    """Train a network on the embedded digits, prune it, and show what is left: about a minute."""
+    common.start()
+    from intrafuse.demo import run_demo
+
+    with progress() as advance:
+        found = run_demo(out, seed=common.seed, device=common.device, progress=advance)
+    header, rows, numbers = found.comparison.table()
+    show_table(common, "digits_resnet on digits, before fine-tuning", header, rows, numbers)
+    show_note(f"saved {len(found.folders)} networks in {out}")
+    if not found.identical:
+        raise IntrafuseError("a reloaded network must give the same outputs", value=str(out))
+    show_note(f"{found.reloaded}: the outputs of the reloaded network agree bit for bit")
+    write_json(
+        common,
+        {
+            **found.comparison.as_data(),
+            "saved": [str(folder) for folder in found.folders],
+            "reloaded": str(found.reloaded),
+            "identical": found.identical,
+        },
+    )

@@ -1,0 +1,92 @@
+"""`intrafuse evaluate`: accuracy and size of a saved network."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions
+from intrafuse.cli.output import progress, show_table, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intrafuse.data import Images
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `prune --out` saved.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The network before pruning, if not of the zoo."),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Outputs of the network of --model.")
+    ] = None,
+    data: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Measure the accuracy and the size of a saved network."""
+    common.start()
+    from intrafuse.evaluate import accuracy
+
+    network, shape = _load(folder, model, num_classes)
+    network = network.to(common.device)
+    spec = data.spec(shape)
+    test = data.images(spec, "test", data.limit)
+    with progress() as advance:
+        percent = accuracy(
+            network,
+            test,
+            batch_size=data.batch_size,
+            device=common.device,
+            progress=partial(advance, "measuring"),
+        )
+    params = sum(parameter.numel() for parameter in network.parameters())
+    macs = _count_macs(network, test, common.device)
+    shown = "unknown" if macs is None else f"{macs:,}"
+    row = [str(folder), f"{params:,}", shown, f"{percent:.2f}"]
+    title = f"{len(test):,} images of {spec}"
+    header = ["network", "parameters", "MACs", "accuracy"]
+    show_table(common, title, header, [row], numbers=(1, 2, 3))
+    figures = {"params": params, "macs": macs, "accuracy": percent}
+    write_json(common, {"folder": str(folder), **figures, "data": spec, "images": len(test)})
+
+
+def _load(
+    folder: Path, name: str | None, num_classes: int | None
+) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """Load a saved network, and tell the shape of its input where it is known."""
+    from intrafuse.checkpoint import MANIFEST, load
+    from intrafuse.errors import IntrafuseError
+    from intrafuse.manifest import Manifest
+    from intrafuse.zoo import ZOO, resolve_model
+
+    if name is None and num_classes is not None:
+        raise IntrafuseError("--num-classes belongs to --model", value=num_classes, usage=True)
+    if name is None:
+        network = load(folder)
+        return network, ZOO[str(Manifest.read(folder / MANIFEST).architecture)].input_shape
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    # The shape of the input plays no part in building the network.
+    resolved = resolve_model(name, input_shape=None if name in ZOO else (1,), **arguments)
+    return load(folder, resolved.model), ZOO[name].input_shape if name in ZOO else None
+
+
+def _count_macs(network: nn.Module, test: Images, device: str) -> int | None:
+    """Count multiply-accumulates for one image, or give up where the network cannot be traced."""
+    import torch
+
+    from intrafuse.errors import IntrafuseError
+    from intrafuse.graph import trace
+
+    try:
+        graph = trace(network, torch.zeros(1, *test.input_shape, device=device))
+    except IntrafuseError:
+        return None
+    return graph.macs(graph.sizes)

@@ -1,0 +1,287 @@
+"""Options that several commands share, and what makes commands of plain functions.
+
+Each set of options is a frozen dataclass. A command that takes one as a parameter gets all its
+fields as options, and a finished object in return.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from intrafuse.errors import IntrafuseError
+
+if TYPE_CHECKING:
+    from intrafuse.data import Images
+    from intrafuse.zoo import ResolvedModel
+
+__all__ = ["Common", "DataOptions", "ModelOptions", "PruneOptions", "add_command", "numbers"]
+
+CALIBRATION = 1024  # images for metrics and repair, where --limit does not say
+
+
+def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
+    """Make a command of a function, with the errors and exit codes of all commands."""
+    hints = get_type_hints(function, include_extras=True)
+    hints.pop("return", None)
+    sets = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        chosen = sets.get(name)
+        if chosen is None:
+            parameters.append(parameter.replace(annotation=hints[name]))
+        else:
+            parameters += _parameters(chosen)
+
+    def run(**values: Any) -> None:
+        with _reporting_errors():
+            made = {
+                name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+                for name, kind in sets.items()
+            }
+            function(**made, **values)
+
+    kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in kinds}
+    run.__doc__ = function.__doc__
+    app.command(function.__name__)(run)
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
+
+
+@contextmanager
+def _reporting_errors() -> Iterator[None]:
+    try:
+        yield
+    except IntrafuseError as error:
+        typer.echo(f"intrafuse: error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if error.usage else 1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Take what every command takes."""
+
+    json: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the figures as JSON; - for standard output."),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed everything random.")] = 0
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda:0.")] = "cpu"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch; by default its own choice.")
+    ] = None
+
+    def start(self) -> None:
+        """Seed PyTorch, set its threads, and refuse a device or a JSON file that cannot be."""
+        import torch
+
+        if self.json not in (None, "-") and Path(self.json).is_dir():
+            raise IntrafuseError("--json takes a file, not a folder", value=self.json, usage=True)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise IntrafuseError(
+                "unknown device", value=self.device, remedy="try cpu or cuda", usage=True
+            ) from error
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise IntrafuseError(
+                f"the device cannot be used ({str(error).splitlines()[0]})",
+                value=self.device,
+                remedy="try cpu",
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Name a network, and fill it with weights."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
+        ),
+    ]
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its weights, as safetensors.")
+    ] = None
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Outputs of the network.")] = None
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
+    ] = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Give the arguments of the network's factory."""
+        return {} if self.num_classes is None else {"num_classes": self.num_classes}
+
+    def resolve(self, device: str) -> ResolvedModel:
+        """Build the network on a device."""
+        from dataclasses import replace
+
+        from intrafuse.zoo import load_weights, resolve_model
+
+        shape = self.input_shape
+        shape = None if shape is None else tuple(numbers("--input-shape", shape, int))
+        resolved = resolve_model(self.model, input_shape=shape, **self.arguments)
+        if self.weights is not None:
+            load_weights(resolved.model, self.weights)
+        example = tuple(tensor.to(device) for tensor in resolved.example_inputs)
+        return replace(resolved, model=resolved.model.to(device), example_inputs=example)
+
+
+class Batches:
+    """Read the training images in batches, as often as asked; load them when first asked."""
+
+    def __init__(self, options: DataOptions, spec: str, common: Common) -> None:
+        self._options, self._spec, self._common = options, spec, common
+        self._images: Images | None = None
+
+    def __iter__(self) -> Iterator:
+        options = self._options
+        if self._images is None:
+            self._images = options.images(self._spec, "train", options.limit or CALIBRATION)
+        return self._images.batches(options.batch_size, device=self._common.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Name a data set: its training images serve metrics and repair, its test images accuracy."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="digits, cifar10:FOLDER, cifar100:FOLDER or imagefolder:FOLDER[@SIZE].",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images used of each split; by default all for accuracy, "
+            f"{CALIBRATION} for metrics and repair.",
+        ),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 100
+
+    def images(self, spec: str, split: str, limit: int | None) -> Images:
+        """Load one split."""
+        from intrafuse.data import load_data
+
+        return load_data(spec, split=split, limit=limit)
+
+    def spec(self, input_shape: tuple[int, ...] | None) -> str:
+        """Give the data set: the one asked for, or the digits where they fit the network.
+
+        Raises:
+            IntrafuseError: no data set was asked for, and the digits do not fit.
+        """
+        if self.data is None and input_shape != (1, 8, 8):
+            raise IntrafuseError(
+                "accuracy needs data, and the embedded digits are 1 x 8 x 8",
+                value=input_shape,
+                remedy="give --data SPEC",
+                usage=True,
+            )
+        return self.data or "digits"
+
+    def batches(self, spec: str | None, common: Common) -> Batches | None:
+        """Give the training images for metrics and repair, where there is a data set."""
+        return None if spec is None else Batches(self, spec, common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Say how to prune, but for how much and by which method."""
+
+    importance: Annotated[
+        str, typer.Option(help="Metric of channels, such as l1, l2, taylor; any other lists all.")
+    ] = "l1"
+    scope: Annotated[
+        str, typer.Option(help="uniform: equal shares in every group; global: one ranking.")
+    ] = "uniform"
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Prune only these groups or layers; repeatable."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave these groups or layers alone; repeatable."),
+    ] = None
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=SHARE", help="Share to remove there; repeatable."),
+    ] = None
+    floor: Annotated[
+        float, typer.Option(help="Share of channels that a group keeps under --scope global.")
+    ] = 0.1
+    round_to: Annotated[int, typer.Option(help="Make widths multiples of this.")] = 1
+    repair: Annotated[
+        str | None, typer.Option(help="batchnorm: re-estimate its statistics from --data.")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Give the keyword arguments of `intrafuse.prune`."""
+        overrides = {}
+        for item in self.override or ():
+            pattern, equals, share = item.rpartition("=")
+            if not equals or not pattern:
+                raise IntrafuseError("--override takes PATTERN=SHARE", value=item, usage=True)
+            (overrides[pattern],) = numbers("--override", share, float)
+        return {
+            "importance": self.importance,
+            "scope": self.scope,
+            "include": self.include or None,
+            "exclude": self.exclude or (),
+            "overrides": overrides,
+            "floor": self.floor,
+            "round_to": self.round_to,
+            "repair": self.repair,
+        }
+
+
+def numbers(option: str, text: str, kind: type) -> list:
+    """Read numbers between commas.
+
+    Raises:
+        IntrafuseError: something there is no number.
+
+    >>> numbers("--channels", "0.3,0.5", float)
+    [0.3, 0.5]
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise IntrafuseError(
+            f"{option} takes {'whole ' if kind is int else ''}numbers, with commas between",
+            value=text,
+            usage=True,
+        ) from error

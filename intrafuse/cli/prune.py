@@ -1,0 +1,204 @@
+"""`intrafuse prune`: make a network smaller and save it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions
+from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
+from intrafuse.errors import IntrafuseError
+
+if TYPE_CHECKING:
+    from intrafuse.data import Images
+    from intrafuse.methods import Method
+    from intrafuse.prune import Pruned
+    from intrafuse.zoo import ResolvedModel
+
+__all__ = ["prune"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Choose a method; its settings are the fields of its class in `intrafuse.methods`."""
+
+    method: Annotated[str, typer.Option(help="Method; an unknown one lists all.")] = "intra-fusion"
+    target: Annotated[str | None, typer.Option(help="important, k-means or mixture.")] = None
+    source_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
+        None
+    )
+    target_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
+        None
+    )
+    p: Annotated[float | None, typer.Option(help="Order of the norm of the ground cost.")] = None
+    regularisation: Annotated[
+        float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
+    ] = None
+    normalisation: Annotated[str | None, typer.Option(help="paper or barycentric.")] = None
+
+    def build(self) -> Method:
+        """Make the method with its settings.
+
+        Raises:
+            IntrafuseError: a setting that the method does not have, or not with this value.
+        """
+        from intrafuse.methods import METHODS, resolve_method
+
+        kind = type(resolve_method(self.method))
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        del given["method"]
+        known = get_type_hints(kind)
+        for name, value in given.items():
+            option = f"--{name.replace('_', '-')}"
+            if name not in kind.__dataclass_fields__:
+                having = [m.name for m in METHODS.values() if name in m.__dataclass_fields__]
+                raise IntrafuseError(
+                    f"{self.method} has no setting {option}",
+                    value=value,
+                    remedy=f"it belongs to {', '.join(having)}",
+                    usage=True,
+                )
+            choices = get_args(known[name]) if get_origin(known[name]) is Literal else (value,)
+            if value not in choices:
+                raise IntrafuseError(
+                    f"{option} must be one of {', '.join(choices)}", value=value, usage=True
+                )
+        return kind(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """Say how much to remove, of exactly one thing."""
+
+    channels: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of channels to remove.")
+    ] = None
+    params: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of parameters to remove.")
+    ] = None
+    macs: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of MACs to remove.")
+    ] = None
+
+
+def prune(
+    model: ModelOptions,
+    budget: BudgetOptions = BudgetOptions(),
+    method: MethodOptions = MethodOptions(),
+    options: PruneOptions = PruneOptions(),
+    data: DataOptions = DataOptions(),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to save the network in.")
+    ] = None,
+    common: Common = Common(),
+) -> None:
+    """Make a network smaller, and save it."""
+    settings = options.settings()
+    common.start()
+    import intrafuse
+    from intrafuse.checkpoint import usable
+
+    chosen = method.build()
+    if out is not None:
+        usable(out)
+    resolved = model.resolve(common.device)
+    test = None if data.data is None else data.images(data.data, "test", data.limit)
+    with progress() as advance:
+        pruned = intrafuse.prune(
+            resolved.model,
+            resolved.example_inputs,
+            **asdict(budget),
+            method=chosen,
+            data=data.batches(data.data, common),
+            seed=common.seed,
+            progress=partial(advance, "planning"),
+            **settings,
+        )
+        figures = _measure(resolved, pruned, test, data.batch_size, common.device, advance)
+    if out is not None:
+        _save(out, pruned, model, resolved, figures)
+    _show(common, pruned, figures)
+    if out is not None:
+        show_note(f"saved in {out}")
+    write_json(common, _data(model.model, pruned, figures, out))
+
+
+def _measure(
+    resolved: ResolvedModel,
+    pruned: Pruned,
+    test: Images | None,
+    batch_size: int,
+    device: str,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Measure accuracy before and after, where there is data."""
+    from intrafuse.evaluate import accuracy
+
+    if test is None:
+        return {}
+    figures: dict[str, Any] = {"data": test.name, "images": len(test)}
+    networks = {"accuracy_before": resolved.model, "accuracy": pruned.model}
+    for name, network in networks.items():
+        bar = partial(advance, name.replace("_", " "))
+        figures[name] = accuracy(network, test, batch_size=batch_size, device=device, progress=bar)
+    return figures
+
+
+def _save(
+    out: Path, pruned: Pruned, model: ModelOptions, resolved: ResolvedModel, figures: dict[str, Any]
+) -> None:
+    from intrafuse.checkpoint import save
+    from intrafuse.zoo import file_sha256
+
+    save(
+        out,
+        pruned,
+        architecture=model.model,
+        arguments=resolved.arguments,
+        source_sha256=None if model.weights is None else file_sha256(model.weights),
+        figures=figures,
+    )
+
+
+def _show(common: Common, pruned: Pruned, figures: dict[str, Any]) -> None:
+    report = pruned.report
+    rows = [
+        [
+            kind,
+            f"{getattr(report.before, kind):,}",
+            f"{getattr(report.after, kind):,}",
+            f"{report.reached[kind]:.1%}",
+        ]
+        for kind in report.reached
+    ]
+    if figures:
+        percents = [f"{figures[name]:.2f}" for name in ("accuracy_before", "accuracy")]
+        rows.append(["accuracy", *percents, ""])
+    name = pruned.plan.settings["method"]["name"]
+    title = f"Pruned by {name} in {report.seconds:.2f} s"
+    show_table(common, title, ["", "before", "after", "removed"], rows, numbers=(1, 2, 3))
+
+
+def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    plan, report = pruned.plan, pruned.report
+    sizes = {group.name: group.size for group in plan.graph.groups}
+    return {
+        "model": name,
+        "method": plan.settings["method"],
+        "importance": plan.settings["importance"],
+        "budget": plan.settings["budget"],
+        "seed": plan.settings["seed"],
+        "before": vars(report.before),
+        "after": vars(report.after),
+        "removed": dict(report.reached),
+        "widths": {
+            group: {"before": sizes[group], "after": width} for group, width in plan.widths.items()
+        },
+        "seconds": report.seconds,
+        "figures": figures,
+        "out": None if out is None else str(out),
+    }

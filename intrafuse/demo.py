@@ -1,0 +1,118 @@
+"""The demonstration: train on the embedded digits, prune by two methods, save and reload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from intrafuse.checkpoint import load, save
+from intrafuse.data import Images, load_data
+from intrafuse.evaluate.compare import Comparison, Row, compare
+from intrafuse.prune import Pruned
+from intrafuse.zoo import ResolvedModel, resolve_model
+
+__all__ = ["Demo", "run_demo"]
+
+NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
+EPOCHS, BATCH, RATE = 8, 64, 0.1
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found.
+
+    Attributes:
+        comparison: size and accuracy of each network, before fine-tuning.
+        folders: where the networks were saved; the unpruned one first.
+        reloaded: the folder that was loaded again.
+        identical: whether the outputs of that network are the same bit for bit.
+    """
+
+    comparison: Comparison
+    folders: tuple[Path, ...]
+    reloaded: Path
+    identical: bool
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    shares: Sequence[float] = SHARES,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Demo:
+    """Train a small network on the digits, prune it by selection and by fusion, and save all.
+
+    Args:
+        out: folder for one folder of each network.
+        seed: of weights and order of images.
+        epochs: of training.
+        shares: of channels to remove.
+        device: where to compute.
+        progress: called with (what, done, total).
+
+    Raises:
+        IntrafuseError: a folder cannot be written.
+    """
+    report = progress or (lambda what, done, total: None)
+    train, test = (load_data("digits", split=split) for split in ("train", "test"))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = _train(train, seed, epochs, device, report)
+    example = tuple(tensor.to(device) for tensor in network.example_inputs)
+    out = Path(out)
+    folders: list[Path] = [save(out / "original", network.model, architecture=NETWORK)]
+    last: list[Pruned] = []
+
+    def keep(row: Row, pruned: Pruned) -> None:
+        share = next(iter(pruned.report.wanted.values()))
+        folder = out / f"{row.method}-{share:g}"
+        folders.append(
+            save(folder, pruned, architecture=NETWORK, figures={"accuracy": row.accuracy})
+        )
+        last[:] = [pruned]
+
+    comparison = compare(
+        network.model,
+        example,
+        test,
+        channels=shares,
+        methods=METHODS,
+        device=device,
+        keep=keep,
+        progress=lambda done, total: report("pruning", done, total),
+        seed=seed,
+    )
+    images = test.unlabelled(64, seed=seed).to(device)
+    with torch.inference_mode():
+        again = load(folders[-1]).to(device)(images)
+        same = torch.equal(again, last[0].model.eval()(images))
+    return Demo(comparison, tuple(folders), folders[-1], same)
+
+
+def _train(data: Images, seed: int, epochs: int, device: str, progress: Progress) -> ResolvedModel:
+    """Train a new network; the learning rate rises and falls once (Smith, arXiv 1708.07120)."""
+    network = resolve_model(NETWORK)
+    model = network.model.to(device).train()
+    steps = epochs * -(-len(data) // BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    done = 0
+    for epoch in range(epochs):
+        order = seed * epochs + epoch
+        for images, labels in data.batches(BATCH, shuffle=True, seed=order, device=device):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            progress("training", done, steps)
+    model.eval()
+    return network

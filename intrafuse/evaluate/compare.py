@@ -1,0 +1,138 @@
+"""Prune one network by several methods and amounts, and measure what each leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from intrafuse.budget import Figures
+from intrafuse.data import Images
+from intrafuse.evaluate.accuracy import accuracy
+from intrafuse.graph import ExampleInputs
+from intrafuse.methods import Method, resolve_method
+from intrafuse.prune import Pruned, prune
+
+__all__ = ["Comparison", "Row", "compare"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method left of the network.
+
+    Attributes:
+        method: its name.
+        channels_removed, params_removed, macs_removed: shares that went, in [0, 1].
+        params, macs: what is left.
+        accuracy: in percent, without fine-tuning.
+        seconds: for tracing, planning and surgery (and repair).
+    """
+
+    method: str
+    channels_removed: float
+    params: int
+    params_removed: float
+    macs: int
+    macs_removed: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The network before pruning, and one row for each amount and method."""
+
+    original: Figures
+    accuracy: float
+    rows: tuple[Row, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        original = {**asdict(self.original), "accuracy": self.accuracy}
+        return {"original": original, "rows": [asdict(row) for row in self.rows]}
+
+    def table(self) -> tuple[list[str], list[list[str]], tuple[int, ...]]:
+        """Give header, rows and the columns with numbers, for `intrafuse.report.tables`."""
+        header = ["method", "channels removed", "parameters", "removed", "MACs", "removed"]
+        header += ["accuracy", "seconds"]
+        first = ["unpruned", "", f"{self.original.params:,}", "", f"{self.original.macs:,}", ""]
+        rows = [[*first, f"{self.accuracy:.2f}", ""]]
+        for row in self.rows:
+            size = [f"{row.params:,}", f"{row.params_removed:.1%}"]
+            size += [f"{row.macs:,}", f"{row.macs_removed:.1%}"]
+            measured = [f"{row.accuracy:.2f}", f"{row.seconds:.2f}"]
+            rows.append([row.method, f"{row.channels_removed:.1%}", *size, *measured])
+        return header, rows, tuple(range(1, len(header)))
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    test: Images,
+    *,
+    channels: Sequence[float],
+    methods: Sequence[str | Method],
+    batch_size: int = 100,
+    device: str = "cpu",
+    data: Iterable | None = None,
+    keep: Callable[[Row, Pruned], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Prune a network by each method and amount, and measure accuracy without fine-tuning.
+
+    Args:
+        model: the trained network; it is not changed.
+        example_inputs: what it is traced with.
+        test: the images that accuracy is measured on.
+        channels: shares of channels to remove, each in [0, 1).
+        methods: names or methods.
+        batch_size, device: of the measurement.
+        data: batches for metrics and repair that need them.
+        keep: called with each row and its pruned network, to save it, say.
+        progress: called with (networks done, networks in all), the unpruned one included.
+        settings: further arguments of `intrafuse.prune`, such as importance and seed.
+
+    Raises:
+        IntrafuseError: as for `prune` and `accuracy`.
+
+    >>> from intrafuse.data import load_data
+    >>> from intrafuse.zoo import resolve_model
+    >>> net = resolve_model("mlp")
+    >>> images = load_data("digits", limit=20)
+    >>> found = compare(net.model, net.example_inputs, images, channels=[0.5], methods=["select"])
+    >>> found.original.params, found.rows[0].params
+    (17226, 6570)
+    """
+    chosen = [resolve_method(method) for method in methods]  # before anything slow
+    total = 1 + len(channels) * len(chosen)
+    report = progress or (lambda done, total: None)
+    report(0, total)
+    unpruned = accuracy(model, test, batch_size=batch_size, device=device)
+    report(1, total)
+    rows, before = [], Figures(0, 0, 0)
+    for share in channels:
+        for method in chosen:
+            pruned = prune(
+                model, example_inputs, channels=share, method=method, data=data, **settings
+            )
+            measured = accuracy(pruned.model, test, batch_size=batch_size, device=device)
+            before, after = pruned.report.before, pruned.report.after
+            gone = pruned.report.reached
+            row = Row(
+                method.name,
+                gone["channels"],
+                after.params,
+                gone["params"],
+                after.macs,
+                gone["macs"],
+                measured,
+                pruned.report.seconds,
+            )
+            rows.append(row)
+            if keep is not None:
+                keep(row, pruned)
+            report(1 + len(rows), total)
+    return Comparison(before, unpruned, tuple(rows))
