@@ -180,6 +180,7 @@ def _batches(context: Context, metric: str, limit: int | None = None) -> Iterato
         raise IntrafuseError(
             f'importance "{metric}" needs data',
             remedy=f'{advice}, or choose an importance that needs none, such as "l1"',
+            usage=True,
         )
     if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
         kind = type(data).__name__

@@ -36,7 +36,9 @@ __all__ = [
 Marginal = Literal["uniform", "importance", "softmax"]
 Normalisation = Literal["paper", "barycentric"]
 STRIP = 32  # features in a strip of the ground cost
-ENTROPIC_FROM = 4096  # channels from which the exact solver would take minutes
+ENTROPIC_FROM = 16384  # channels from which the exact solver takes minutes: 11,008 take 24 s
+TOLERANCE = 1e-6  # at which the entropic solver stops
+WORST = 1e-3  # error of the marginals that is refused
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
         C (n, m), float64.
 
     Raises:
-        IntrafuseError: p is below 1, or a feature is not finite.
+        IntrafuseError: p is below 1, a feature is not finite, or the numbers of features differ.
 
     >>> ground_cost(torch.eye(2), 3 * torch.eye(2)).round(3)
     array([[0., 2.],
@@ -86,13 +88,11 @@ def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
     """
     if not p >= 1:
         raise IntrafuseError("the order p of a norm must be at least 1", value=p)
+    if x.dim() != 2 or x.shape[1:] != y.shape[1:]:
+        shapes = (tuple(x.shape), tuple(y.shape))
+        raise IntrafuseError("channels and targets must have as many features", value=shapes)
     x, y = (torch.nn.functional.normalize(f.float(), dim=1, eps=1e-12) for f in (x, y))
-    if p == 1:  # in strips that stay in the cache of a core: four times as fast, and more exact
-        strips = zip(x.split(STRIP, 1), y.split(STRIP, 1), strict=True)
-        distance = sum(torch.cdist(a.contiguous(), b.contiguous(), p=1.0) for a, b in strips)
-        assert isinstance(distance, Tensor)
-    else:
-        distance = torch.cdist(x, y, p=p)
+    distance = _manhattan(x, y) if p == 1 else torch.cdist(x, y, p=p)
     cost = distance.double().cpu().numpy()
     if not np.isfinite(cost).all():
         raise IntrafuseError(
@@ -101,16 +101,30 @@ def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
     return cost
 
 
+def _manhattan(x: Tensor, y: Tensor) -> Tensor:
+    """Sum absolute differences (n, m) over strips of features that stay in a core's cache.
+
+    Two to four times as fast as one `torch.cdist` over thousands of features, and more exact.
+    """
+    distance = x.new_zeros(len(x), len(y))
+    for a, b in zip(x.split(STRIP, 1), y.split(STRIP, 1), strict=True):
+        distance += torch.cdist(a.contiguous(), b.contiguous(), p=1.0)
+    return distance
+
+
 def marginal(kind: Marginal, scores: Tensor) -> np.ndarray:
     """Give each channel its mass (n,): the same, by importance, or by softmax of importance.
 
     Raises:
-        IntrafuseError: an importance is negative, or all are zero, where mass follows importance.
+        IntrafuseError: an importance is not finite; or one is negative, or all are zero, where
+            mass follows importance; or the kind is unknown.
 
     >>> marginal("importance", torch.tensor([1.0, 3.0]))
     array([0.25, 0.75])
     """
     scores = scores.double().cpu()
+    if not torch.isfinite(scores).all():
+        raise IntrafuseError("mass by importance needs finite scores", remedy="check the weights")
     if kind == "uniform":
         return np.full(len(scores), 1 / len(scores))
     if kind == "softmax":
@@ -133,38 +147,65 @@ def transport(
 
     Args:
         cost: C (n, m).
-        source: mu (n,).
-        target: nu (m,).
+        source: mu (n,), not negative.
+        target: nu (m,), not negative, with the same sum.
         regularisation: entropic regularisation in units of the mean cost; 0 solves exactly
-            (network simplex, `ot.emd`), None takes the exact solver below 4096 channels
-            and 0.01 from there.
+            (network simplex, `ot.emd`), None takes the exact solver below 16,384 channels
+            and 0.01 from there. The exact solver is also the faster one until then.
 
     Raises:
-        IntrafuseError: the regularisation is negative, or the solver failed.
+        IntrafuseError: the problem is not one of transport, the regularisation is negative, or
+            the solver failed.
 
     >>> transport(np.array([[0.0, 1.0], [1.0, 0.0]]), np.ones(2) / 2, np.ones(2) / 2).value
     0.0
     """
     if regularisation is None:
         regularisation = 0.0 if max(cost.shape) < ENTROPIC_FROM else 0.01
-    if regularisation < 0:
-        raise IntrafuseError("entropic regularisation must not be negative", value=regularisation)
-    with warnings.catch_warnings():
+    if not 0 <= regularisation < np.inf:
+        raise IntrafuseError(
+            "entropic regularisation must be finite and not negative", value=regularisation
+        )
+    _check_problem(cost, source, target)
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # the logarithm of no mass
         warnings.simplefilter("error", UserWarning)  # POT reports failure by a warning
         try:
             if regularisation == 0:
                 matrix = ot.emd(source, target, cost, numItermax=10_000_000)
             else:
                 eps = regularisation * float(cost.mean()) or 1.0
-                matrix = ot.sinkhorn(
-                    source, target, cost, eps, method="sinkhorn_log", numItermax=20_000
-                )
+                settings = {"numItermax": 20_000, "stopThr": TOLERANCE, "warn": False}
+                matrix = ot.sinkhorn(source, target, cost, eps, method="sinkhorn_log", **settings)
         except UserWarning as warning:
-            raise IntrafuseError(
-                f"the transport solver did not converge: {warning}",
-                remedy="set a larger regularisation",
-            ) from warning
-    return Transport(np.asarray(matrix), cost, source, target)
+            raise IntrafuseError(f"the transport solver failed: {warning}") from warning
+    solution = Transport(np.asarray(matrix), cost, source, target)
+    if not solution.error <= WORST:
+        raise IntrafuseError(
+            "the transport solver did not converge: the marginals are off by more than "
+            f"{WORST:g} of the mass",
+            value=solution.error,
+            remedy="set a larger regularisation, or 0 for the exact solver",
+        )
+    return solution
+
+
+def _check_problem(cost: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+    if cost.shape != (len(source), len(target)):
+        raise IntrafuseError(
+            f"a ground cost between {len(source)} channels and {len(target)} targets must be "
+            f"({len(source)}, {len(target)})",
+            value=cost.shape,
+        )
+    if not all(np.isfinite(part).all() for part in (cost, source, target)):
+        raise IntrafuseError(
+            "the ground cost and the marginals must be finite",
+            remedy="check the weights and the importance for NaN and infinity",
+        )
+    masses = float(source.sum()), float(target.sum())
+    if min(source.min(), target.min()) < 0 or not np.isclose(*masses, rtol=1e-6, atol=0):
+        raise IntrafuseError(
+            "mass must not be negative, and as much must arrive as leaves", value=masses
+        )
 
 
 def assignment(cost: np.ndarray) -> np.ndarray:
@@ -172,9 +213,14 @@ def assignment(cost: np.ndarray) -> np.ndarray:
 
     The special case of transport with equal widths and uniform mass (SciPy's Hungarian method).
 
+    Raises:
+        IntrafuseError: the cost is not square, or not finite.
+
     >>> assignment(np.array([[5.0, 1.0], [1.0, 5.0]]))
     array([1, 0])
     """
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not np.isfinite(cost).all():
+        raise IntrafuseError("the cost of an assignment must be square and finite")
     return linear_sum_assignment(cost)[1]
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions, numbers
-from intrafuse.cli.output import progress, show_table, write_json
+from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions, numbers
+from intrafuse.cli.output import progress, show_note, show_table, write_json
 
 __all__ = ["compare"]
 
@@ -32,6 +32,8 @@ def compare(
     from intrafuse.evaluate.compare import compare as compare_methods
 
     resolved = model.resolve(common.device)
+    if model.is_random:
+        show_note(RANDOM)
     spec = data.spec(tuple(resolved.example_inputs[0].shape[1:]))
     test = data.images(spec, "test", data.limit)
     with progress() as advance:

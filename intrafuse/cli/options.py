@@ -7,6 +7,7 @@ fields as options, and a finished object in return.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
     from intrafuse.data import Images
     from intrafuse.zoo import ResolvedModel
 
-__all__ = ["Common", "DataOptions", "ModelOptions", "PruneOptions", "add_command", "numbers"]
+__all__ = [
+    "RANDOM",
+    "Common",
+    "DataOptions",
+    "ModelOptions",
+    "PruneOptions",
+    "add_command",
+    "numbers",
+]
 
+RANDOM = "note: without --weights the network has random ones"
 CALIBRATION = 1024  # images for metrics and repair, where --limit does not say
 
 
@@ -30,7 +40,7 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
     """Make a command of a function, with the errors and exit codes of all commands."""
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
-    sets = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    sets: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = []
     for name, parameter in inspect.signature(function).parameters.items():
         chosen = sets.get(name)
@@ -95,9 +105,11 @@ class Common:
     def start(self) -> None:
         """Seed PyTorch, set its threads, and refuse a device or a JSON file that cannot be."""
         import torch
+        from torch._logging import set_logs
 
         if self.json not in (None, "-") and Path(self.json).is_dir():
             raise IntrafuseError("--json takes a file, not a folder", value=self.json, usage=True)
+        set_logs(all=logging.CRITICAL)  # what fails is said in one line
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
@@ -140,6 +152,12 @@ class ModelOptions:
     def arguments(self) -> dict[str, Any]:
         """Give the arguments of the network's factory."""
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
+
+    @property
+    def is_random(self) -> bool:
+        """Tell whether nothing fills the network; a factory of the user's may do so itself."""
+        source, colon, _ = self.model.partition(":")
+        return self.weights is None and (not colon or source in ("torchvision", "timm"))
 
     def resolve(self, device: str) -> ResolvedModel:
         """Build the network on a device."""

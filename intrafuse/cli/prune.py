@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions
+from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
 from intrafuse.errors import IntrafuseError
 
@@ -27,6 +27,9 @@ class MethodOptions:
     """Choose a method; its settings are the fields of its class in `intrafuse.methods`."""
 
     method: Annotated[str, typer.Option(help="Method; an unknown one lists all.")] = "intra-fusion"
+    features: Annotated[
+        str | None, typer.Option(help="What the ground cost compares: writers or all.")
+    ] = None
     target: Annotated[str | None, typer.Option(help="important, k-means or mixture.")] = None
     source_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
         None
@@ -48,14 +51,14 @@ class MethodOptions:
         """
         from intrafuse.methods import METHODS, resolve_method
 
-        kind = type(resolve_method(self.method))
+        kind: Any = type(resolve_method(self.method))
         given = {key: value for key, value in asdict(self).items() if value is not None}
         del given["method"]
         known = get_type_hints(kind)
         for name, value in given.items():
             option = f"--{name.replace('_', '-')}"
-            if name not in kind.__dataclass_fields__:
-                having = [m.name for m in METHODS.values() if name in m.__dataclass_fields__]
+            if name not in known:
+                having = [n for n, m in METHODS.items() if name in get_type_hints(m)]
                 raise IntrafuseError(
                     f"{self.method} has no setting {option}",
                     value=value,
@@ -106,6 +109,8 @@ def prune(
     if out is not None:
         usable(out)
     resolved = model.resolve(common.device)
+    if model.is_random:
+        show_note(RANDOM)
     test = None if data.data is None else data.images(data.data, "test", data.limit)
     with progress() as advance:
         pruned = intrafuse.prune(

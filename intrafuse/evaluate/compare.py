@@ -55,15 +55,14 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[str]], tuple[int, ...]]:
         """Give header, rows and the columns with numbers, for `intrafuse.report.tables`."""
-        header = ["method", "channels removed", "parameters", "removed", "MACs", "removed"]
-        header += ["accuracy", "seconds"]
-        first = ["unpruned", "", f"{self.original.params:,}", "", f"{self.original.macs:,}", ""]
-        rows = [[*first, f"{self.accuracy:.2f}", ""]]
+        header = ["method", "channels", "parameters", "MACs", "accuracy", "seconds"]
+        size = [_short(self.original.params), _short(self.original.macs)]
+        rows = [["unpruned", "", *size, f"{self.accuracy:.2f}", ""]]
         for row in self.rows:
-            size = [f"{row.params:,}", f"{row.params_removed:.1%}"]
-            size += [f"{row.macs:,}", f"{row.macs_removed:.1%}"]
+            size = [f"{_short(row.params)} {-row.params_removed:.1%}"]
+            size += [f"{_short(row.macs)} {-row.macs_removed:.1%}"]
             measured = [f"{row.accuracy:.2f}", f"{row.seconds:.2f}"]
-            rows.append([row.method, f"{row.channels_removed:.1%}", *size, *measured])
+            rows.append([row.method, f"{-row.channels_removed:.1%}", *size, *measured])
         return header, rows, tuple(range(1, len(header)))
 
 
@@ -136,3 +135,15 @@ def compare(
                 keep(row, pruned)
             report(1 + len(rows), total)
     return Comparison(before, unpruned, tuple(rows))
+
+
+def _short(number: int) -> str:
+    """Write a number with three digits, so that a table of them fits a terminal.
+
+    >>> _short(950), _short(9_228_362), _short(999_999), _short(4_514_705_000)
+    ('950', '9.23M', '1M', '4.51G')
+    """
+    if number < 1000:
+        return str(number)
+    power = min(len(f"{float(f'{number:.3g}'):.0f}") - 1, 14) // 3
+    return f"{float(f'{number:.3g}') / 1000**power:.3g}{'kMGT'[power - 1]}"
