@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from intrafuse.checkpoint import load, save
 from intrafuse.data import Images, load_data
 from intrafuse.evaluate.compare import Comparison, Row, compare
-from intrafuse.prune import Pruned
+from intrafuse.prune import Pruned, prune
 from intrafuse.zoo import ResolvedModel, resolve_model
 
 __all__ = ["Demo", "run_demo"]
@@ -87,8 +88,8 @@ def run_demo(
         methods=METHODS,
         device=device,
         keep=keep,
-        progress=lambda done, total: report("pruning", done, total),
-        seed=seed,
+        prune=partial(prune, seed=seed),
+        progress=partial(report, "pruning"),
     )
     images = test.unlabelled(64, seed=seed).to(device)
     with torch.inference_mode():

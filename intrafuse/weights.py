@@ -55,6 +55,7 @@ class Weights:
                 value=missing,
                 remedy="make the plan from this model",
             )
+        slots = {slot.parameter for group in graph.groups for slot in group.slots}
         for name in graph.axes:
             if name not in weights.state:
                 continue
@@ -66,7 +67,8 @@ class Weights:
                     layer=name,
                     remedy="make the plan from this model",
                 )
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            mask = name in buffers and name not in slots  # attention masks hold -inf
+            if tensor.is_floating_point() and not _finite(tensor, mask):
                 raise IntrafuseError(
                     "weights must be finite, but NaN or infinity was found",
                     layer=name,
@@ -159,6 +161,10 @@ def _scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
     # A grouped transposed convolution: weight (groups x inputs, outputs / groups, kernel...).
     blocks = weight.unflatten(0, (groups, -1))
     return (blocks * gain.view(groups, 1, -1, *shape[2:])).flatten(0, 1)
+
+
+def _finite(tensor: Tensor, infinite: bool) -> bool:
+    return not bool((tensor.isnan() if infinite else ~torch.isfinite(tensor)).any())
 
 
 def _matrix(step: MergeMap, slot: Slot) -> Tensor:

@@ -20,4 +20,4 @@ def shared() -> Path:
 
 settings.register_profile("intrafuse", deadline=None, derandomize=True)
 settings.load_profile("intrafuse")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads that wait for each other on a busy machine: 10 times slower

@@ -29,6 +29,7 @@ def compare(
     shares = numbers("--channels", channels, float)
     settings = options.settings()
     common.start()
+    import intrafuse
     from intrafuse.evaluate.compare import compare as compare_methods
 
     resolved = model.resolve(common.device)
@@ -45,11 +46,11 @@ def compare(
             methods=methods.split(","),
             batch_size=data.batch_size,
             device=common.device,
-            data=data.batches(spec, common),
+            prune=partial(
+                intrafuse.prune, data=data.batches(spec, common), seed=common.seed, **settings
+            ),
             progress=partial(advance, "comparing"),
-            seed=common.seed,
-            **settings,
         )
+    write_json(common, found.as_data())
     title = f"{model.model}, {options.importance}, {len(test):,} images of {spec}"
     show_table(common, title, *found.table())
-    write_json(common, found.as_data())

@@ -49,13 +49,13 @@ def evaluate(
         )
     params = sum(parameter.numel() for parameter in network.parameters())
     macs = _count_macs(network, test, common.device)
+    figures = {"params": params, "macs": macs, "accuracy": percent}
+    write_json(common, {"folder": str(folder), **figures, "data": spec, "images": len(test)})
     shown = "unknown" if macs is None else f"{macs:,}"
     row = [str(folder), f"{params:,}", shown, f"{percent:.2f}"]
     title = f"{len(test):,} images of {spec}"
     header = ["network", "parameters", "MACs", "accuracy"]
     show_table(common, title, header, [row], numbers=(1, 2, 3))
-    figures = {"params": params, "macs": macs, "accuracy": percent}
-    write_json(common, {"folder": str(folder), **figures, "data": spec, "images": len(test)})
 
 
 def _load(

@@ -24,6 +24,15 @@ def inspect(model: ModelOptions, common: Common) -> None:
     graph = trace(resolved.model, resolved.example_inputs)
     figures = measure(graph, graph.sizes, Weights.of(graph, resolved.model).counted())
     groups = sorted(graph.groups, key=lambda group: group.index)
+    write_json(
+        common,
+        {
+            "model": model.model,
+            **vars(figures),
+            "groups": [{"index": g.index, **_data(g)} for g in groups],
+            "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
+        },
+    )
     show_table(
         common,
         f"{model.model}: {figures.channels:,} channels in {len(groups)} groups, "
@@ -35,15 +44,6 @@ def inspect(model: ModelOptions, common: Common) -> None:
     if graph.locked:
         rows = [[g.name, str(g.size), "; ".join(g.locked)] for g in graph.locked]
         show_table(common, "Locked", ["group", "channels", "why"], rows, numbers=(1,))
-    write_json(
-        common,
-        {
-            "model": model.model,
-            **vars(figures),
-            "groups": [{"index": g.index, **_data(g)} for g in groups],
-            "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
-        },
-    )
 
 
 def _roles(group: ChannelGroup) -> tuple[tuple[Slot, ...], ...]:

@@ -105,7 +105,7 @@ class Common:
     def start(self) -> None:
         """Seed PyTorch, set its threads, and refuse a device or a JSON file that cannot be."""
         import torch
-        from torch._logging import set_logs
+        from torch._logging import set_logs  # type: ignore[attr-defined]
 
         if self.json not in (None, "-") and Path(self.json).is_dir():
             raise IntrafuseError("--json takes a file, not a folder", value=self.json, usage=True)

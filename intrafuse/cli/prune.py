@@ -126,10 +126,10 @@ def prune(
         figures = _measure(resolved, pruned, test, data.batch_size, common.device, advance)
     if out is not None:
         _save(out, pruned, model, resolved, figures)
+    write_json(common, _data(model.model, pruned, figures, out))
     _show(common, pruned, figures)
     if out is not None:
         show_note(f"saved in {out}")
-    write_json(common, _data(model.model, pruned, figures, out))
 
 
 def _measure(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from intrafuse.budget import Figures
+from intrafuse.budget import Figures, measure
 from intrafuse.data import Images
 from intrafuse.evaluate.accuracy import accuracy
-from intrafuse.graph import ExampleInputs
+from intrafuse.graph import ExampleInputs, trace
 from intrafuse.methods import Method, resolve_method
-from intrafuse.prune import Pruned, prune
+from intrafuse.prune import Pruned, Report, prune
+from intrafuse.weights import Weights
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -75,10 +76,9 @@ def compare(
     methods: Sequence[str | Method],
     batch_size: int = 100,
     device: str = "cpu",
-    data: Iterable | None = None,
+    prune: Callable[..., Pruned] = prune,
     keep: Callable[[Row, Pruned], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **settings: Any,
 ) -> Comparison:
     """Prune a network by each method and amount, and measure accuracy without fine-tuning.
 
@@ -89,10 +89,9 @@ def compare(
         channels: shares of channels to remove, each in [0, 1).
         methods: names or methods.
         batch_size, device: of the measurement.
-        data: batches for metrics and repair that need them.
+        prune: `intrafuse.prune`, or a `functools.partial` of it with other settings.
         keep: called with each row and its pruned network, to save it, say.
         progress: called with (networks done, networks in all), the unpruned one included.
-        settings: further arguments of `intrafuse.prune`, such as importance and seed.
 
     Raises:
         IntrafuseError: as for `prune` and `accuracy`.
@@ -109,32 +108,34 @@ def compare(
     total = 1 + len(channels) * len(chosen)
     report = progress or (lambda done, total: None)
     report(0, total)
+    graph = trace(model, example_inputs)  # fails early, and warms the tracer up for all rows
+    before = measure(graph, graph.sizes, Weights.of(graph, model).counted())
     unpruned = accuracy(model, test, batch_size=batch_size, device=device)
     report(1, total)
-    rows, before = [], Figures(0, 0, 0)
+    rows = []
     for share in channels:
         for method in chosen:
-            pruned = prune(
-                model, example_inputs, channels=share, method=method, data=data, **settings
-            )
+            pruned = prune(model, example_inputs, channels=share, method=method)
             measured = accuracy(pruned.model, test, batch_size=batch_size, device=device)
-            before, after = pruned.report.before, pruned.report.after
-            gone = pruned.report.reached
-            row = Row(
-                method.name,
-                gone["channels"],
-                after.params,
-                gone["params"],
-                after.macs,
-                gone["macs"],
-                measured,
-                pruned.report.seconds,
-            )
-            rows.append(row)
+            rows.append(_row(method.name, pruned.report, measured))
             if keep is not None:
-                keep(row, pruned)
+                keep(rows[-1], pruned)
             report(1 + len(rows), total)
     return Comparison(before, unpruned, tuple(rows))
+
+
+def _row(method: str, report: Report, percent: float) -> Row:
+    after, gone = report.after, report.reached
+    return Row(
+        method=method,
+        channels_removed=gone["channels"],
+        params=after.params,
+        params_removed=gone["params"],
+        macs=after.macs,
+        macs_removed=gone["macs"],
+        accuracy=percent,
+        seconds=report.seconds,
+    )
 
 
 def _short(number: int) -> str:
@@ -143,7 +144,8 @@ def _short(number: int) -> str:
     >>> _short(950), _short(9_228_362), _short(999_999), _short(4_514_705_000)
     ('950', '9.23M', '1M', '4.51G')
     """
-    if number < 1000:
-        return str(number)
-    power = min(len(f"{float(f'{number:.3g}'):.0f}") - 1, 14) // 3
-    return f"{float(f'{number:.3g}') / 1000**power:.3g}{'kMGT'[power - 1]}"
+    for power, unit in enumerate(("", "k", "M", "G", "T")):
+        text = f"{number / 1000**power:.3g}"
+        if "e" not in text:  # 1e+03 belongs to the next unit
+            return text + unit
+    return str(number)

@@ -72,7 +72,7 @@ def merge_channels(
         A new tensor of the same dtype; the products are taken in float32 at least.
     """
     exact = torch.promote_types(tensor.dtype, torch.float32)
-    matrix = matrix.to(device=tensor.device, dtype=exact)
+    matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # or rounding would differ
     width = matrix.shape[0]
     rows = channel_rows(tensor, axis, blocks, channels).to(exact)
     merged = (matrix @ rows).to(tensor.dtype)

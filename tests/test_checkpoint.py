@@ -1,0 +1,502 @@
+"""Saved networks: the same bits back, and every way in which a folder can be bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import intrafuse
+from intrafuse import IntrafuseError, Plan, fold_batchnorm, load, prune, save
+from intrafuse.checkpoint import MANIFEST, PLAN, WEIGHTS
+from intrafuse.zoo import file_sha256, resolve_model
+
+torch.set_num_threads(1)
+
+ROOT = Path(intrafuse.__file__).parents[1]
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Give a model weights and statistics that no default could stand for."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, generator=generator) * 0.3)
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(7)
+    return model.eval()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """List every parameter and buffer, under each of its names."""
+    named = [*model.named_parameters(remove_duplicate=False)]
+    return dict([*named, *model.named_buffers(remove_duplicate=False)])
+
+
+def require_same(first: nn.Module, second: nn.Module, x: Tensor) -> None:
+    """Ask for the same modules, the same tensors and the same outputs, bit for bit."""
+    assert str(first) == str(second)
+    assert_close(state(first), state(second), rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(first.eval()(x), second(x))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Save a pruned network of the zoo."""
+    net = resolve_model("mlp", hidden=(8, 6))
+    small = prune(filled(net.model), net.example_inputs, channels=0.5)
+    return save(tmp_path / "small", small, architecture="mlp", arguments={"hidden": (8, 6)})
+
+
+def fresh() -> nn.Module:
+    """Build the network that `saved` was made from, with other weights."""
+    return resolve_model("mlp", hidden=(8, 6)).model
+
+
+# --- the same bits back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.99])
+@pytest.mark.parametrize("method", ["select", "intra-fusion"])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("mlp", 0.1), ("vgg11_bn", 0.05), ("resnet18", 0.05), ("resnet20", 0.3), ("digits_resnet", 1)],
+)
+def test_a_network_of_the_zoo_comes_back(tmp_path, name, width, method, share):
+    net = resolve_model(name, width=width, num_classes=3)
+    model = filled(net.model)
+    small = prune(model, net.example_inputs, channels=share, method=method)
+    if share == 0.99:
+        assert set(small.plan.widths.values()) == {1}
+    folder = save(tmp_path / "a" / "b", small, architecture=name, arguments=net.arguments)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([WEIGHTS, MANIFEST, PLAN])
+    random = torch.get_rng_state()
+    (x,) = net.example_inputs
+    again = load(folder)
+    assert not any(module.training for module in again.modules())
+    require_same(small.model, again, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    other = resolve_model(name, width=width, num_classes=3).model.train()
+    assert load(folder, other) is other
+    require_same(small.model, other, x)
+    assert Plan.load(folder / PLAN).widths == small.plan.widths
+
+
+class Odd(nn.Module):
+    """Hold tied weights, layers without bias, and buffers of many types and layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, bias=False)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 4)
+        self.head.weight.requires_grad_(False)
+        mask = torch.zeros(4).index_fill(0, torch.tensor([3]), -torch.inf)
+        self.register_buffer("mask", mask, persistent=False)
+        types = ["bool", "int8", "uint8", "int16", "int64", "float16", "bfloat16", "float64"]
+        for name in [*types, "complex64", "complex128", "float8_e4m3fn"]:
+            kind = getattr(torch, name)
+            self.register_buffer(f"as_{name}", torch.arange(6).view(2, 3).to(kind))
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("number", torch.tensor(5))
+        self.register_buffer("absent", None)
+        self.register_buffer("part", torch.arange(10.0)[2:5])
+        self.register_buffer("turned", torch.arange(6.0).view(2, 3).T)
+        self.register_buffer("wide", torch.ones(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.norm(self.conv1(x)).relu()).mean((2, 3))
+        return self.head(self.second(self.first(x).relu())) + self.mask
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def odd() -> Odd:
+    torch.manual_seed(3)
+    return Odd().eval()
+
+
+def test_ties_types_layouts_and_new_biases_come_back(tmp_path):
+    model = odd()
+    filled_weights = torch.rand(8)
+    model.norm.running_mean.copy_(filled_weights)
+    small = prune(model, X, channels=0.5, exclude=["first"])
+    assert small.model.conv1.bias is not None and model.conv1.bias is None
+    folder = save(tmp_path / "odd", small)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+    assert "first.weight" in names and "second.weight" not in names
+    again = load(folder, odd().train())
+    require_same(small.model, again, X)
+    assert again.second.weight is again.first.weight
+    assert again.conv1.out_channels == 4 and again.conv1.bias.shape == (4,)
+    assert again.turned.stride() == model.turned.stride()
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in small.model.parameters()
+    ]
+    save(folder, again, plan=Plan.load(folder / PLAN))  # over what it was loaded from
+    require_same(small.model, load(folder, odd()), X)
+
+
+def test_a_memory_layout_comes_back(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    model = model.to(memory_format=torch.channels_last)
+    other = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    again = load(save(tmp_path / "last", model), other)
+    assert again[0].weight.stride() == model[0].weight.stride()
+    require_same(model, again, X)
+
+
+def test_removed_layers_come_back_as_identities(tmp_path):
+    net = resolve_model("digits_resnet", width=0.2)
+    folded = fold_batchnorm(filled(net.model), net.example_inputs, remove=True)
+    folder = save(
+        tmp_path / "folded", folded, architecture="digits_resnet", arguments={"width": 0.2}
+    )
+    again = load(folder)
+    assert isinstance(again.bn1, nn.Identity) and again.conv1.bias is not None
+    require_same(folded, again, net.example_inputs[0])
+
+
+def test_a_network_that_was_pruned_twice_comes_back(tmp_path):
+    net = resolve_model("digits_resnet", width=0.5)
+    once = prune(filled(net.model), net.example_inputs, channels=0.9).model
+    twice = prune(once, net.example_inputs, channels=0.5)
+    folder = save(tmp_path / "x", twice, architecture="digits_resnet", arguments={"width": 0.5})
+    require_same(twice.model, load(folder), net.example_inputs[0])
+
+
+def test_a_tuned_network_is_saved_with_its_plan(tmp_path, saved):
+    plan, tuned = Plan.load(saved / PLAN), load(saved)
+    with torch.no_grad():
+        tuned.layers[1].weight.add_(1)
+    arguments = {"architecture": "mlp", "arguments": {"hidden": [8, 6]}}
+    with pytest.raises(IntrafuseError, match=r"misshapen: layers\.1\.bias \(file float32 \[4\], "):
+        save(tmp_path / "no", tuned, **arguments)
+    assert not (tmp_path / "no").exists()
+    again = load(save(tmp_path / "yes", tuned, plan=plan, **arguments))
+    require_same(tuned, again, torch.randn(2, 1, 8, 8))
+    with pytest.raises(IntrafuseError, match=r"shapes that its plan gives.*at layers\.1\.weight"):
+        save(tmp_path / "no", fresh(), plan=plan)
+
+
+def test_the_saved_plan_makes_the_saved_network(tmp_path):
+    model = filled(resolve_model("digits_resnet", width=0.3).model)
+    small = prune(model, torch.zeros(1, 1, 8, 8), params=0.6)
+    folder = save(tmp_path / "x", small)
+    again = Plan.load(folder / PLAN).apply(model)
+    assert_close(state(again), state(load(folder, model)))
+
+
+# --- the manifest -------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_how_the_network_came_to_be(tmp_path):
+    net = resolve_model("mlp")
+    source = tmp_path / "source.safetensors"
+    save_file(net.model.state_dict(), source)
+    small = prune(net.model, net.example_inputs, macs=0.4, importance="l2", seed=5)
+    folder = save(
+        tmp_path / "x",
+        small,
+        architecture="mlp",
+        source_sha256=file_sha256(source),
+        figures={"accuracy": 91.5},
+    )
+    data = json.loads((folder / MANIFEST).read_text())
+    assert data["schema_version"] == 1 and data["architecture"] == "mlp"
+    assert data["method"]["name"] == "intra-fusion" and data["importance"] == "l2"
+    assert data["budget"]["kind"] == "macs" and data["budget"]["share"] == 0.4
+    assert data["seed"] == 5 and data["figures"] == {"accuracy": 91.5}
+    assert data["source_sha256"] == file_sha256(source)
+    assert data["before"] == vars(small.report.before) and data["after"] == vars(small.report.after)
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["versions"]["intrafuse"] == intrafuse.__version__
+    assert data["files"] == {name: file_sha256(folder / name) for name in (WEIGHTS, PLAN)}
+    shapes = {name: tuple(item["shape"]) for name, item in data["tensors"].items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in state(small.model).items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"figures": {"accuracy": float("nan")}}, "figures must be plain JSON"),
+        ({"arguments": {"x": torch.zeros(1)}}, "arguments must be plain JSON"),
+        ({"source_sha256": "abc"}, "64 hexadecimal digits; got 'abc'"),
+        ({"architecture": "vgg11_bn"}, "does not fit the model; missing: "),
+    ],
+)
+def test_bad_arguments_leave_no_folder(tmp_path, arguments, message):
+    with pytest.raises(IntrafuseError, match=message):
+        save(tmp_path / "x", nn.Linear(2, 2), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_weights_are_not_saved(tmp_path, value):
+    model = nn.Linear(2, 2)
+    model.bias.data[1] = value
+    with pytest.raises(IntrafuseError, match=r"must be finite.*at bias"):
+        save(tmp_path / "x", model)
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad folders --------------------------------------------------------------------------------
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Make a function that changes the manifest of a folder."""
+
+    def apply(folder: Path) -> None:
+        data = json.loads((folder / MANIFEST).read_text())
+        change(data)
+        (folder / MANIFEST).write_text(json.dumps(data))
+
+    return apply
+
+
+def rewrite(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """Make a function that changes the weights of a folder, with a manifest that agrees."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        digest = file_sha256(folder / WEIGHTS)
+        edit(lambda data: data["files"].update({WEIGHTS: digest}))(folder)
+
+    return apply
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    """Make a function that keeps the first bytes of a file."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def flip_last_byte(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save({"layers.1.weight": torch.zeros(4, 64)}, folder / WEIGHTS)
+
+
+def huge_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def tensor_of(data: dict) -> dict:
+    return data["tensors"]["layers.1.bias"]
+
+
+BAD = {
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest cannot be read"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights cannot be read"),
+    "empty manifest": (cut(MANIFEST, 0), "manifest is truncated or corrupt"),
+    "short manifest": (cut(MANIFEST, 500), "manifest is truncated or corrupt"),
+    "binary manifest": (lambda f: (f / MANIFEST).write_bytes(b"\x80\x04\xff"), "corrupt"),
+    "deep manifest": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "corrupt"),
+    "a list": (lambda f: (f / MANIFEST).write_text("[1]"), "holds no schema_version"),
+    "no version": (edit(lambda d: d.pop("schema_version")), "holds no schema_version"),
+    "true version": (edit(lambda d: d.update(schema_version=True)), "holds no schema_version"),
+    "next version": (edit(lambda d: d.update(schema_version=2)), r"version 1 .*got 2.*upgrade"),
+    "no tensors": (edit(lambda d: d.pop("tensors")), "corrupt .tensors: Field required"),
+    "more fields": (edit(lambda d: d.update(code="import os")), "corrupt .code: Extra"),
+    "text for size": (edit(lambda d: tensor_of(d).update(shape=["4"])), "corrupt .tensors"),
+    "negative size": (edit(lambda d: tensor_of(d).update(shape=[-4])), "corrupt .tensors"),
+    "other shape": (edit(lambda d: tensor_of(d).update(shape=[5])), r"disagree.*layers\.1\.bias"),
+    "other type": (edit(lambda d: tensor_of(d).update(dtype="int8")), r"disagree.*layers\.1\.bias"),
+    "complex": (edit(lambda d: tensor_of(d).update(dtype="complex128")), "disagree"),
+    "tensor too few": (edit(lambda d: d["tensors"].pop("layers.1.bias")), "disagree"),
+    "tensor too many": (edit(lambda d: d["tensors"].update(z=tensor_of(d))), "disagree.*at z"),
+    "short weights": (cut(WEIGHTS, 200), "truncated or corrupt"),
+    "empty weights": (cut(WEIGHTS, 0), "truncated or corrupt"),
+    "flipped bit": (flip_last_byte, "SHA-256 differs"),
+    "pickle": (pickle_weights, "nothing is unpickled"),
+    "huge header": (huge_header, "truncated or corrupt"),
+    "NaN": (rewrite(lambda t: t["layers.1.bias"].fill_(torch.nan)), r"finite.*layers\.1\.bias"),
+    "Inf": (rewrite(lambda t: t["layers.5.weight"].fill_(torch.inf)), r"finite.*layers\.5\.weight"),
+    "alias to nothing": (edit(lambda d: d["aliases"].update({"layers.5.bias": "q"})), "missing: q"),
+    "unknown alias": (
+        edit(lambda d: d["aliases"].update({"q.bias": "layers.5.bias"})),
+        "unexpected: q.bias",
+    ),
+    "tie of other shape": (
+        edit(lambda d: d["aliases"].update({"layers.1.weight": "layers.5.bias"})),
+        "misshapen",
+    ),
+    "unknown layer": (edit(lambda d: d["attributes"].update(q={"x": 1})), "no x .at q"),
+    "new attribute": (edit(lambda d: d["attributes"].update({"": {"forward": 1}})), "no forward"),
+    "true attribute": (edit(lambda d: d["attributes"].update({"": {"training": 1}})), "training"),
+    "text attribute": (edit(lambda d: d["attributes"].update({"": {"x": "1"}})), "corrupt"),
+    "remove unknown": (edit(lambda d: d.update(removed_layers=["q"])), "no such layer .at q"),
+    "remove all": (edit(lambda d: d.update(removed_layers=[""])), "no such layer"),
+    "own shape": (edit(lambda d: tensor_of(d).update(pruned_axes=[])), "misshapen: layers"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_a_bad_folder_is_refused_and_the_model_untouched(saved, case):
+    break_it, message = BAD[case]
+    break_it(saved)
+    model = fresh().train()
+    before = {name: (tensor, tensor.clone()) for name, tensor in state(model).items()}
+    text = str(model)
+    with pytest.raises(IntrafuseError, match=message):
+        load(saved, model)
+    with pytest.raises(IntrafuseError, match=message):
+        load(saved)
+    assert str(model) == text and all(module.training for module in model.modules())
+    for name, tensor in state(model).items():
+        assert tensor is before[name][0] and torch.equal(tensor, before[name][1])
+
+
+def test_all_keys_that_do_not_fit_are_listed_in_order(saved):
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Identity(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6)])
+    model.a = nn.Linear(1, 1)
+    with pytest.raises(IntrafuseError) as caught:
+        load(saved, model)
+    text = str(caught.value)
+    assert "missing: a.bias, a.weight;" in text
+    assert "unexpected: layers.5.bias, layers.5.weight;" in text
+    assert "misshapen: layers.1.weight (file float32 [4, 64], model float32 [8, 3])." in text
+
+
+@pytest.mark.parametrize("name", ["file.pt", "absent"])
+def test_what_is_no_folder_is_refused(tmp_path, name):
+    torch.save({}, tmp_path / "file.pt")
+    with pytest.raises(IntrafuseError, match="is a folder, and nothing is unpickled"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["evil_module:build", "torchvision:resnet18", "timm:resnet18", "unknown", None]
+)
+def test_no_code_that_a_manifest_names_is_imported(saved, monkeypatch, architecture):
+    (saved.parent / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(saved.parent)
+    monkeypatch.syspath_prepend(saved.parent)
+    edit(lambda data: data.update(architecture=architecture))(saved)
+    with pytest.raises(IntrafuseError, match=r"only architectures of the zoo.*give it as model="):
+        load(saved)
+    assert load(saved, fresh()).layers[1].out_features == 4
+
+
+@pytest.mark.parametrize("arguments", [{"name": 1}, {"q": 1}, {"hidden": 3}, {"width": "x"}])
+def test_arguments_that_the_zoo_does_not_take_are_refused(saved, arguments):
+    edit(lambda data: data.update(arguments=arguments))(saved)
+    with pytest.raises(IntrafuseError):
+        load(saved)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path, saved):
+    model = nn.Linear(2, 2)
+    assert save(saved, model) == saved
+    assert sorted(path.name for path in saved.iterdir()) == sorted([WEIGHTS, MANIFEST])
+    require_same(model, load(saved, nn.Linear(2, 2)), torch.zeros(1, 2))
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_files_of_others_are_never_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(IntrafuseError, match=r"other files \(thesis|is a file"):
+            save(target, nn.Linear(2, 2))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_empty_folder_and_a_link_are_fine(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save(tmp_path / "link", nn.Linear(2, 2))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / MANIFEST).exists()
+
+
+@contextmanager
+def file_size_limit(folder: Path) -> Iterator[Path]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def tiny_disk(folder: Path) -> Iterator[Path]:
+    disk = folder / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting is not permitted")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("limit", [file_size_limit, tiny_disk])
+def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path, limit):
+    with limit(tmp_path) as folder:
+        old = nn.Linear(3, 3)
+        save(folder / "old", old)
+        for name in ("old", "new"):
+            with pytest.raises(IntrafuseError, match=r"cannot be written.*(too large|No space)"):
+                save(folder / name, nn.Linear(300, 300))
+        assert [path.name for path in folder.iterdir() if path.name != "disk"] == ["old"]
+        require_same(old, load(folder / "old", nn.Linear(3, 3)), torch.ones(1, 3))
+
+
+def test_a_kill_while_saving_leaves_no_folder_under_the_name(tmp_path):
+    code = """
+        import sys, torch, intrafuse
+        model = torch.nn.Linear(4000, 5000)
+        intrafuse.save(sys.argv[1], model)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "big")]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        deadline = time.monotonic() + 50
+        while not list(tmp_path.glob(f".big.*.tmp/{WEIGHTS}*")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "big").exists()
+    save(tmp_path / "big", nn.Linear(2, 2))  # what the killed process left is not in the way
+    assert load(tmp_path / "big", nn.Linear(2, 2)).out_features == 2

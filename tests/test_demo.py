@@ -1,0 +1,65 @@
+"""The demonstration, shortened: what it finds, saves and reloads."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+import intrafuse.demo
+from intrafuse import load
+from intrafuse.checkpoint import MANIFEST
+from intrafuse.cli import app
+from intrafuse.data import load_data
+from intrafuse.demo import run_demo
+from intrafuse.evaluate import accuracy
+
+
+def test_a_short_demo_finds_saves_and_reloads(tmp_path):
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    calls = []
+    found = run_demo(
+        tmp_path, seed=1, epochs=2, shares=[0.3, 0.6], progress=lambda *call: calls.append(call)
+    )
+    assert torch.equal(torch.get_rng_state(), random)
+    assert found.identical and found.comparison.accuracy > 90
+    assert [row.method for row in found.comparison.rows] == ["select", "intra-fusion"] * 2
+    names = ["original", "select-0.3", "intra-fusion-0.3", "select-0.6", "intra-fusion-0.6"]
+    assert [folder.name for folder in found.folders] == names
+    test = load_data("digits")
+    assert accuracy(load(found.folders[0]), test) == found.comparison.accuracy
+    for folder, row in zip(found.folders[1:], found.comparison.rows, strict=True):
+        model = load(folder)
+        assert sum(p.numel() for p in model.parameters()) == row.params
+        assert accuracy(model, test) == row.accuracy
+        assert json.loads((folder / MANIFEST).read_text())["figures"] == {"accuracy": row.accuracy}
+    assert [call for call in calls if call[1] == call[2]] == [
+        ("training", 44, 44),
+        ("pruning", 5, 5),
+    ]
+
+
+def test_a_seed_repeats_the_demo(tmp_path):
+    first, second = (
+        run_demo(tmp_path / name, seed=2, epochs=1, shares=[0.5]) for name in ("a", "b")
+    )
+    assert first.comparison.accuracy == second.comparison.accuracy
+    for one, two in zip(first.folders, second.folders, strict=True):
+        assert_close(load(one).state_dict(), load(two).state_dict(), rtol=0, atol=0)
+
+
+def test_the_command_prints_a_table_and_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        intrafuse.demo.run_demo,
+        "__kwdefaults__",
+        {**intrafuse.demo.run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,)},
+    )
+    arguments = ["demo", "--out", str(tmp_path / "d"), "--json", str(tmp_path / "x.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "intra-fusion" in result.stdout and "agree bit for bit" in result.stderr
+    data = json.loads((tmp_path / "x.json").read_text())
+    assert data["identical"] and len(data["saved"]) == 3 and len(data["rows"]) == 2
