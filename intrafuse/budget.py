@@ -66,7 +66,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name, share in (
             (self.kind, self.share),
-            *self.overrides.items(),
+            *((f"overrides[{name!r}]", share) for name, share in self.overrides.items()),
             ("floor", self.floor),
         ):
             number = isinstance(share, int | float) and not isinstance(share, bool)

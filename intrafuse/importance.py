@@ -172,7 +172,9 @@ def fpgm(group: ChannelGroup, context: Context) -> Tensor:
     Source: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median for Deep Convolutional
     Neural Networks Acceleration", CVPR 2019, arXiv 1811.00250.
     """
-    filters = torch.cat(_filters(group, context.weights), 1).double()  # cdist squares: keep the digits
+    filters = torch.cat(
+        _filters(group, context.weights), 1
+    ).double()  # cdist squares: keep the digits
     return torch.cat([torch.cdist(part, filters).sum(1) for part in filters.split(1024)]).float()
 
 

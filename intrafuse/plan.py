@@ -157,6 +157,11 @@ class Plan:
     @classmethod
     def _from_data(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         graph = graph_from_data(data["graph"])
+        if graph.macs(graph.sizes) != data["before"]["macs"]:
+            raise ValueError("its channel graph does not fit its figures")
+        graph.attribute_values(graph.sizes)
+        for name in graph.axes:
+            graph.shape(name, graph.sizes)
         maps = []
         for i, name in enumerate(data["groups"]):
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}

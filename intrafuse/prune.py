@@ -150,6 +150,12 @@ def plan(
     shrinking = [group for group in reversed(groups) if widths[group.name] < group.size]
     for done, group in enumerate(shrinking):
         step = chosen(group, scores[group.name], widths[group.name], context).check()
+        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
+            raise IntrafuseError(
+                f"a method must return the map of {group.size} to {widths[group.name]} channels",
+                value=(step.group, step.size, step.width),
+                layer=group.name,
+            )
         weights.merge(step)
         maps.append(step)
         if progress is not None:

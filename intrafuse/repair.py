@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -41,19 +42,29 @@ def reestimate_batchnorm(
         inplace: put the result into `original` instead of returning `pruned`.
 
     Raises:
-        IntrafuseError: the data holds no batch.
+        IntrafuseError: the data holds no batch, or one that is too small; `pruned` is then as it
+            was.
     """
+    norms = {norm.mean: _norm_module(pruned, norm.name) for norm in plan.graph.norms}
+    own = [norm.mean for norm in plan.graph.own_norms]
     targets = _targets(original, plan, data) if plan.fold else {}
-    norms = [pruned.get_submodule(norm.name) for norm in plan.graph.norms]
-    for norm in plan.graph.own_norms:
-        module = pruned.get_submodule(norm.name)
-        if norm.mean in targets and isinstance(module.weight, Tensor):
-            mean, variance = targets[norm.mean]
-            module.weight.data = variance.clamp_min(0).sqrt().to(module.weight)
-            module.bias.data = mean.to(module.bias)
-    with evaluating(pruned), _estimating(norms):
-        for _ in _outputs(pruned, data):
-            pass
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
+    try:
+        for name in own:
+            if name in targets and norms[name].affine:
+                mean, variance = targets[name]
+                norms[name].weight.data = variance.sqrt().to(norms[name].weight)
+                norms[name].bias.data = mean.to(norms[name].bias)
+        with evaluating(pruned), _estimating(list(norms.values())):
+            for _ in _outputs(pruned, data):
+                pass
+        for name in own:
+            if name in targets and not norms[name].affine:
+                _aim(norms[name], *targets[name])
+    except BaseException:
+        for norm, state in zip(norms.values(), before, strict=True):
+            norm.load_state_dict(state)
+        raise
     if not inplace:
         return pruned
     state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
@@ -61,6 +72,14 @@ def reestimate_batchnorm(
     attributes = plan.graph.attribute_values(plan.graph.resized(plan.widths))
     place(original, state, attributes, aliases=plan.graph.aliases)
     return original
+
+
+def _aim(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Set the statistics of a norm without scale and shift so that its outputs have others."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    ratio = ((norm.running_var.double() + norm.eps) / variance.clamp_min(1e-12)).sqrt()
+    norm.running_mean.copy_(norm.running_mean - mean * ratio)
+    norm.running_var.copy_(ratio.square() - norm.eps)
 
 
 def _norm_module(model: nn.Module, name: str) -> _BatchNorm:
@@ -98,9 +117,19 @@ def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
         for batch in data:
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
             seen += 1
-            yield model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            try:
+                yield model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            except ValueError as error:  # batch norm refuses a single value for each channel
+                raise IntrafuseError(
+                    f"the model refused batch {seen} of the data: {error}",
+                    remedy="repair of batch norm needs several samples in every batch, also in "
+                    "the last one",
+                ) from error
     if seen == 0:
-        raise IntrafuseError("repair needs at least one batch of data", remedy="give data=")
+        raise IntrafuseError(
+            "repair needs at least one batch of data",
+            remedy="give data= as a list or a loader, not as a generator: it is read twice",
+        )
 
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
@@ -130,7 +159,7 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
             for handle in handles:
                 handle.remove()
     return {
-        name: (first / count, second / count - (first / count) ** 2)
+        name: (first / count, (second / count - (first / count) ** 2).clamp_min(0))
         for name, (count, first, second) in sums.items()
     }
 

@@ -24,16 +24,14 @@ class Network:
     shape: tuple[int, ...]
 
 
-class Chain(nn.Sequential):
+def chain() -> nn.Module:
     """Convolutions with batch norm and ReLU, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
-            *(nn.Conv2d(12, 10, 1), nn.ReLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 5)),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
+        *(nn.Conv2d(12, 10, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 5)),
+    )
 
 
 class Residual(nn.Module):
@@ -87,82 +85,70 @@ class Dense(nn.Module):
         return self.head(F.relu(x).mean((2, 3)))
 
 
-class Grouped(nn.Sequential):
+def grouped() -> nn.Module:
     """A convolution of four groups, and one transposed of two: whole groups go."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
-            *(nn.Conv2d(12, 6, 1), nn.BatchNorm2d(6), nn.ReLU()),
-            *(nn.ConvTranspose2d(6, 8, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
+        *(nn.Conv2d(12, 6, 1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.ConvTranspose2d(6, 8, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
 
 
-class Separable(nn.Sequential):
+def separable() -> nn.Module:
     """Depthwise convolutions, one of them with two outputs for each channel."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()),
-            *(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
-            *(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)),
-            *(nn.Conv2d(6, 12, 3, padding=1, groups=6), nn.BatchNorm2d(12), nn.Hardswish()),
-            *(nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)),
+        *(nn.Conv2d(6, 12, 3, padding=1, groups=6), nn.BatchNorm2d(12), nn.Hardswish()),
+        *(nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)),
+    )
 
 
-class Flat(nn.Sequential):
+def flat() -> nn.Module:
     """A linear layer reads a block of positions for each channel of a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-            *(nn.Linear(24, 10), nn.ReLU(), nn.Dropout(0.1), nn.Linear(10, 5)),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(24, 10), nn.ReLU(), nn.Dropout(0.1), nn.Linear(10, 5)),
+    )
 
 
-class Autoencoder(nn.Sequential):
+def autoencoder() -> nn.Module:
     """Convolutions down, transposed convolutions up."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.Tanh()),
-            *(nn.ConvTranspose2d(6, 8, 2, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.ConvTranspose2d(8, 3, 3, 1, 1), nn.Sigmoid()),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.Tanh()),
+        *(nn.ConvTranspose2d(6, 8, 2, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.ConvTranspose2d(8, 3, 3, 1, 1), nn.Sigmoid()),
+    )
 
 
-class Conv1d(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.GELU()),
-            *(nn.Conv1d(8, 6, 3, bias=False), nn.BatchNorm1d(6), nn.GELU(), nn.MaxPool1d(2)),
-            *(nn.ConvTranspose1d(6, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(30, 5)),
-        )
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv1d(2, 8, 3), nn.BatchNorm1d(8), nn.GELU()),
+        *(nn.Conv1d(8, 6, 3, bias=False), nn.BatchNorm1d(6), nn.GELU(), nn.MaxPool1d(2)),
+        *(nn.ConvTranspose1d(6, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(30, 5)),
+    )
 
 
-class Conv3d(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU()),
-            *(nn.ConvTranspose3d(6, 4, 2, bias=False), nn.BatchNorm3d(4), nn.ReLU()),
-            *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5)),
-        )
+def conv3d() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU()),
+        *(nn.ConvTranspose3d(6, 4, 2, bias=False), nn.BatchNorm3d(4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 5)),
+    )
 
 
-class PReLUs(nn.Sequential):
+def prelus() -> nn.Module:
     """One slope for each channel, and one for all."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8)),
-            *(nn.Conv2d(8, 6, 3), nn.PReLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 7), nn.PReLU(7)),
-            nn.Linear(7, 5),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8)),
+        *(nn.Conv2d(8, 6, 3), nn.PReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 7), nn.PReLU(7)),
+        nn.Linear(7, 5),
+    )
 
 
 class OptionA(nn.Module):
@@ -182,13 +168,12 @@ class OptionA(nn.Module):
         return self.head(F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))).mean((2, 3)))
 
 
-class MLP(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU()),
-            *(nn.Linear(12, 9, bias=False), nn.BatchNorm1d(9, affine=False), nn.ReLU()),
-            nn.Linear(9, 5),
-        )
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU()),
+        *(nn.Linear(12, 9, bias=False), nn.BatchNorm1d(9, affine=False), nn.ReLU()),
+        nn.Linear(9, 5),
+    )
 
 
 class Tied(nn.Module):
@@ -221,35 +206,33 @@ class Twice(nn.Module):
         return self.head(x).mean((2, 3))
 
 
-class GroupNorms(nn.Sequential):
+def group_norms() -> nn.Module:
     """Group norm keeps its groups whole."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU()),
-            *(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
-        )
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )
 
 
 IMAGES = (2, 3, 6, 6)
 NETWORKS: dict[str, Network] = {
-    "chain": Network(Chain, IMAGES),
+    "chain": Network(chain, IMAGES),
     "residual": Network(Residual, IMAGES),
     "preactivation": Network(PreActivation, IMAGES),
     "dense": Network(Dense, IMAGES),
-    "grouped": Network(Grouped, IMAGES),
-    "separable": Network(Separable, IMAGES),
-    "flat": Network(Flat, IMAGES),
-    "autoencoder": Network(Autoencoder, IMAGES),
-    "conv1d": Network(Conv1d, (2, 2, 12)),
-    "conv3d": Network(Conv3d, (2, 2, 3, 4, 4)),
-    "prelu": Network(PReLUs, IMAGES),
+    "grouped": Network(grouped, IMAGES),
+    "separable": Network(separable, IMAGES),
+    "flat": Network(flat, IMAGES),
+    "autoencoder": Network(autoencoder, IMAGES),
+    "conv1d": Network(conv1d, (2, 2, 12)),
+    "conv3d": Network(conv3d, (2, 2, 3, 4, 4)),
+    "prelu": Network(prelus, IMAGES),
     "option-a": Network(OptionA, IMAGES),
-    "mlp": Network(MLP, (4, 6)),
+    "mlp": Network(mlp, (4, 6)),
     "tied": Network(Tied, (4, 6)),
     "twice": Network(Twice, IMAGES),
-    "groupnorm": Network(GroupNorms, IMAGES),
+    "groupnorm": Network(group_norms, IMAGES),
 }
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import linecache
+import logging
+import os
 import re
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from intrafuse import errors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
@@ -76,6 +84,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     with evaluating(model):
         program = _export(model, args, kwargs)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 1]
+    if any(tensor.numel() == 0 for tensor in tensors):
+        raise IntrafuseError(
+            "example inputs must hold a sample", value=[tuple(t.shape) for t in tensors]
+        )
     scope = Scope(model, tensors[0].shape[0] if tensors else 1, _aliases(model))
     _enter(scope, program)
     for node in program.graph.nodes:
@@ -88,26 +100,53 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, strict=False)
+        with torch.no_grad(), redirect_stderr(printed), _without_warnings():
+            program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
-        frames = re.findall(r'File "([^"]+)", line (\d+)', text)
-        tail = error.__traceback__
-        while tail is not None:
-            name = tail.tb_frame.f_code.co_filename
-            if "/torch/" not in name and "/intrafuse/" not in name:
-                frames.append((name, str(tail.tb_lineno)))
-            tail = tail.tb_next
-        where = f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
+        operator = _last_operator(error)
         raise IntrafuseError(
             "the model cannot be traced by torch.export: "
-            f"{type(error).__name__}: {text.splitlines()[0]}",
-            layer=where,
+            f"{type(error).__name__}: {text.splitlines()[0]}"
+            + (f", in operator {operator}" if operator else ""),
+            layer=_failing_line(error),
             remedy="check that model(*example_inputs) runs, replace control flow that depends on "
             "tensor values, or trace the part of the model that should be pruned",
         ) from error
+    sys.stderr.write(printed.getvalue())
+    return program
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what torch logs on the way to an error that says the same."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _last_operator(error: Exception) -> str | None:
+    """Name the last operator that was recorded before an export failed, where it tells."""
+    graph = getattr(error, "partial_fx_graph", None)
+    names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
+    return names[-1] if names else None
+
+
+def _failing_line(error: Exception) -> str | None:
+    """Find the last line of the model's code, outside PyTorch and this package, that was run."""
+    libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [(name, line) for name, line in frames if not name.startswith((*libraries, "<"))]
+    if not own:
+        return None
+    name, line = own[-1]
+    return f"{name}:{line}: {linecache.getline(name, line or 0).strip()}"
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -45,12 +45,18 @@ def resolve_method(method: str | Method) -> Method:
     """Turn a name into the method with its default settings.
 
     Raises:
-        IntrafuseError: no method has that name.
+        IntrafuseError: no method has that name, or it is not a method.
 
     >>> resolve_method("intra-fusion").p
     1.0
     """
     if not isinstance(method, str):
+        if not callable(method) or isinstance(method, type):
+            raise IntrafuseError(
+                "method must be a name or a method with settings, such as IntraFusion(p=2)",
+                value=method,
+                usage=True,
+            )
         return method
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1, cutoff=0.3)

@@ -36,9 +36,7 @@ Target = Literal["important", "k-means", "mixture"]
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
-def channel_features(
-    group: ChannelGroup, context: Context, kind: Features = "writers"
-) -> Tensor:
+def channel_features(group: ChannelGroup, context: Context, kind: Features = "writers") -> Tensor:
     """Lay what describes each channel side by side.
 
     Args:
