@@ -19,6 +19,7 @@ from intrafuse.zoo import ResolvedModel, resolve_model
 __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
+ARGUMENTS = {"width": 2.0}  # twice as wide as it needs to be, as networks in use are
 EPOCHS, BATCH, RATE = 8, 64, 0.1
 Progress = Callable[[str, int, int], None]
 
@@ -69,15 +70,14 @@ def run_demo(
         network = _train(train, seed, epochs, device, report)
     example = tuple(tensor.to(device) for tensor in network.example_inputs)
     out = Path(out)
-    folders: list[Path] = [save(out / "original", network.model, architecture=NETWORK)]
+    keeping = partial(save, architecture=NETWORK, arguments=ARGUMENTS)
+    folders: list[Path] = [keeping(out / "original", network.model)]
     last: list[Pruned] = []
 
     def keep(row: Row, pruned: Pruned) -> None:
         share = next(iter(pruned.report.wanted.values()))
         folder = out / f"{row.method}-{share:g}"
-        folders.append(
-            save(folder, pruned, architecture=NETWORK, figures={"accuracy": row.accuracy})
-        )
+        folders.append(keeping(folder, pruned, figures={"accuracy": row.accuracy}))
         last[:] = [pruned]
 
     comparison = compare(
@@ -100,7 +100,7 @@ def run_demo(
 
 def _train(data: Images, seed: int, epochs: int, device: str, progress: Progress) -> ResolvedModel:
     """Train a new network; the learning rate rises and falls once (Smith, arXiv 1708.07120)."""
-    network = resolve_model(NETWORK)
+    network = resolve_model(NETWORK, **ARGUMENTS)
     model = network.model.to(device).train()
     steps = epochs * -(-len(data) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4)

@@ -1,25 +1,284 @@
-"""Folding: cluster channels and replace each cluster by its mean (placeholder until built)."""
+"""Folding: cluster the channels of a group and replace each cluster by its mean.
+
+Wang et al., "Forget the Data and Fine-Tuning! Just Fold the Network to Compress", ICLR 2025,
+arXiv 2502.10216. Letters: n channels, m clusters, r outputs of a layer for each channel.
+
+- X (n, F) features, G = X X^T (n, n); labels (n,) the cluster of each channel
+- P (m, n) the mean of each cluster's members; U (n, m) membership, P U = identity
+- s (n, r) standard deviation of a layer's outputs, mu (n, r) their mean
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
+from torch.nn.functional import normalize, one_hot
 
 from intrafuse.context import Context
-from intrafuse.graph.groups import ChannelGroup
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.blocks import positions
+from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.merge import MergeMap
 
-__all__ = ["Folding"]
+__all__ = ["Folding", "cluster", "repair_gain"]
+
+Features = Literal["balanced", "plain", "writers"]
+Start = Literal["ward", "k-means++"]
+Repair = Literal["approximate", "none"]
+SWEEPS = 100  # of single moves over all channels; it stops long before, once nothing moves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folding:
+    """Replace clusters of similar channels by their means, and restore the lost variance.
+
+    No data is used, and the importance only decides the widths: which channels fall together is
+    a matter of their similarity. Prefer `intra-fusion` or `select` where important channels must
+    survive as they are.
+
+    Attributes:
+        repair: `approximate` is the paper's Fold-AR: see `repair_gain`. Its targets are the
+            statistics of the batch norms that were folded. A layer without them keeps the mean
+            norm of its rows, weights and bias scaled alike. `none` averages only.
+        features: what channels are compared by: `plain` is the paper's concatenation of the
+            weights that write a channel and those that read it; `balanced` first gives both
+            sides of a channel the same norm, which in a ReLU network can be done without changing
+            its outputs (cross-layer equalisation, Nagel et al., ICCV 2019); `writers` leaves the
+            readers out.
+        start: the clusters that k-means starts from: those of `ward` (needs no seed, and ends in
+            better clusters), or `k-means++`, which the seed of the plan decides.
+
+    >>> from intrafuse.prune import plan
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> net[0].weight.data[3:] = net[0].weight.data[:3]  # every channel twice
+    >>> net[0].bias.data[3:] = net[0].bias.data[:3]
+    >>> plan(net, torch.zeros(1, 4), channels=0.5, method=Folding(features="writers")).maps[0].encode
+    tensor([[0.5000, 0.0000, 0.0000, 0.5000, 0.0000, 0.0000],
+            [0.0000, 0.5000, 0.0000, 0.0000, 0.5000, 0.0000],
+            [0.0000, 0.0000, 0.5000, 0.0000, 0.0000, 0.5000]])
+    """
+
     name: ClassVar[str] = "folding"
     folds_batchnorm: ClassVar[bool] = True
+
+    repair: Repair = "approximate"
+    features: Features = "balanced"
+    start: Start = "ward"
+
+    def __post_init__(self) -> None:
+        for setting, allowed in (("repair", Repair), ("features", Features), ("start", Start)):
+            value, choices = getattr(self, setting), allowed.__args__
+            if value not in choices:
+                raise IntrafuseError(f"{setting} must be one of {', '.join(choices)}", value=value)
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        raise NotImplementedError
+        features = channel_features(group, context, self.features)
+        labels = cluster(features, width, start=self.start, seed=context.seed)
+        member = one_hot(labels, width).float()
+        mean = (member / member.sum(0)).T
+        gain: dict[str, Tensor] = {}
+        shift: dict[str, Tensor] = {}
+        if self.repair == "approximate":
+            for slot in _layer_slots(group, context):
+                _repair(group, slot, context, mean, gain, shift)
+        return MergeMap.linear(group.name, mean, member, writer_gain=gain, writer_shift=shift)
+
+
+def channel_features(group: ChannelGroup, context: Context, kind: Features) -> Tensor:
+    """Concatenate, for each channel, what writes it, what filters it and what reads it.
+
+    Args:
+        group: the channel group.
+        context: the tensors as merged so far.
+        kind: see `Folding.features`.
+
+    Returns:
+        X (n, F), float32, on the CPU. Grouped convolutions between writers and readers count as a
+        third side; scales and shifts of norms do not enter but through the layers they were
+        folded into.
+    """
+    readers = () if kind == "writers" else group.readers
+    layers = context.weights.graph.layers
+    known = {name for layer in layers.values() for name in (layer.weight, layer.bias)}
+    filters = tuple(slot for slot in group.carriers if slot.parameter in known)
+    sides = []
+    for slots in (group.writers, filters, readers):
+        present = context.weights.present(slots)
+        if present:
+            rows = [context.weights.rows(group, slot).float().cpu() for slot in present]
+            sides.append(torch.cat(rows, 1))
+    if not sides:
+        raise IntrafuseError("a group without writers and readers has no features", layer=group.name)
+    if kind == "balanced":
+        norms = torch.stack([side.norm(dim=1) for side in sides]).clamp_min(1e-30)
+        common = norms.log().mean(0).exp()
+        sides = [normalize(side, dim=1) * common[:, None] for side in sides]
+    return torch.cat(sides, 1)
+
+
+def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 0) -> Tensor:
+    """Cluster rows by k-means.
+
+    The clusters that it starts from are improved by moving single rows as long as that lowers
+    the sum of squared distances to the means (Hartigan's method, as in the authors' code), which
+    ends in better optima than Lloyd's iteration and never empties a cluster.
+
+    Args:
+        features: X (n, F).
+        width: m, number of clusters, 1 to n.
+        start: `ward` or `k-means++`.
+        seed: for `k-means++`.
+
+    Returns:
+        Labels (n,) below m, each of them used; clusters are numbered by their first row.
+
+    >>> cluster(torch.tensor([[0.0], [9.0], [0.1], [9.0], [5.0]]), 3)
+    tensor([0, 1, 0, 1, 2])
+    """
+    n = len(features)
+    if width >= n:
+        return torch.arange(n)
+    x = features.double().numpy()
+    gram = x @ x.T
+    if start == "ward":
+        labels = _ward(gram, width)
+    else:
+        labels = _plusplus(x, gram, width, seed)
+    labels = _exchange(gram, labels, width)
+    first = np.unique(labels, return_index=True)[1]
+    number = np.empty(width, dtype=np.int64)
+    number[np.argsort(first)] = np.arange(width)
+    return torch.from_numpy(number[labels])
+
+
+def _distances(gram: np.ndarray) -> np.ndarray:
+    """Return squared distances (n, n), symmetric, with zeros on the diagonal."""
+    own = np.diag(gram)
+    squared = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0)
+    np.fill_diagonal(squared, 0)
+    return (squared + squared.T) / 2
+
+
+def _ward(gram: np.ndarray, width: int) -> np.ndarray:
+    """Merge the two clusters that raise the sum of squares least, until `width` are left."""
+    tree = linkage(squareform(np.sqrt(_distances(gram)), checks=False), "ward")
+    return cut_tree(tree, width)[:, 0]
+
+
+def _plusplus(x: np.ndarray, gram: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """Assign rows to the nearest of `width` rows that k-means++ draws."""
+    drawn = np.unique(kmeans_plusplus(x, width, random_state=seed % 2**32)[1])
+    rest = np.setdiff1d(np.arange(len(x)), drawn)  # duplicates can make it draw a row twice
+    chosen = np.concatenate([drawn, rest[: width - len(drawn)]])
+    labels = _distances(gram)[:, chosen].argmin(1)
+    labels[chosen] = np.arange(width)
+    return labels
+
+
+def _exchange(gram: np.ndarray, labels: np.ndarray, width: int) -> np.ndarray:
+    """Move single rows between clusters while that lowers the sum of squared distances.
+
+    A row i at squared distance d from a mean of N rows adds N / (N + 1) d when it joins them, and
+    saves N / (N - 1) d when it leaves them.
+    """
+    labels = labels.copy()
+    own = np.diag(gram)
+    member = np.eye(width)[labels].T
+    size = member.sum(1)
+    cross = member @ gram  # (m, n): products of each cluster's sum with each row
+    square = (cross * member).sum(1)  # squared norm of each cluster's sum
+    for _ in range(SWEEPS):
+        moved = False
+        for i, old in enumerate(labels):
+            if size[old] == 1:
+                continue
+            distance = square / size**2 - 2 * cross[:, i] / size + own[i]
+            cost = size / (size + 1) * distance
+            cost[old] = size[old] / (size[old] - 1) * distance[old]
+            new = int(cost.argmin())
+            if cost[new] >= cost[old] - 1e-12 * own[i]:
+                continue
+            for k, sign in ((old, -1), (new, 1)):
+                square[k] += own[i] + sign * 2 * cross[k, i]
+                cross[k] += sign * gram[i]
+                size[k] += sign
+            labels[i], moved = new, True
+        if not moved:
+            break
+    return labels
+
+
+def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
+    """Compute what restores the variance that averaging loses (Fold-AR, section 4 of the paper).
+
+    Outputs i and j of a layer with uncorrelated inputs are correlated as their weights are:
+    c_ij = cos(w_i, w_j). The mean of a cluster of N outputs has variance
+    sum_ij s_i s_j c_ij / N^2 and shall have standard deviation sum_i s_i / N. With equal s this
+    gives the paper's N / sqrt(N + (N^2 - N) E[c]). Negative correlation counts as none, so that
+    the gain is at most sqrt(N) where all s are equal.
+
+    Args:
+        rows: weights (n, ..., d), one row for each output.
+        deviation: s (n, ...).
+        mean: P (m, n).
+
+    Returns:
+        Gains (m, ...), at least 1 up to rounding; exactly 1 for a cluster of one.
+
+    >>> repair_gain(torch.eye(3), torch.ones(3), torch.tensor([[0.5, 0.5, 0], [0, 0, 1]]))
+    tensor([1.4142, 1.0000])
+    """
+    shape, n = deviation.shape, len(rows)
+    s = deviation.reshape(n, -1)
+    scaled = normalize(rows.reshape(*s.shape, -1), dim=-1) * s[..., None]
+    got = (mean @ scaled.reshape(n, -1)).view(len(mean), *scaled.shape[1:]).norm(dim=-1)
+    got = torch.maximum(got, (mean.square() @ s.square()).sqrt())
+    gain = torch.where(got > 0, mean @ s / got, 1.0)
+    alone = (mean > 0).sum(1) == 1
+    gain[alone] = 1.0
+    return gain.view(len(mean), *shape[1:])
+
+
+def _layer_slots(group: ChannelGroup, context: Context) -> list[Slot]:
+    """List the weights of the layers whose outputs are the group's channels."""
+    layers = context.weights.graph.layers
+    read = {slot.parameter for slot in group.readers}  # tied weights, which a gain would change
+    return [
+        slot
+        for slot in group.writers + group.carriers
+        if slot.parameter in layers
+        and slot.axis == layers[slot.parameter].output_axis
+        and slot.parameter not in read
+    ]
+
+
+def _repair(
+    group: ChannelGroup,
+    slot: Slot,
+    context: Context,
+    mean: Tensor,
+    gain: dict[str, Tensor],
+    shift: dict[str, Tensor],
+) -> None:
+    """Add the gain and the shift (m, r) of one layer: its outputs shall have mean P mu, std P s."""
+    weights, original = context.weights, context.original
+    where = positions(weights.graph.blocks(slot, group.id, original.sizes), group.size)
+    rows = weights.rows(group, slot).float().cpu().view(*where.shape, -1)
+    told = original.statistics.get(slot.parameter)
+    if told is None:
+        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean)
+        return
+    center, deviation = (line.float().cpu()[torch.from_numpy(where)] for line in told)
+    factor = repair_gain(rows, deviation, mean)
+    gain[slot.parameter] = factor
+    shift[slot.parameter] = (1 - factor) * (mean @ center)
