@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import floor
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class Budget:
                 remedy="for example channels=0.5",
             )
         ((kind, share),) = given.items()
-        return cls(kind=kind, share=share, **settings)
+        return cls(kind=cast(Kind, kind), share=share, **settings)
 
 
 def measure(graph: ChannelGraph, sizes: Mapping[int, int], counted: Mapping[str, int]) -> Figures:

@@ -31,7 +31,8 @@ class MergeMap:
         readers: Q (n, m) by the name of a reader's weight.
         gain, shift: (outputs,) by the name of a reader's weight: its outputs are multiplied by
             the gain and then shifted.
-        writer_gain, writer_shift: (m,) by the name of a writer's weight, after P.
+        writer_gain, writer_shift: (m,), or (m, r) where a channel has r outputs, by the name of
+            the weight of a writer or of a grouped convolution between writers and readers: after P.
     """
 
     group: str

@@ -128,7 +128,11 @@ class Plan:
             "graph": graph_to_data(self.graph),
         }
         with replacing(Path(path)) as temporary:
-            save_file(tensors or {"empty": torch.zeros(0)}, temporary, {"plan": json.dumps(data)})
+            save_file(
+                tensors or {"empty": torch.zeros(0)},
+                temporary,
+                {"plan": json.dumps(data, default=repr)},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
@@ -64,7 +65,7 @@ def place(
             elif leaf in owner._parameters:
                 trained = old.requires_grad if old is not None else _trains(owner)
                 if parameter is None:
-                    parameter = nn.Parameter(tensor, requires_grad=trained)
+                    parameter = nn.Parameter(_in_layout_of(old, tensor), requires_grad=trained)
                 owner._parameters[leaf] = parameter
             else:
                 raise IntrafuseError("the module has no such parameter", layer=path)
@@ -85,6 +86,14 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     if not hasattr(owner, leaf):
         raise IntrafuseError("the module has no such parameter", layer=path)
     return owner, leaf
+
+
+def _in_layout_of(old: Tensor | None, new: Tensor) -> Tensor:
+    """Lay out a convolution's weight as the old one was: channels first or channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
+    if old is None or last is None or old.dim() != new.dim() or old.is_contiguous():
+        return new
+    return new.contiguous(memory_format=last) if old.is_contiguous(memory_format=last) else new
 
 
 def _trains(module: nn.Module) -> bool:

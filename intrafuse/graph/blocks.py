@@ -66,26 +66,29 @@ def merge_channels(
         axis: the axis on which the channels lie.
         blocks: where they lie.
         channels: n.
-        matrix: (m, n) with m <= n; new channel j is the sum of matrix[j, c] times channel c.
+        matrix: (m, n); new channel j is the sum of matrix[j, c] times channel c.
 
     Returns:
         A new tensor of the same dtype; the products are taken in float32 at least.
     """
     exact = torch.promote_types(tensor.dtype, torch.float32)
-    matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # or rounding would differ
-    width = matrix.shape[0]
-    rows = channel_rows(tensor, axis, blocks, channels).to(exact)
-    merged = (matrix @ rows).to(tensor.dtype)
-    rest = [n for dim, n in enumerate(tensor.shape) if dim != axis]
-    if _is_whole_axis(blocks, channels, tensor.shape[axis]):
-        return merged.reshape(-1, *rest).movedim(0, axis).contiguous()
-    first = torch.arange(width, device=tensor.device)
-    result = select_channels(tensor, axis, blocks, channels, first)
-    # Where the first m channels stood, and where these positions are once the others are gone.
-    where = positions(blocks, channels)
-    stays = np.ones(tensor.shape[axis], dtype=bool)
-    stays[where[width:].ravel()] = False
-    new = (np.cumsum(stays) - 1)[where[:width]]
-    target = torch.from_numpy(new.ravel()).to(tensor.device)
-    result.movedim(axis, 0)[target] = merged.reshape(new.size, *rest)
-    return result
+    matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # whatever its strides were
+    front = tensor.movedim(axis, 0)
+    pieces, reached = [], 0
+    for start, inner in _runs(blocks):
+        end = start + channels * inner
+        rows = front[start:end].reshape(channels, -1).to(exact)
+        merged = (matrix @ rows).to(tensor.dtype)
+        pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
+        reached = end
+    return torch.cat([*pieces, front[reached:]]).movedim(0, axis).contiguous()
+
+
+def _runs(blocks: Sequence[Block]) -> list[tuple[int, int]]:
+    """List where each repeat of the channels starts, and how many positions a channel takes."""
+    found = [
+        (int(start), block.inner)
+        for block in blocks
+        for start in positions([Block(block.offset, 1, block.outer)], 1)[0]
+    ]
+    return sorted(found)

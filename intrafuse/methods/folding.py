@@ -11,13 +11,12 @@ arXiv 2502.10216. Letters: n channels, m clusters, r outputs of a layer for each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
@@ -27,7 +26,7 @@ from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.merge import MergeMap
 
-__all__ = ["Folding", "cluster", "repair_gain"]
+__all__ = ["Folding", "cluster", "clustering_features", "repair_gain"]
 
 Features = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
@@ -44,23 +43,24 @@ class Folding:
     survive as they are.
 
     Attributes:
-        repair: `approximate` is the paper's Fold-AR: see `repair_gain`. Its targets are the
+        repair: `approximate` is the paper's Fold-AR, see `repair_gain`. Its targets are the
             statistics of the batch norms that were folded. A layer without them keeps the mean
             norm of its rows, weights and bias scaled alike. `none` averages only.
-        features: what channels are compared by: `plain` is the paper's concatenation of the
-            weights that write a channel and those that read it; `balanced` first gives both
-            sides of a channel the same norm, which in a ReLU network can be done without changing
-            its outputs (cross-layer equalisation, Nagel et al., ICCV 2019); `writers` leaves the
-            readers out.
-        start: the clusters that k-means starts from: those of `ward` (needs no seed, and ends in
-            better clusters), or `k-means++`, which the seed of the plan decides.
+        features: what channels are compared by. `plain` concatenates the weights that write a
+            channel and those that read it, as they are once batch norm is folded. `balanced`
+            first gives both sides of a channel the same norm, which a ReLU network allows without
+            changing its outputs (cross-layer equalisation, Nagel et al., ICCV 2019). `writers`
+            leaves the readers out.
+        start: the clusters that k-means starts from: those of `ward`, which needs no seed and
+            ends in better clusters, or of `k-means++`, which the seed of the plan decides.
 
     >>> from intrafuse.prune import plan
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> net[0].weight.data[3:] = net[0].weight.data[:3]  # every channel twice
     >>> net[0].bias.data[3:] = net[0].bias.data[:3]
-    >>> plan(net, torch.zeros(1, 4), channels=0.5, method=Folding(features="writers")).maps[0].encode
+    >>> method = Folding(features="writers")
+    >>> plan(net, torch.zeros(1, 4), channels=0.5, method=method).maps[0].encode
     tensor([[0.5000, 0.0000, 0.0000, 0.5000, 0.0000, 0.0000],
             [0.0000, 0.5000, 0.0000, 0.0000, 0.5000, 0.0000],
             [0.0000, 0.0000, 0.5000, 0.0000, 0.0000, 0.5000]])
@@ -75,14 +75,15 @@ class Folding:
 
     def __post_init__(self) -> None:
         for setting, allowed in (("repair", Repair), ("features", Features), ("start", Start)):
-            value, choices = getattr(self, setting), allowed.__args__
+            value, choices = getattr(self, setting), get_args(allowed)
             if value not in choices:
-                raise IntrafuseError(f"{setting} must be one of {', '.join(choices)}", value=value)
+                rule = f"{setting} must be one of {', '.join(choices)}"
+                raise IntrafuseError(rule, value=value, usage=True)
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        features = channel_features(group, context, self.features)
+        features = clustering_features(group, context, self.features)
         labels = cluster(features, width, start=self.start, seed=context.seed)
         member = one_hot(labels, width).float()
         mean = (member / member.sum(0)).T
@@ -94,7 +95,7 @@ class Folding:
         return MergeMap.linear(group.name, mean, member, writer_gain=gain, writer_shift=shift)
 
 
-def channel_features(group: ChannelGroup, context: Context, kind: Features) -> Tensor:
+def clustering_features(group: ChannelGroup, context: Context, kind: Features) -> Tensor:
     """Concatenate, for each channel, what writes it, what filters it and what reads it.
 
     Args:
@@ -118,7 +119,9 @@ def channel_features(group: ChannelGroup, context: Context, kind: Features) -> T
             rows = [context.weights.rows(group, slot).float().cpu() for slot in present]
             sides.append(torch.cat(rows, 1))
     if not sides:
-        raise IntrafuseError("a group without writers and readers has no features", layer=group.name)
+        raise IntrafuseError(
+            "a group without writers and readers has no features", layer=group.name
+        )
     if kind == "balanced":
         norms = torch.stack([side.norm(dim=1) for side in sides]).clamp_min(1e-30)
         common = norms.log().mean(0).exp()
@@ -153,7 +156,7 @@ def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 
     if start == "ward":
         labels = _ward(gram, width)
     else:
-        labels = _plusplus(x, gram, width, seed)
+        labels = _plusplus(gram, width, seed)
     labels = _exchange(gram, labels, width)
     first = np.unique(labels, return_index=True)[1]
     number = np.empty(width, dtype=np.int64)
@@ -175,13 +178,18 @@ def _ward(gram: np.ndarray, width: int) -> np.ndarray:
     return cut_tree(tree, width)[:, 0]
 
 
-def _plusplus(x: np.ndarray, gram: np.ndarray, width: int, seed: int) -> np.ndarray:
-    """Assign rows to the nearest of `width` rows that k-means++ draws."""
-    drawn = np.unique(kmeans_plusplus(x, width, random_state=seed % 2**32)[1])
-    rest = np.setdiff1d(np.arange(len(x)), drawn)  # duplicates can make it draw a row twice
-    chosen = np.concatenate([drawn, rest[: width - len(drawn)]])
-    labels = _distances(gram)[:, chosen].argmin(1)
-    labels[chosen] = np.arange(width)
+def _plusplus(gram: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """Assign rows to the nearest of `width` rows, drawn with probabilities ~ squared distance."""
+    squared = _distances(gram)
+    random = np.random.default_rng(seed)
+    chosen = [int(random.integers(len(gram)))]
+    nearest = squared[chosen[0]]
+    while len(chosen) < width:
+        chance = nearest if nearest.any() else ~np.isin(np.arange(len(gram)), chosen)
+        chosen.append(int(random.choice(len(gram), p=chance / chance.sum())))
+        nearest = np.minimum(nearest, squared[chosen[-1]])
+    labels = squared[:, chosen].argmin(1)
+    labels[chosen] = np.arange(width)  # a duplicate of a row that was drawn before
     return labels
 
 
@@ -271,14 +279,17 @@ def _repair(
     shift: dict[str, Tensor],
 ) -> None:
     """Add the gain and the shift (m, r) of one layer: its outputs shall have mean P mu, std P s."""
-    weights, original = context.weights, context.original
-    where = positions(weights.graph.blocks(slot, group.id, original.sizes), group.size)
-    rows = weights.rows(group, slot).float().cpu().view(*where.shape, -1)
-    told = original.statistics.get(slot.parameter)
-    if told is None:
-        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean)
+    weights = context.weights
+    blocks = weights.graph.blocks
+    outputs = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id]).shape
+    rows = weights.rows(group, slot).float().cpu().reshape(*outputs, -1)
+    # Statistics keep the original order of outputs, whatever has shrunk since.
+    where = positions(blocks(slot, group.id, weights.graph.sizes), group.size)
+    told = weights.statistics.get(slot.parameter)
+    if told is None or where.shape != outputs:  # another group of the same axis shrank before
+        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean).squeeze(1)
         return
     center, deviation = (line.float().cpu()[torch.from_numpy(where)] for line in told)
     factor = repair_gain(rows, deviation, mean)
-    gain[slot.parameter] = factor
-    shift[slot.parameter] = (1 - factor) * (mean @ center)
+    gain[slot.parameter] = factor.squeeze(1)
+    shift[slot.parameter] = ((1 - factor) * (mean @ center)).squeeze(1)

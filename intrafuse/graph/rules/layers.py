@@ -71,6 +71,8 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     args = scope.arguments(node)
     x = scope.axes(args["input"])
     at = len(x) - spatial - 1  # the channel dimension; an unbatched input has no axis before it
+    if at == 0:
+        scope.batch = 1  # an unbatched input: the first dimension holds channels, not samples
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
     w = scope.axes(args["weight"])
