@@ -260,13 +260,13 @@ def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
 def _layer_slots(group: ChannelGroup, context: Context) -> list[Slot]:
     """List the weights of the layers whose outputs are the group's channels."""
     layers = context.weights.graph.layers
-    read = {slot.parameter for slot in group.readers}  # tied weights, which a gain would change
+    read = {(slot.parameter, slot.axis) for slot in group.readers}  # tied: a gain would harm
     return [
         slot
         for slot in group.writers + group.carriers
         if slot.parameter in layers
         and slot.axis == layers[slot.parameter].output_axis
-        and slot.parameter not in read
+        and (slot.parameter, slot.axis) not in read
     ]
 
 
