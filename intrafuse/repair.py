@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import locate
-from intrafuse.graph.blocks import merge_channels, select_channels
+from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
 from intrafuse.graph.trace import evaluating
 from intrafuse.plan import Plan
 from intrafuse.surgery import place
@@ -165,8 +165,9 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
 
 
 def _merge_output(plan: Plan, mean: str, output: Tensor) -> Tensor:
-    """Apply the plan's encode matrices to a norm's output (batch, channels, ...)."""
+    """Apply the plan to a norm's output (batch, channels, ...): encode, then gain and shift."""
     tree = plan.graph.axes[mean][0]
+    layer = next(norm.layer for norm in plan.graph.norms if norm.mean == mean)
     sizes = dict(plan.graph.sizes)
     for step in plan.maps:
         group = plan.graph.by_name[step.group]
@@ -176,4 +177,12 @@ def _merge_output(plan: Plan, mean: str, output: Tensor) -> Tensor:
         elif blocks:
             output = merge_channels(output, 1, blocks, group.size, step.encode)
         sizes[group.id] = step.width
+        gain, shift = step.writer_gain.get(layer or ""), step.writer_shift.get(layer or "")
+        if blocks and not (gain is None and shift is None):
+            where = locate(tree, group.id, sizes)
+            lines = torch.ones(output.shape[1]), torch.zeros(output.shape[1])
+            for line, values in zip(lines, (gain, shift), strict=True):
+                put_channels(line, where, values, step.width)
+            scale, offset = (line.view(-1, *[1] * (output.dim() - 2)) for line in lines)
+            output = output * scale.to(output) + offset.to(output)
     return output

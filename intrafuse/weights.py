@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.blocks import channel_rows, merge_channels, positions, select_channels
+from intrafuse.graph.blocks import channel_rows, merge_channels, put_channels, select_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
 from intrafuse.merge import MergeMap
 
@@ -114,17 +114,11 @@ class Weights:
             blocks = self.graph.blocks(at, group.id, self.sizes)
             size = self.state[weight].shape[at.axis]
             gain, shift = torch.ones(size), torch.zeros(size)
-            self._place(gain, blocks, step.writer_gain.get(weight), step.width)
-            self._place(shift, blocks, step.writer_shift.get(weight), step.width)
+            put_channels(gain, blocks, step.writer_gain.get(weight), step.width)
+            put_channels(shift, blocks, step.writer_shift.get(weight), step.width)
             self.rescale(weight, gain, shift)
         for weight in sorted({*step.gain, *step.shift}):
             self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
-
-    @staticmethod
-    def _place(line: Tensor, blocks, values: Tensor | None, channels: int) -> None:
-        if values is not None:
-            where = torch.from_numpy(positions(blocks, channels))
-            line[where] = values.float().cpu().reshape(channels, -1).expand(where.shape)
 
     def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).

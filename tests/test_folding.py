@@ -1,6 +1,8 @@
 """Folding: known answers for clusters, gains and statistics; laws on every tiny network."""
 
 import warnings
+from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -32,21 +34,28 @@ def no_warnings():
         yield
 
 
-def context_of(model, x, seed=0):
+def context_of(model, x):
     weights = Weights.of(intrafuse.trace(model, x), model)
     fold_norms(weights)
-    return Context(weights, weights.snapshot(), model, x, seed=seed)
+    return Context(weights, weights, model, x)
 
 
-def fold(model, x, method, width, seed=0):
+@cache
+def prepared(name):
+    """Trace a network once: the tests below merge snapshots of its folded weights."""
+    model, x = build(name)
+    return model, x, context_of(model, x)
+
+
+def fold(context, method, width):
     """Do what `plan` and `apply` do, at given widths; also where a group keeps all channels."""
-    context = context_of(model, x, seed)
+    now = replace(context, weights=context.weights.snapshot())
     steps = {}
-    for group in reversed(context.weights.graph.groups):
-        step = method(group, torch.rand(group.size), width(group), context).check()
-        context.weights.merge(step)
+    for group in reversed(now.weights.graph.groups):
+        step = method(group, torch.rand(group.size), width(group), now).check()
+        now.weights.merge(step)
         steps[group.name] = step
-    return install(model, context.weights), steps
+    return install(context.model, now.weights), steps
 
 
 def half(group):
@@ -57,14 +66,17 @@ def white_layers(first, norm, *rest):
     """Let a norm's statistics be those that the layer has where its inputs are white noise.
 
     These are the assumptions of the paper's repair: inputs with mean 0 and variance 1, without
-    correlation. Then the norm's output has mean beta and standard deviation |gamma|.
+    correlation. Then the norm's output has mean beta and standard deviation |gamma|. No two
+    outputs are negatively correlated, some of them after a negative gamma.
     """
     with torch.no_grad():
-        norm.running_mean.copy_(first.bias)
-        norm.running_var.copy_(first.weight.flatten(1).square().sum(1))
         nn.init.uniform_(norm.weight, 0.3, 2.0)
         norm.weight[::3].neg_()
         nn.init.normal_(norm.bias)
+        signs = norm.weight.sign().view(-1, *[1] * (first.weight.dim() - 1))
+        first.weight.copy_(first.weight.abs() * signs)
+        norm.running_mean.copy_(first.bias)
+        norm.running_var.copy_(first.weight.flatten(1).square().sum(1))
     norm.eps = 0.0
     return nn.Sequential(first, norm, *rest).eval()
 
@@ -189,7 +201,7 @@ def test_merged_outputs_have_the_mean_and_deviation_of_their_members():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 1)
     model = white_layers(*layers)
-    small, steps = fold(model, torch.zeros(1, 3, 4, 4), Folding(), lambda group: 5)
+    small, steps = fold(context_of(model, torch.zeros(1, 3, 4, 4)), Folding(), lambda group: 5)
     mean = steps["0"].encode
     norms = small[0].weight.flatten(1).norm(dim=1)
     assert_close(norms, mean @ model[1].weight.abs(), atol=1e-5, rtol=1e-5)
@@ -202,8 +214,9 @@ def test_each_output_of_a_wide_channel_has_its_own_statistics():
     """Whole groups of a grouped convolution go: a channel is two outputs of the layer before."""
     torch.manual_seed(0)
     second = nn.Conv2d(12, 12, 3, groups=6)
+    second.weight.data.abs_()
     model = white_layers(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), second, nn.Conv2d(12, 4, 1))
-    small, steps = fold(model, torch.zeros(1, 3, 8, 8), Folding(), lambda group: 3)
+    small, steps = fold(context_of(model, torch.zeros(1, 3, 8, 8)), Folding(), lambda group: 3)
     mean = steps["0"].encode.repeat_interleave(2, 0).repeat_interleave(2, 1)
     mean = mean * torch.eye(2).repeat(3, 6)
     norms = small[0].weight.flatten(1).norm(dim=1)
@@ -214,8 +227,8 @@ def test_each_output_of_a_wide_channel_has_its_own_statistics():
 
 
 def test_every_writer_of_a_residual_sum_has_its_own_repair():
-    model, x = build("residual")
-    _, steps = fold(model, x, Folding(), half)
+    model, _, context = prepared("residual")
+    _, steps = fold(context, Folding(), half)
     step = steps["conv2"]
     assert set(step.writer_gain) == {"conv2.weight", "short.0.weight"}
     assert not torch.equal(*step.writer_gain.values())
@@ -227,7 +240,7 @@ def test_every_writer_of_a_residual_sum_has_its_own_repair():
 def test_without_batch_norm_rows_keep_their_mean_norm():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 9), nn.GELU(), nn.Linear(9, 4)).eval()
-    small, steps = fold(model, torch.zeros(1, 5), Folding(), lambda group: 4)
+    small, steps = fold(context_of(model, torch.zeros(1, 5)), Folding(), lambda group: 4)
     step = steps["0"]
     assert not step.writer_shift
     mean, gain = step.encode, step.writer_gain["0.weight"]
@@ -237,8 +250,7 @@ def test_without_batch_norm_rows_keep_their_mean_norm():
 
 
 def test_without_repair_clusters_are_only_averaged():
-    model, x = build("chain")
-    _, steps = fold(model, x, Folding(repair="none"), half)
+    _, steps = fold(prepared("chain")[2], Folding(repair="none"), half)
     for step in steps.values():
         assert not step.writer_gain and not step.writer_shift
         member = step.decode
@@ -252,9 +264,12 @@ def test_without_repair_clusters_are_only_averaged():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_duplicated_channels_fold_without_loss(name):
     model, x = build(name)
-    copy_channels(model, intrafuse.trace(model, x))
+    copy_channels(model, prepared(name)[2].weights.graph)
+    weights = Weights.of(prepared(name)[2].weights.graph, model)
+    fold_norms(weights)
+    context = Context(weights, weights, model, x)
     for start in STARTS:
-        small, steps = fold(model, x, Folding(features="writers", start=start), half)
+        small, steps = fold(context, Folding(features="writers", start=start), half)
         for step in steps.values():
             assert torch.equal(step.encode[0].nonzero().flatten(), torch.tensor([0, 1]))
         assert_close(outputs(small, x), outputs(model, x), atol=1e-4, rtol=1e-4)
@@ -270,8 +285,9 @@ def test_two_pairs_of_copies_fold_without_loss():
                 tensor[[4, 6]] = tensor[[1, 3]]
         model[3].weight[:, [4, 6]] = model[3].weight[:, [1, 3]] + 0.01
     x = torch.randn(5, 6)
+    context = context_of(model, x)
     for features in FEATURES:
-        small, steps = fold(model, x, Folding(features=features), lambda group: 5)
+        small, steps = fold(context, Folding(features=features), lambda group: 5)
         assert_close(outputs(small, x), outputs(model, x), atol=1e-4, rtol=1e-4)
         alone = torch.tensor([0, 2, 4])  # channels 0, 2 and 5, numbered in order
         assert torch.equal(steps["0"].writer_gain["0.weight"][alone], torch.ones(3))
@@ -281,8 +297,8 @@ def test_two_pairs_of_copies_fold_without_loss():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_keeping_all_channels_changes_nothing(name):
-    model, x = build(name)
-    small, steps = fold(model, x, Folding(), lambda group: group.size)
+    model, x, context = prepared(name)
+    small, steps = fold(context, Folding(), lambda group: group.size)
     for step in steps.values():
         assert torch.equal(step.encode, torch.eye(step.size))
         assert torch.equal(step.decode, torch.eye(step.size))
@@ -294,19 +310,19 @@ def test_keeping_all_channels_changes_nothing(name):
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_can_be_folded(name, features, width):
-    model, x = build(name)
-    small, steps = fold(model, x, Folding(features=features), width)
-    again, _ = fold(model, x, Folding(features=features), width)
+    _, x, context = prepared(name)
+    small, steps = fold(context, Folding(features=features), width)
+    again, _ = fold(context, Folding(features=features), width)
     assert torch.isfinite(outputs(small, x)).all()
     assert torch.equal(outputs(small, x), outputs(again, x))
-    for group in intrafuse.trace(model, x).groups:
+    for group in context.weights.graph.groups:
         assert steps[group.name].width == width(group)
 
 
 def test_one_channel_is_the_mean_of_all():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    small, _ = fold(model, torch.zeros(1, 5), Folding(repair="none"), lambda group: 1)
+    small, _ = fold(context_of(model, torch.zeros(1, 5)), Folding(repair="none"), lambda group: 1)
     assert_close(small[0].weight, model[0].weight.mean(0, keepdim=True))
     assert_close(small[2].weight, model[2].weight.sum(1, keepdim=True))
 
@@ -321,10 +337,11 @@ def test_dead_channels_stay_finite(dead):
         model[1].weight[list(dead)] = 0
         model[1].bias[list(dead)] = 0
     x = torch.randn(2, 3, 4, 4)
+    context = context_of(model, x)
     for features, start in product(FEATURES, STARTS):
         method = Folding(features=features, start=start)
         for width in (1, 7):
-            small, _ = fold(model, x, method, lambda group, width=width: width)
+            small, _ = fold(context, method, lambda group, width=width: width)
             assert torch.isfinite(outputs(small, x)).all()
         if features != "plain" or len(dead) == 12:  # else readers keep dead channels apart
             assert_close(outputs(small, x), outputs(model, x), atol=1e-4, rtol=1e-4)
@@ -349,8 +366,7 @@ def test_features_are_balanced_by_rescaling_channels():
 
 
 def test_importance_does_not_enter():
-    model, x = build("chain")
-    context = context_of(model, x)
+    context = prepared("chain")[2]
     group = context.weights.graph.groups[0]
     one, other = (Folding()(group, torch.rand(group.size), 3, context) for _ in range(2))
     assert torch.equal(one.encode, other.encode)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intrafuse.graph.axes import Block
 
-__all__ = ["channel_rows", "merge_channels", "positions", "select_channels"]
+__all__ = ["channel_rows", "merge_channels", "positions", "put_channels", "select_channels"]
 
 
 def positions(blocks: Sequence[Block], channels: int) -> np.ndarray:
@@ -82,6 +82,19 @@ def merge_channels(
         pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
         reached = end
     return torch.cat([*pieces, front[reached:]]).movedim(0, axis).contiguous()
+
+
+def put_channels(
+    line: Tensor, blocks: Sequence[Block], values: Tensor | None, channels: int
+) -> None:
+    """Write a value for each channel (channels,), or (channels, repeats), into a line of an axis.
+
+    None leaves the line as it is.
+    """
+    if values is not None:
+        where = torch.from_numpy(positions(blocks, channels))
+        values = values.to(line).reshape(channels, -1)
+        line[where] = values.expand(where.shape)
 
 
 def _runs(blocks: Sequence[Block]) -> list[tuple[int, int]]:

@@ -5,13 +5,15 @@ Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 240
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -33,6 +35,13 @@ __all__ = ["IntraFusion", "channel_features"]
 
 Features = Literal["writers", "all"]
 Target = Literal["important", "k-means", "mixture"]
+CHOICES = {
+    "features": Features,
+    "target": Target,
+    "source_marginal": Marginal,
+    "target_marginal": Marginal,
+    "normalisation": Normalisation,
+}
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
@@ -90,6 +99,19 @@ class IntraFusion:
     regularisation: float | None = None
     normalisation: Normalisation = "paper"
 
+    def __post_init__(self) -> None:
+        for setting, allowed in CHOICES.items():
+            value, choices = getattr(self, setting), get_args(allowed)
+            if value not in choices:
+                rule = f"{setting} must be one of {', '.join(choices)}"
+                raise IntrafuseError(rule, value=value, usage=True)
+        if not self.p >= 1:
+            raise IntrafuseError("p must be at least 1", value=self.p, usage=True)
+        if self.regularisation is not None and not self.regularisation >= 0:
+            raise IntrafuseError(
+                "regularisation must be not negative", value=self.regularisation, usage=True
+            )
+
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
@@ -113,13 +135,12 @@ class IntraFusion:
             keep = most_important(scores, width)
             return features[keep.to(features.device)], scores[keep]
         points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
-        if self.target == "k-means":
-            members = KMeans(width, n_init="auto", random_state=seed).fit(points).labels_
-        elif self.target == "mixture":
-            members = _mixture_members(points, width, seed)
-        else:
-            choices = "important, k-means, mixture"
-            raise IntrafuseError(f"target must be one of {choices}", value=self.target)
+        with warnings.catch_warnings():  # duplicated channels leave a cluster empty: no harm
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            if self.target == "k-means":
+                members = KMeans(width, n_init="auto", random_state=seed).fit(points).labels_
+            else:
+                members = _mixture_members(points, width, seed)
         belongs = torch.nn.functional.one_hot(torch.from_numpy(members).long(), width).T.float()
         share = belongs / belongs.sum(1, keepdim=True).clamp_min(1)
         share = share.to(features)
