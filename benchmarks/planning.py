@@ -67,7 +67,9 @@ def main() -> None:
     intrafuse.prune(tiny.model, tiny.example_inputs, channels=0.5)
     first = time.perf_counter() - started
     print(f"{options.threads} threads; first call in the process (an MLP): {first:.2f} s")
-    print(f"{'network':10} {'method':14} {'seconds':>8} {'/ forward of 100':>17} {'memory / model':>15}")
+    print(
+        f"{'network':10} {'method':14} {'seconds':>8} {'/ forward of 100':>17} {'memory / model':>15}"
+    )
     for network in NETWORKS:
         resolved = resolve_model(network)
         size = sum(t.nbytes for t in resolved.model.state_dict().values())
@@ -76,7 +78,9 @@ def main() -> None:
             times = []
             for _ in range(options.repeats):
                 started = time.perf_counter()
-                intrafuse.prune(resolved.model, resolved.example_inputs, channels=0.5, method=method)
+                intrafuse.prune(
+                    resolved.model, resolved.example_inputs, channels=0.5, method=method
+                )
                 times.append(time.perf_counter() - started)
             seconds = statistics.median(times)
             memory = peak_extra(network, method, options.threads) / size

@@ -147,7 +147,9 @@ def plan(
     scores = {group.name: score(group, context, importance) for group in groups}
     widths = choose_widths(graph, groups, scores, budget, figures)
     maps = []
-    shrinking = [group for group in reversed(groups) if widths[group.name] < group.size]
+    forward = getattr(chosen, "order", "backward") == "forward"
+    ordered = groups if forward else list(reversed(groups))
+    shrinking = [group for group in ordered if widths[group.name] < group.size]
     for done, group in enumerate(shrinking):
         step = chosen(group, scores[group.name], widths[group.name], context).check()
         if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):

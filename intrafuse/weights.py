@@ -99,6 +99,7 @@ class Weights:
         """Apply one merge map."""
         group = self.graph.by_name[step.group]
         n = self.sizes[group.id]
+        before = dict(self.state)
         for slot in self.present(group.slots):
             tensor = self.state[slot.parameter]
             blocks = self.graph.blocks(slot, group.id, self.sizes)
@@ -108,6 +109,7 @@ class Weights:
             else:
                 new = merge_channels(tensor, slot.axis, blocks, n, _matrix(step, slot))
             self.state[slot.parameter] = new
+        self._merge_statistics(step, group, before)
         self.sizes[group.id] = step.width
         for weight in sorted({*step.writer_gain, *step.writer_shift}):
             at = next(s for s in group.writers + group.carriers if s.parameter == weight)
@@ -119,6 +121,32 @@ class Weights:
             self.rescale(weight, gain, shift)
         for weight in sorted({*step.gain, *step.shift}):
             self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
+
+    def _merge_statistics(
+        self, step: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]
+    ) -> None:
+        """Let the statistics of a layer's outputs follow its merged outputs.
+
+        Outputs that are merged count as correlated as the weights that write them.
+        """
+        for slot in group.writers:
+            if slot.parameter not in self.statistics or slot.parameter not in self.state:
+                continue
+            n = self.sizes[group.id]
+            blocks = self.graph.blocks(slot, group.id, self.sizes)
+            mean, std = self.statistics[slot.parameter]
+            if step.keep is not None:
+                mean, std = (select_channels(t, 0, blocks, n, step.keep) for t in (mean, std))
+            else:
+                rows = channel_rows(before[slot.parameter], slot.axis, blocks, n).float()
+                relation = torch.nn.functional.normalize(rows, dim=1)
+                own = channel_rows(std, 0, blocks, n).float().mean(1, keepdim=True)
+                spread = (step.encode.to(own) @ (relation * own)).norm(dim=1)
+                mean = merge_channels(mean, 0, blocks, n, step.encode)
+                std = merge_channels(std, 0, blocks, n, step.encode)
+                after = self.graph.blocks(slot, group.id, {**self.sizes, group.id: step.width})
+                put_channels(std, after, spread, step.width)
+            self.statistics[slot.parameter] = mean, std
 
     def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).

@@ -250,7 +250,7 @@ def test_without_batch_norm_rows_keep_their_mean_norm():
 
 
 def test_without_repair_clusters_are_only_averaged():
-    _, steps = fold(prepared("chain")[2], Folding(repair="none"), half)
+    _, steps = fold(prepared("chain")[2], Folding(correction="none"), half)
     for step in steps.values():
         assert not step.writer_gain and not step.writer_shift
         member = step.decode
@@ -322,7 +322,9 @@ def test_every_network_can_be_folded(name, features, width):
 def test_one_channel_is_the_mean_of_all():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    small, _ = fold(context_of(model, torch.zeros(1, 5)), Folding(repair="none"), lambda group: 1)
+    small, _ = fold(
+        context_of(model, torch.zeros(1, 5)), Folding(correction="none"), lambda group: 1
+    )
     assert_close(small[0].weight, model[0].weight.mean(0, keepdim=True))
     assert_close(small[2].weight, model[2].weight.sum(1, keepdim=True))
 
@@ -373,7 +375,7 @@ def test_importance_does_not_enter():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"repair": "exact"}, {"features": "readers"}, {"start": "random"}]
+    "settings", [{"correction": "exact"}, {"features": "readers"}, {"start": "random"}]
 )
 def test_unknown_settings_are_refused(settings):
     (name,) = settings
@@ -394,6 +396,6 @@ def test_repair_saves_a_trained_network(shared):
             ).model,
             data,
         )
-        for repair in ("approximate", "none")
+        for correction in ("approximate", "none")
     )
     assert with_repair > 60 > 45 > without

@@ -28,7 +28,8 @@ class MethodOptions:
 
     method: Annotated[str, typer.Option(help="Method; an unknown one lists all.")] = "intra-fusion"
     features: Annotated[
-        str | None, typer.Option(help="What the ground cost compares: writers or all.")
+        str | None,
+        typer.Option(help="What is compared: writers or all; for folding also balanced, plain."),
     ] = None
     target: Annotated[str | None, typer.Option(help="important, k-means or mixture.")] = None
     source_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
@@ -42,6 +43,10 @@ class MethodOptions:
         float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
     ] = None
     normalisation: Annotated[str | None, typer.Option(help="paper or barycentric.")] = None
+    correction: Annotated[
+        str | None, typer.Option(help="Variance of folded channels: approximate or none.")
+    ] = None
+    start: Annotated[str | None, typer.Option(help="Start of clusters: ward or k-means++.")] = None
 
     def build(self) -> Method:
         """Make the method with its settings.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -24,10 +24,13 @@ class Method(Protocol):
     Attributes:
         name: its name on the command line.
         folds_batchnorm: whether batch norm is folded before the method looks at the weights.
+        order: whether groups are handed over from the input to the output (`forward`) or from
+            the output, index 0, to the input (`backward`).
     """
 
     name: ClassVar[str]
     folds_batchnorm: ClassVar[bool]
+    order: ClassVar[Literal["forward", "backward"]]
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context

@@ -30,7 +30,7 @@ __all__ = ["Folding", "cluster", "clustering_features", "repair_gain"]
 
 Features = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
-Repair = Literal["approximate", "none"]
+Correction = Literal["approximate", "none"]
 SWEEPS = 100  # of single moves over all channels; it stops long before, once nothing moves
 
 
@@ -43,7 +43,7 @@ class Folding:
     survive as they are.
 
     Attributes:
-        repair: `approximate` is the paper's Fold-AR, see `repair_gain`. Its targets are the
+        correction: `approximate` is the paper's Fold-AR, see `repair_gain`. Its targets are the
             statistics of the batch norms that were folded. A layer without them keeps the mean
             norm of its rows, weights and bias scaled alike. `none` averages only.
         features: what channels are compared by. `plain` concatenates the weights that write a
@@ -68,13 +68,20 @@ class Folding:
 
     name: ClassVar[str] = "folding"
     folds_batchnorm: ClassVar[bool] = True
+    order: ClassVar[Literal["forward", "backward"]] = (
+        "forward"  # each group as it is read: 1 to 3 points on VGG11-BN
+    )
 
-    repair: Repair = "approximate"
+    correction: Correction = "approximate"
     features: Features = "balanced"
     start: Start = "ward"
 
     def __post_init__(self) -> None:
-        for setting, allowed in (("repair", Repair), ("features", Features), ("start", Start)):
+        for setting, allowed in (
+            ("correction", Correction),
+            ("features", Features),
+            ("start", Start),
+        ):
             value, choices = getattr(self, setting), get_args(allowed)
             if value not in choices:
                 rule = f"{setting} must be one of {', '.join(choices)}"
@@ -89,7 +96,7 @@ class Folding:
         mean = (member / member.sum(0)).T
         gain: dict[str, Tensor] = {}
         shift: dict[str, Tensor] = {}
-        if self.repair == "approximate":
+        if self.correction == "approximate":
             for slot in _layer_slots(group, context):
                 _repair(group, slot, context, mean, gain, shift)
         return MergeMap.linear(group.name, mean, member, writer_gain=gain, writer_shift=shift)
@@ -281,12 +288,10 @@ def _repair(
     """Add the gain and the shift (m, r) of one layer: its outputs shall have mean P mu, std P s."""
     weights = context.weights
     blocks = weights.graph.blocks
-    outputs = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id]).shape
-    rows = weights.rows(group, slot).float().cpu().reshape(*outputs, -1)
-    # Statistics keep the original order of outputs, whatever has shrunk since.
-    where = positions(blocks(slot, group.id, weights.graph.sizes), group.size)
+    where = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id])
+    rows = weights.rows(group, slot).float().cpu().reshape(*where.shape, -1)
     told = weights.statistics.get(slot.parameter)
-    if told is None or where.shape != outputs:  # another group of the same axis shrank before
+    if told is None:
         gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean).squeeze(1)
         return
     center, deviation = (line.float().cpu()[torch.from_numpy(where)] for line in told)

@@ -90,6 +90,7 @@ class IntraFusion:
 
     name: ClassVar[str] = "intra-fusion"
     folds_batchnorm: ClassVar[bool] = True
+    order: ClassVar[Literal["forward", "backward"]] = "backward"  # index 0 first, as in the paper
 
     features: Features = "writers"
     target: Target = "important"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Select:
 
     name: ClassVar[str] = "select"
     folds_batchnorm: ClassVar[bool] = False
+    order: ClassVar[Literal["forward", "backward"]] = "backward"
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
