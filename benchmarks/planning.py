@@ -67,9 +67,8 @@ def main() -> None:
     intrafuse.prune(tiny.model, tiny.example_inputs, channels=0.5)
     first = time.perf_counter() - started
     print(f"{options.threads} threads; first call in the process (an MLP): {first:.2f} s")
-    print(
-        f"{'network':10} {'method':14} {'seconds':>8} {'/ forward of 100':>17} {'memory / model':>15}"
-    )
+    header = ("network", "method", "seconds", "/ forward of 100", "memory / model")
+    print("{:10} {:14} {:>8} {:>17} {:>15}".format(*header))
     for network in NETWORKS:
         resolved = resolve_model(network)
         size = sum(t.nbytes for t in resolved.model.state_dict().values())

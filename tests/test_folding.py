@@ -392,7 +392,7 @@ def test_repair_saves_a_trained_network(shared):
     with_repair, without = (
         accuracy(
             intrafuse.prune(
-                model, found.example_inputs, channels=0.5, method=Folding(repair=repair)
+                model, found.example_inputs, channels=0.5, method=Folding(correction=correction)
             ).model,
             data,
         )
