@@ -20,7 +20,7 @@ from intrafuse.zoo import ResolvedModel, resolve_model
 __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
-ARGUMENTS: dict[str, Any] = {"width": 2.0}  # twice as wide as it needs to be, as networks in use are
+ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
 EPOCHS, BATCH, RATE = 8, 64, 0.1
 Progress = Callable[[str, int, int], None]
 
