@@ -119,6 +119,10 @@ class Weights:
             put_channels(gain, blocks, step.writer_gain.get(weight), step.width)
             put_channels(shift, blocks, step.writer_shift.get(weight), step.width)
             self.rescale(weight, gain, shift)
+            if weight in self.statistics:
+                mean, std = self.statistics[weight]
+                gain, shift = gain.to(mean), shift.to(mean)
+                self.statistics[weight] = mean * gain + shift, std * gain.abs()
         for weight in sorted({*step.gain, *step.shift}):
             self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
 
@@ -129,8 +133,11 @@ class Weights:
 
         Outputs that are merged count as correlated as the weights that write them.
         """
-        for slot in group.writers:
-            if slot.parameter not in self.statistics or slot.parameter not in self.state:
+        for slot in group.writers + group.carriers:
+            layer = self.graph.layers.get(slot.parameter)
+            if slot.parameter not in self.statistics or layer is None:
+                continue
+            if slot.axis != layer.output_axis:
                 continue
             n = self.sizes[group.id]
             blocks = self.graph.blocks(slot, group.id, self.sizes)

@@ -1,0 +1,1 @@
+"""Moments (means and covariances) of activations: from weights, or from calibration data."""

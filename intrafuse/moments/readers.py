@@ -1,0 +1,167 @@
+"""What each reader of a channel group knows of its channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Tree, leaves, locate, tree_size
+from intrafuse.graph.blocks import positions
+from intrafuse.graph.groups import ChannelGroup, Slot
+from intrafuse.graph.rules import operator_name
+from intrafuse.moments.propagate import Moments, Propagation
+from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
+from intrafuse.weights import Weights
+
+__all__ = ["Reading", "reader_taps", "readings"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Moments of a group's channels as one reader sees them. All float64.
+
+    Attributes:
+        layer: the reader.
+        taps: V (outputs, n, taps).
+        kernel: K (taps, taps).
+        old_mean, old: mean (n,) and covariance (n, n) of the old activations.
+        new_mean, new: mean (m,) and covariance (m, m) of the new activations.
+        cross: covariance (n, m) of old and new.
+        rest, rest_mean: variance and mean (outputs,) of what the reader reads elsewhere.
+        calls: how often the layer is called.
+    """
+
+    layer: str
+    taps: Tensor
+    kernel: Tensor
+    old_mean: Tensor
+    old: Tensor
+    new_mean: Tensor
+    new: Tensor
+    cross: Tensor
+    rest: Tensor
+    rest_mean: Tensor
+    calls: int = 1
+
+    def narrowed(self, old: slice, new: Tensor | slice) -> Reading:
+        """Take some channels as the old and some as the new ones."""
+        return replace(
+            self,
+            old_mean=self.old_mean[old],
+            old=self.old[old][:, old],
+            new_mean=self.new_mean[new],
+            new=self.new[new][:, new],
+            cross=self.cross[old][:, new],
+        )
+
+
+def readings(group: ChannelGroup, weights: Weights, *, length: float = 1.0) -> dict[str, Reading]:
+    """Infer from the weights what each reader of a group reads, by the name of its weight.
+
+    Readers that no moments reach are left out.
+    """
+    propagation = Propagation(weights, length=length)
+    calls = _calls(propagation)
+    found = {}
+    for slot in weights.present(group.readers):
+        nodes = calls.get(slot.parameter, [])
+        moments = [propagation.operand(node.args[0]) for node in nodes]
+        if slot.parameter in weights.graph.layers and moments and None not in moments:
+            reading = _reading(group, slot, weights, [m for m in moments if m], length)
+            if reading is not None:
+                found[slot.parameter] = reading
+    return found
+
+
+def _calls(propagation: Propagation) -> dict[str, list[Node]]:
+    found: dict[str, list[Node]] = {}
+    for node in propagation.program.nodes:
+        if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
+            found.setdefault(propagation.program.parameters.get(node.args[1]), []).append(node)
+    return found
+
+
+def _reading(
+    group: ChannelGroup, slot: Slot, weights: Weights, moments: list[Moments], length: float
+) -> Reading | None:
+    layer = weights.graph.layers[slot.parameter]
+    weight = weights.state[slot.parameter]
+    n = weights.sizes[group.id]
+    own, covariances, means = None, [], []
+    for moment in moments:
+        where = positions(locate(moment.tree, group.id, weights.sizes), n)
+        if where.shape[1] == 0:
+            return None
+        for column in where.T:
+            own = torch.from_numpy(column.copy())
+            means.append(moment.mean[own])
+            covariances.append(moment.covariance[own][:, own])
+    mean, covariance = (torch.stack(parts).mean(0) for parts in (means, covariances))
+    taps, kernel, rows = reader_taps(group, slot, weights, length)
+    rest, rest_mean = torch.zeros(len(taps)).double(), torch.zeros(len(taps)).double()
+    if len(moments) == 1 and rows.numel() < weight.shape[slot.axis] == len(moments[0].mean):
+        others = torch.ones(weight.shape[slot.axis], dtype=torch.bool)
+        others[rows.flatten()] = False
+        whole = as_taps(weight, layer.output_axis, layer.input_axis)
+        part = whole[:, others]
+        grid = kernel if len(kernel) == whole.shape[2] else torch.eye(whole.shape[2]).double()
+        rest = output_variance(part, grid, moments[0].covariance[others][:, others])
+        rest_mean = part.sum(2) @ moments[0].mean[others]
+    return Reading(
+        layer.name,
+        taps,
+        kernel,
+        mean,
+        covariance,
+        mean,
+        covariance,
+        covariance,
+        rest,
+        rest_mean,
+        len(moments),
+    )
+
+
+def reader_taps(
+    group: ChannelGroup, slot: Slot, weights: Weights, length: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a reader reads a group with.
+
+    Returns:
+        V (outputs, n, taps), K (taps, taps), and the positions (n, repeats) on its input axis.
+    """
+    layer = weights.graph.layers[slot.parameter]
+    blocks = weights.graph.blocks(slot, group.id, weights.sizes)
+    rows = torch.from_numpy(positions(blocks, weights.sizes[group.id]))
+    weight = weights.state[slot.parameter]
+    front = weight.movedim((layer.output_axis, layer.input_axis), (0, 1)).double()
+    taps = front[:, rows].flatten(3).flatten(2) if front.dim() > 2 else front[:, rows]
+    kernel = _kernel(weights, slot, group, tuple(front.shape[2:]), taps.shape[2], length)
+    return taps, kernel, rows
+
+
+def _kernel(
+    weights: Weights, slot: Slot, group: ChannelGroup, kernel: tuple[int, ...], taps: int,
+    length: float,
+) -> Tensor:  # fmt: skip
+    """Correlate the taps of a kernel, or the positions of a flattened map behind a channel."""
+    found = tap_correlation(kernel, length)
+    if len(found) == taps:
+        return found
+    tree = weights.graph.axes[slot.parameter][slot.axis]
+    grid = _positions_behind(tree, group.id, weights)
+    if tap_correlation(grid, length).shape[0] == taps:
+        return tap_correlation(grid, length)
+    return torch.eye(taps, dtype=torch.double)
+
+
+def _positions_behind(tree: Tree, atom: int, weights: Weights) -> tuple[int, ...]:
+    if isinstance(tree, Product) and tree.factors[0] == atom:
+        return tuple(tree_size(factor, weights.sizes) for factor in tree.factors[1:])
+    if isinstance(tree, int) or atom not in leaves(tree):
+        return ()
+    children = tree.factors if isinstance(tree, Product) else tree.parts
+    return next((_positions_behind(c, atom, weights) for c in children if atom in leaves(c)), ())
