@@ -26,7 +26,7 @@ from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.merge import MergeMap
 
-__all__ = ["Folding", "cluster", "clustering_features", "repair_gain"]
+__all__ = ["Folding", "cluster", "clustering_features", "repair_gain", "restored_variance"]
 
 Features = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
@@ -94,12 +94,29 @@ class Folding:
         labels = cluster(features, width, start=self.start, seed=context.seed)
         member = one_hot(labels, width).float()
         mean = (member / member.sum(0)).T
-        gain: dict[str, Tensor] = {}
-        shift: dict[str, Tensor] = {}
-        if self.correction == "approximate":
-            for slot in _layer_slots(group, context):
-                _repair(group, slot, context, mean, gain, shift)
+        repairs = self.correction == "approximate"
+        gain, shift = restored_variance(group, context, mean) if repairs else ({}, {})
         return MergeMap.linear(group.name, mean, member, writer_gain=gain, writer_shift=shift)
+
+
+def restored_variance(
+    group: ChannelGroup, context: Context, mean: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute what gives averaged channels the mean and the spread of their members.
+
+    Args:
+        group: the channel group.
+        context: the state of planning.
+        mean: P (m, n), rows that sum to one.
+
+    Returns:
+        Gains and shifts by the name of the writer's weight, for `MergeMap`.
+    """
+    gain: dict[str, Tensor] = {}
+    shift: dict[str, Tensor] = {}
+    for slot in _layer_slots(group, context):
+        _repair(group, slot, context, mean, gain, shift)
+    return gain, shift
 
 
 def clustering_features(group: ChannelGroup, context: Context, kind: Features) -> Tensor:

@@ -22,7 +22,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.merge import MergeMap
-from intrafuse.methods.folding import Folding
+from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.select import most_important
 from intrafuse.moments.calibrate import measured_readings
@@ -103,8 +103,12 @@ class Moment:
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
         """Merge writers by another method's map; old and new channels side by side give A and B."""
-        method = IntraFusion() if self.transport == "intra-fusion" else Folding()
-        step = method(group, scores, width, context)
+        if self.transport == "folding":
+            step = Folding()(group, scores, width, context)
+        else:
+            step = IntraFusion(normalisation="barycentric")(group, scores, width, context)
+            gain, shift = restored_variance(group, context, step.encode)
+            step = replace(step, writer_gain=gain, writer_shift=shift)
         n = len(scores)
         both = context.weights.snapshot()
         both.merge(_beside(step))
