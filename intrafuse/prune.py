@@ -20,6 +20,7 @@ from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
 from intrafuse.repair import reestimate_batchnorm
 from intrafuse.report.tables import text_table
+from intrafuse.verify import check_code
 from intrafuse.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]
@@ -242,7 +243,11 @@ def prune(
         seed=seed,
         progress=progress,
     )
-    smaller = made.apply(model, inplace=inplace and repair is None)
+    smaller = made.apply(model)
+    if made.maps:
+        check_code(smaller, made, example_inputs)
+    if inplace and repair is None:
+        smaller = made.apply(model, inplace=True)
     if repair is not None:
         assert data is not None
         smaller = reestimate_batchnorm(model, smaller, made, data, inplace=inplace)

@@ -41,7 +41,14 @@ def _detached(old: Tensor, new: Tensor) -> Tensor | None:
 
 def _copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
     """Copy a module but for tensors that will be replaced, which would double its memory."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in replaced})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in replaced})
+    except RuntimeError as error:  # a module that keeps an activation, old weight norm
+        raise IntrafuseError(
+            f"the model cannot be copied: {str(error).splitlines()[0]}",
+            remedy="call the model under torch.no_grad() first, and remove hooks such as "
+            "weight_norm",
+        ) from error
 
 
 def place(

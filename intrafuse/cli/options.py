@@ -96,10 +96,12 @@ class Common:
         str | None,
         typer.Option(metavar="FILE", help="Write the figures as JSON; - for standard output."),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed everything random.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed everything random.")] = 0
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda:0.")] = "cpu"
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch; by default its own choice.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Threads of PyTorch; by default its own choice."),
+        typer.Option(min=1, max=4096, help="Threads of PyTorch; by default its own choice."),
     ] = None
 
     def start(self) -> None:

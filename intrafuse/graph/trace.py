@@ -24,9 +24,17 @@ from intrafuse import errors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
-from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 
-__all__ = ["ExampleInputs", "Program", "as_arguments", "evaluating", "trace"]
+__all__ = [
+    "ExampleInputs",
+    "Program",
+    "as_arguments",
+    "evaluating",
+    "export_program",
+    "location",
+    "trace",
+]
 
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 PASS_ORIGIN = {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"}
@@ -81,8 +89,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     [('0', 8)]
     """
     args, kwargs = as_arguments(example_inputs)
-    with evaluating(model):
-        program = _export(model, args, kwargs)
+    program = export_program(model, example_inputs)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 1]
     if any(tensor.numel() == 0 for tensor in tensors):
         raise IntrafuseError(
@@ -99,7 +106,26 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     return _freeze(scope, tuple(program.graph.nodes))
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
+    """Export a model in evaluation mode; it is not changed.
+
+    Raises:
+        IntrafuseError: it is no module, or it cannot be traced.
+    """
+    if not isinstance(model, nn.Module):
+        raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
+    args, kwargs = as_arguments(example_inputs)
+    try:
+        with evaluating(model):
+            return _export(model, args, kwargs)
+    except NotImplementedError as error:  # an exported program has no evaluation mode
+        raise IntrafuseError(
+            f"the model cannot be put in evaluation mode: {error}",
+            remedy="pass the module that was exported, not the exported one",
+        ) from error
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
         with torch.no_grad(), redirect_stderr(printed), _without_warnings():
@@ -307,6 +333,8 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
                 reasons.append("no layer writes these channels")
             if all(slot.role == "reader" for slot in rows):
                 continue  # the model's own inputs
+        elif all(slot.role != "reader" for slot in rows) and not reasons:
+            reasons.append("no layer reads these channels")
         name = (writers or rows)[0].layer
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""

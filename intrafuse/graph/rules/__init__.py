@@ -5,13 +5,21 @@ imported here.
 """
 
 from intrafuse.graph.rules import layers, pointwise, reduce, shape
-from intrafuse.graph.rules.registry import RULES, LockError, Scope, operator_name, register
+from intrafuse.graph.rules.registry import (
+    RULES,
+    LockError,
+    Scope,
+    location,
+    operator_name,
+    register,
+)
 
 __all__ = [
     "RULES",
     "LockError",
     "Scope",
     "layers",
+    "location",
     "operator_name",
     "pointwise",
     "reduce",

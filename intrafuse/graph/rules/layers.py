@@ -76,6 +76,8 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
     w = scope.axes(args["weight"])
+    for tree in x[at + 1 :]:
+        scope.table.lock(tree, "spatial")
     groups = args["groups"]
     reader, writer = (0, 1) if transposed else (1, 0)
     if groups == 1:
@@ -121,6 +123,9 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
     args = scope.arguments(node)
     x = scope.axes(args["input"])
     names: dict[str, str | None] = {}
+    if args["training"]:
+        for tree in (x[0], *x[2:]):
+            scope.table.lock(tree, "batch norm takes its statistics over it")
     parts: tuple[tuple[str, Kind], ...] = (
         ("weight", "scale"),
         ("bias", "shift"),
@@ -190,6 +195,8 @@ def group_norm(scope: Scope, node: Node) -> Axes:
     if split is None:
         raise LockError("its input cannot be divided into the groups of the norm")
     scope.table.lock(split[1], INSIDE_GROUP)
+    for tree in x[2:]:
+        scope.table.lock(tree, "group_norm takes its statistics over it")
     owner = args["weight"] if args["weight"] is not None else args["bias"]
     if owner is None:
         scope.table.lock(x[1], "group norm without parameters")

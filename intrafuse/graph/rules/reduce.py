@@ -71,6 +71,11 @@ def attention(scope: Scope, node: Node) -> Axes:
     table.unify(q[-1], k[-1])
     table.unify(k[-2], v[-2])
     table.lock(q[-1], "its size enters the scale of attention")
+    if args["attn_mask"] is not None:
+        mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
+        for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
+            if back <= len(mask) and shape[-back] != 1:
+                table.unify(mask[-back], other)
     for tree in (q[-2], k[-2]):
         table.lock(tree, "positions of a sequence")
     scope.cost(node, "attention", 1, *q, k[-2])

@@ -19,7 +19,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
 
-__all__ = ["RULES", "LockError", "Scope", "operator_name", "register"]
+__all__ = ["RULES", "LockError", "Scope", "location", "operator_name", "register"]
 
 Axes = list[Tree]
 Rule = Callable[["Scope", Node], Any]
@@ -54,6 +54,12 @@ def operator_name(node: Node) -> str:
         return getattr(target, "__name__", str(target))
     name = schema.name.removeprefix("aten::")
     return name if name.startswith("_") or not name.endswith("_") else name[:-1]
+
+
+def location(node: Node) -> str:
+    """Name file and line of the model's code where a node was recorded; empty if unknown."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
 
 
 class Scope:
@@ -112,9 +118,9 @@ class Scope:
             self.table.lock(tree, f"{operator_name(node)} takes its size as a number{where}")
 
     def where(self, node: Node) -> str:
-        """Say at which line of the model's code a node was recorded."""
-        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-        return f" at {frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
+        """Say at which line of the model's code a node was recorded, for a sentence."""
+        found = location(node)
+        return f" at {found}" if found else ""
 
     def parameter(self, node: Node, what: str) -> str:
         """Name the parameter behind an argument; a computed one cannot be pruned."""
@@ -148,7 +154,9 @@ class Scope:
         """
         names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
         for module in (alias.rpartition(".")[0] for alias in names):
-            value = getattr(self.model.get_submodule(module), name, None)
+            owner = self.model.get_submodule(module)
+            known = isinstance(owner, nn.modules.conv._ConvNd | nn.GroupNorm)
+            value = getattr(owner, name, None) if known or not needed else None
             if isinstance(value, int) and value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
             elif needed:

@@ -1,0 +1,95 @@
+"""Code that holds numbers of channels, and axes that channels may lie on by surprise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import intrafuse
+from intrafuse.errors import IntrafuseError
+
+
+class Scaled(nn.Module):
+    """A head that divides by a function of the number of channels."""
+
+    def __init__(self, scale) -> None:
+        super().__init__()
+        self.scale = scale
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.scale(self.body(x).relu()))
+
+
+NUMBERS = {
+    "root": lambda y: y / y.shape[1] ** 0.5,
+    "product": lambda y: y * y[0].numel(),
+    "branch": lambda y: y.sigmoid() if y.shape[1] == 8 else y,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_code_that_depends_on_the_number_of_channels_is_refused(name):
+    model = Scaled(NUMBERS[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 6, 6)
+    with pytest.raises(IntrafuseError, match=r"number of channels.*test_verify\.py.*exclude"):
+        intrafuse.prune(model, x, channels=0.5, inplace=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert intrafuse.prune(model, x, channels=0.0).model.body.out_channels == 8
+
+
+def test_channels_on_a_spatial_axis_of_a_convolution_stay():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.out = nn.Linear(5, 32), nn.Conv1d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.c(self.a(x).relu().unsqueeze(1)).amax(2))
+
+    graph = intrafuse.trace(Mixer(), torch.zeros(4, 5))
+    assert "a" not in graph.by_name and "c" in graph.by_name
+
+
+def test_statistics_over_positions_lock_them():
+    norms = nn.GroupNorm(3, 6), nn.BatchNorm1d(6, track_running_stats=False)
+    for norm in norms:
+        model = nn.Sequential(nn.Linear(5, 32), norm, nn.ReLU(), nn.Linear(32, 2))
+        assert not intrafuse.trace(model, torch.zeros(4, 6, 5)).groups
+
+
+def test_the_heads_of_a_mask_go_with_the_heads_of_the_queries():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.bias, self.out = nn.Linear(16, 48), nn.Embedding(6, 4), nn.Linear(16, 3)
+
+        def forward(self, x):
+            n, t, _ = x.shape
+            parts = self.qkv(x).chunk(3, -1)
+            q, k, v = (part.view(n, t, -1, 4).transpose(1, 2) for part in parts)
+            steps = torch.arange(t)
+            mask = self.bias((steps[None] - steps[:, None]).abs()).permute(2, 0, 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    graph = intrafuse.trace(Biased(), torch.zeros(2, 6, 16))
+    layers = [set(g.layers) for g in (*graph.groups, *graph.locked)]
+    assert any({"qkv", "bias"} <= found for found in layers)
+
+
+@pytest.mark.parametrize("model", ["name", None, F.relu])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(IntrafuseError, match="must be a torch"):
+        intrafuse.prune(model, torch.zeros(1, 2), channels=0.5)
+
+
+def test_a_module_that_cannot_be_copied_says_what_to_do():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.cache = model(torch.zeros(1, 4))
+    with pytest.raises(IntrafuseError, match=r"cannot be copied.*no_grad"):
+        intrafuse.prune(model, torch.zeros(1, 4), channels=0.5)
