@@ -101,7 +101,6 @@ class Common:
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Threads of PyTorch; by default its own choice."),
-        typer.Option(min=1, max=4096, help="Threads of PyTorch; by default its own choice."),
     ] = None
 
     def start(self) -> None:
