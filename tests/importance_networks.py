@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +14,6 @@ from intrafuse.weights import Weights
 
 NEEDS_DATA = ("taylor", "chip", "activation")
 RUNS_MODEL = ("synflow", *NEEDS_DATA)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_context(

@@ -23,6 +23,12 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.importance import score
 from intrafuse.merge import MergeMap
 
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 # -- known answers: weights only -----------------------------------------------------------------
 
 ROWS = [[3.0, -4.0], [0.0, 1.0], [-2.0, 0.0]]

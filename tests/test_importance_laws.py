@@ -26,6 +26,12 @@ from intrafuse.graph import ChannelGroup
 from intrafuse.importance import IMPORTANCE, score
 from intrafuse.merge import MergeMap
 
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 # -- laws ----------------------------------------------------------------------------------------
 
 
