@@ -7,9 +7,9 @@ from torch.fx import Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import tree_size
-from intrafuse.graph.rules import operator_name
+from intrafuse.graph.rules import location, operator_name
 from intrafuse.graph.rules.pointwise import BINARY, UNARY
-from intrafuse.graph.trace import ExampleInputs, export_program, location
+from intrafuse.graph.trace import ExampleInputs, export_program
 from intrafuse.plan import Plan
 
 __all__ = ["check_code"]
@@ -41,8 +41,7 @@ def check_code(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> 
         if operator_name(before) in ARITHMETIC and _numbers(before) != _numbers(after):
             raise _differs(before, f"computes with {_numbers(before)}", _numbers(after))
     if len(old) != len(new):
-        last = (old + new)[-1] if not old else old[-1]
-        raise _differs(last, f"is one of {len(old)} operators", len(new))
+        raise _differs((old or new)[-1], f"is one of {len(old)} operators", len(new))
 
 
 def _numbers(node: Node) -> list[float]:

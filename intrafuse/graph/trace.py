@@ -24,7 +24,7 @@ from intrafuse import errors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
-from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
+from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
 
 __all__ = [
     "ExampleInputs",
@@ -32,7 +32,6 @@ __all__ = [
     "as_arguments",
     "evaluating",
     "export_program",
-    "location",
     "trace",
 ]
 

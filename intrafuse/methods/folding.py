@@ -11,7 +11,7 @@ arXiv 2502.10216. Letters: n channels, m clusters, r outputs of a layer for each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.merge import MergeMap
+from intrafuse.methods.settings import check_choices
 
 __all__ = ["Folding", "cluster", "clustering_features", "repair_gain", "restored_variance"]
 
@@ -77,15 +78,7 @@ class Folding:
     start: Start = "ward"
 
     def __post_init__(self) -> None:
-        for setting, allowed in (
-            ("correction", Correction),
-            ("features", Features),
-            ("start", Start),
-        ):
-            value, choices = getattr(self, setting), get_args(allowed)
-            if value not in choices:
-                rule = f"{setting} must be one of {', '.join(choices)}"
-                raise IntrafuseError(rule, value=value, usage=True)
+        check_choices(self, {"correction": Correction, "features": Features, "start": Start})
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.merge import MergeMap
 from intrafuse.methods.select import most_important
+from intrafuse.methods.settings import check_choices
 from intrafuse.transport import (
     Marginal,
     Normalisation,
@@ -101,11 +102,7 @@ class IntraFusion:
     normalisation: Normalisation = "paper"
 
     def __post_init__(self) -> None:
-        for setting, allowed in CHOICES.items():
-            value, choices = getattr(self, setting), get_args(allowed)
-            if value not in choices:
-                rule = f"{setting} must be one of {', '.join(choices)}"
-                raise IntrafuseError(rule, value=value, usage=True)
+        check_choices(self, CHOICES)
         if not self.p >= 1:
             raise IntrafuseError("p must be at least 1", value=self.p, usage=True)
         if self.regularisation is not None and not self.regularisation >= 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.select import most_important
+from intrafuse.methods.settings import check_choices
 from intrafuse.moments.calibrate import measured_readings
 from intrafuse.moments.readers import Reading, reader_taps, readings
 from intrafuse.moments.taps import output_variance
@@ -70,15 +71,7 @@ class Moment:
     length: float = 1.0
 
     def __post_init__(self) -> None:
-        for setting, allowed in (
-            ("source", Source),
-            ("choice", Choice),
-            ("transport", Transport),
-        ):
-            value, choices = getattr(self, setting), get_args(allowed)
-            if value not in choices:
-                rule = f"{setting} must be one of {', '.join(choices)}"
-                raise IntrafuseError(rule, value=value, usage=True)
+        check_choices(self, {"source": Source, "choice": Choice, "transport": Transport})
         for setting in ("ridge", "max_gain", "length"):
             if not getattr(self, setting) >= 0:
                 raise IntrafuseError(

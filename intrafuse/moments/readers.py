@@ -90,7 +90,7 @@ def _reading(
     layer = weights.graph.layers[slot.parameter]
     weight = weights.state[slot.parameter]
     n = weights.sizes[group.id]
-    own, covariances, means = None, [], []
+    covariances, means = [], []
     for moment in moments:
         where = positions(locate(moment.tree, group.id, weights.sizes), n)
         if where.shape[1] == 0:

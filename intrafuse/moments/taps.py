@@ -6,7 +6,6 @@ between two taps, K = exp(-distance / length); Sigma (inputs, inputs) the input'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -56,11 +55,3 @@ def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
     """
     mixed = torch.einsum("oit,ij->ojt", taps, covariance)
     return ((mixed @ kernel) * taps).sum((1, 2)).clamp_min(0)
-
-
-def grid_of(sizes: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return the grid that `count` positions behind a channel form, one line if it is unknown."""
-    total = 1
-    for size in sizes:
-        total *= size
-    return tuple(sizes) if total == count else (count,)
