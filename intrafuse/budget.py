@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor
 from typing import Literal, cast
@@ -17,9 +18,11 @@ from intrafuse.patterns import matches, require_matches
 __all__ = ["Budget", "Figures", "choose_widths", "measure"]
 
 Kind = Literal["channels", "params", "macs"]
-Scope = Literal["uniform", "global"]
+Scope = Literal["uniform", "global", "predicted"]
 KINDS: tuple[Kind, ...] = ("channels", "params", "macs")
-SCOPES: tuple[Scope, ...] = ("uniform", "global")
+SCOPES: tuple[Scope, ...] = ("uniform", "global", "predicted")
+STEPS = 64  # widths of a group that `predicted` looks at
+UNKNOWN = 1e12  # damage of a step in a group without moments
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Budget:
         kind: what is counted: `channels`, `params` or `macs`.
         share: the fraction to remove, in [0, 1).
         scope: `uniform` removes the same share of channels in every group; `global` ranks the
-            channels of all groups together, each score divided by the mean of its group.
-        floor: with `global`, the share of its channels that every group keeps at least.
+            channels of all groups together, each score divided by the mean of its group;
+            `predicted` removes, step by step, what costs least predicted damage for what it saves.
+        floor: but for `uniform`, the share of its channels that every group keeps at least.
         round_to: widths are multiples of this (where a group has that many channels).
         overrides: share of channels to remove by pattern of group or layer names; the first
             pattern that matches decides.
@@ -133,6 +137,7 @@ def choose_widths(
     scores: Mapping[str, Tensor],
     budget: Budget,
     figures: Callable[[Mapping[str, int]], Figures],
+    damage: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, int]:
     """Choose how many channels each group keeps.
 
@@ -142,6 +147,7 @@ def choose_widths(
         scores: importance (channels,) by group name, for `scope="global"`.
         budget: what to remove.
         figures: sizes of the network when the named groups have the given widths.
+        damage: for `scope="predicted"`: damage (channels + 1,) by width, by group name.
 
     Returns:
         Widths by group name, at least 1 each. Of all widths that the budget's scope can
@@ -158,8 +164,11 @@ def choose_widths(
         for g in groups
         if g.name in fixed
     }
-    ladder = _uniform_ladder if budget.scope == "uniform" else _global_ladder
-    steps, widths_at = ladder(free, scores, budget)
+    if budget.scope == "predicted":
+        steps, widths_at = _predicted_ladder(free, damage or {}, base, budget, figures)
+    else:
+        ladder = _uniform_ladder if budget.scope == "uniform" else _global_ladder
+        steps, widths_at = ladder(free, scores, budget)
     if groups and budget.kind == "channels" and budget.scope == "uniform":
         return {**base, **widths_at(budget.share)}
     before = figures({})
@@ -203,6 +212,10 @@ def _round(size: int, width: float, budget: Budget, least: int = 1) -> int:
     return min(size, max(lowest, whole // step * step))
 
 
+def _least(group: ChannelGroup, budget: Budget) -> int:
+    return max(1, -(-int(group.size * budget.floor * 1000) // 1000))
+
+
 def _uniform_ladder(groups, scores, budget: Budget):
     """Every distinct share at which some width changes, and the widths at a share."""
 
@@ -220,7 +233,7 @@ def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
     for i, group in enumerate(groups):
         score = scores[group.name].double().cpu()
         score = (score / score.mean().abs().clamp_min(1e-300)).sort(descending=True).values
-        least = max(1, -(-int(group.size * budget.floor * 1000) // 1000))
+        least = _least(group, budget)
         floors.append(least)
         rows.append(score[least:])
         owner.append(torch.full((len(score) - least,), i))
@@ -237,3 +250,41 @@ def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
         }
 
     return range(len(ranked) + 1), widths_at
+
+
+def _predicted_ladder(
+    groups: Sequence[ChannelGroup],
+    damage: Mapping[str, Sequence[float]],
+    base: Mapping[str, int],
+    budget: Budget,
+    figures: Callable[[Mapping[str, int]], Figures],
+):
+    """Every step of a greedy descent: always the group that costs least for what it saves."""
+    widths = {group.name: group.size for group in groups}
+    offers = {g.name: _offers(g, damage.get(g.name), budget) for g in groups}
+    path = [dict(widths)]
+    now = getattr(figures({**base, **widths}), budget.kind)
+    while any(offers.values()):
+        best = (float("inf"), "", 0)
+        for name, own in offers.items():
+            if own:
+                then = getattr(figures({**base, **widths, name: own[0][0]}), budget.kind)
+                price = (own[0][1] + 1e-12) / max(now - then, 1e-9)
+                best = min(best, (price, name, then))
+        _, name, now = best
+        widths[name] = offers[name].pop(0)[0]
+        path.append(dict(widths))
+    return range(len(path)), lambda step: path[int(step)]
+
+
+def _offers(
+    group: ChannelGroup, damage: Sequence[float] | None, budget: Budget
+) -> list[tuple[int, float]]:
+    """List ever smaller widths of a group, each with the damage that it adds to the one before."""
+    stride = max(1, group.size // STEPS)
+    least = _least(group, budget)
+    widths = [_round(group.size, w, budget, least) for w in range(group.size, 0, -stride)]
+    widths = [w for w in dict.fromkeys(widths) if w >= least]
+    if damage is None:  # nothing is known of it: it shrinks last
+        return [(w, UNKNOWN) for w in widths[1:]]
+    return [(b, damage[b] - damage[a]) for a, b in itertools.pairwise(widths)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ class Context:
         example_inputs: what the model was traced with.
         data: batches of inputs, or of (inputs, labels), where the user gave any.
         seed: seeds everything random.
+        progress: called with (steps done, steps in all) by work that takes long.
+        cache: what a method keeps from one group of a plan to the next.
     """
 
     weights: Weights
@@ -33,6 +36,8 @@ class Context:
     example_inputs: ExampleInputs
     data: Iterable | None = None
     seed: int = 0
+    progress: Callable[[int, int], None] | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, salt: int = 0) -> torch.Generator:
         """Make a random generator that depends on the seed and a salt only."""

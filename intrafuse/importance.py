@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafuse.batches import map_tensors
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import channel_rows
@@ -27,7 +28,6 @@ from intrafuse.importance_data import (
     activation,
     chip,
     floating,
-    map_tensors,
     products,
     refusing,
     scored,

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intrafuse.batches import batches
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import channel_rows
@@ -31,7 +31,6 @@ __all__ = [
     "activation",
     "chip",
     "floating",
-    "map_tensors",
     "products",
     "refusing",
     "scored",
@@ -132,17 +131,6 @@ def scored(
     )
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Change every tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: map_tensors(change, item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(map_tensors(change, item) for item in value)
-    return value
-
-
 def floating(value: Any) -> Iterator[Tensor]:
     """Iterate over the floating tensors of a model's output."""
     if isinstance(value, Tensor):
@@ -169,41 +157,8 @@ def refusing(metric: str) -> Iterator[None]:
 
 
 def _batches(context: Context, metric: str, limit: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """Iterate over (inputs on the model's device, labels or None).
-
-    Raises:
-        IntrafuseError: there is no data, it is not made of batches, or it is empty.
-    """
-    data: Any = context.data
-    advice = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
-    if data is None:
-        raise IntrafuseError(
-            f'importance "{metric}" needs data',
-            remedy=f'{advice}, or choose an importance that needs none, such as "l1"',
-            usage=True,
-        )
-    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
-        kind = type(data).__name__
-        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=advice)
-    device = next((p.device for p in context.model.parameters()), torch.device("cpu"))
-    count = 0
-    for batch in islice(data, limit):
-        labels = None
-        if isinstance(batch, tuple | list):
-            if len(batch) not in (1, 2):
-                raise IntrafuseError(
-                    "a batch must be inputs or (inputs, labels)",
-                    value=f"{len(batch)} parts",
-                    remedy="put several inputs of one batch into a tuple or a mapping of kwargs",
-                )
-            batch, labels = (*batch, None)[:2]
-        count += 1
-        yield map_tensors(lambda t: t.to(device), (batch, labels))
-    if not count:
-        raise IntrafuseError(
-            "data gave no batch",
-            remedy="give a list or a loader, which can be read more than once, not an iterator",
-        )
+    """Iterate over (inputs, labels or None); see `intrafuse.batches`."""
+    return batches(context.data, context.model, purpose=f'importance "{metric}"', limit=limit)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class MergeMap:
             the gain and then shifted.
         writer_gain, writer_shift: (m,), or (m, r) where a channel has r outputs, by the name of
             the weight of a writer or of a grouped convolution between writers and readers: after P.
+        note: what a method says of its choice, as JSON data.
     """
 
     group: str
@@ -45,6 +47,7 @@ class MergeMap:
     shift: Mapping[str, Tensor] = field(default_factory=dict)
     writer_gain: Mapping[str, Tensor] = field(default_factory=dict)
     writer_shift: Mapping[str, Tensor] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def select(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class Plan:
         return {group.name: merged.get(group.name, group.size) for group in self.graph.groups}
 
     @property
+    def notes(self) -> dict[str, Mapping[str, Any]]:
+        """What the method says of its choices, by group name; most methods say nothing."""
+        return {step.group: step.note for step in self.maps if step.note}
+
+    @property
     def removed(self) -> dict[str, float]:
         """Share of channels, params and macs that goes, in [0, 1]."""
         return self.after.removed(self.before)
@@ -102,6 +107,10 @@ class Plan:
             for g in sorted(self.graph.groups, key=lambda group: group.index)
         ]
         header = ["index", "group", "channels", "kept", "written by", "read by"]
+        if self.notes:
+            header.append("chosen")
+            for row in rows:
+                row.append(str(self.notes.get(row[1], {}).get("chosen", "")))
         summary = "   ".join(
             f"{kind} {getattr(self.before, kind):,} -> {getattr(self.after, kind):,} "
             f"({self.removed[kind]:.1%} removed)"
@@ -121,6 +130,7 @@ class Plan:
             "format": FORMAT,
             "groups": [step.group for step in self.maps],
             "fold": self.fold,
+            "notes": [dict(step.note) for step in self.maps],
             "settings": dict(self.settings),
             "before": vars(self.before),
             "after": vars(self.after),
@@ -169,7 +179,8 @@ class Plan:
         maps = []
         for i, name in enumerate(data["groups"]):
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
-            step = MergeMap.from_tensors(name, own).check()
+            note = data.get("notes", [{}] * len(data["groups"]))[i]
+            step = replace(MergeMap.from_tensors(name, own).check(), note=note)
             if step.size != graph.by_name[name].size:
                 raise IntrafuseError("a merge map of another size than its group", layer=name)
             maps.append(step)

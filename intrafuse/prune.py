@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +16,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.importance import Importance, score
 from intrafuse.methods import Method, resolve_method
+from intrafuse.moments.damage import damage_by_width
 from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
 from intrafuse.repair import reestimate_batchnorm
@@ -35,6 +36,8 @@ class Report:
         reached: shares removed of channels, params and macs, in [0, 1].
         before, after: sizes of the network.
         seconds: time for tracing, planning and surgery (and repair, where asked for).
+        notes: what the method says of its choices, by group name: for `auto` what was "chosen",
+            and the "predicted" error of each candidate.
     """
 
     wanted: Mapping[str, float]
@@ -42,6 +45,7 @@ class Report:
     before: Figures
     after: Figures
     seconds: float
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -55,7 +59,23 @@ class Report:
             for kind in KINDS
         ]
         header = ["", "before", "after", "removed", "wanted"]
-        return text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
+        table = text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
+        return table + self._choices()
+
+    def _choices(self) -> str:
+        """Tabulate what was chosen for each group, beside the best of what was not."""
+        rows = []
+        for group, note in self.notes.items():
+            errors = dict(note.get("predicted", {}))
+            chosen = note.get("chosen", "")
+            own = errors.pop(chosen, None)
+            other = min(errors, key=errors.__getitem__, default=None)
+            next_best = "" if other is None else f"{other} ({errors[other]:.4f})"
+            rows.append([group, chosen, "" if own is None else f"{own:.4f}", next_best])
+        if not rows:
+            return ""
+        header = ["group", "chosen", "predicted error", "best of the others"]
+        return text_table("Choices", header, rows, numbers=(2,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +116,8 @@ def plan(
             as `IntraFusion(p=2)`.
         importance: a metric's name, or a callable `(group, context) -> scores (channels,)`.
         scope: `uniform` removes the same share in every group; `global` ranks all channels
-            together, and every group keeps at least the share `floor`.
+            together; `predicted` removes where the moments predict least damage for what is
+            saved. With the last two every group keeps at least the share `floor`.
         include, exclude: patterns of group or layer names; by default every prunable group.
         overrides: share of channels to remove, by pattern.
         floor: share of its channels that a group keeps at least under `global`.
@@ -144,9 +165,10 @@ def plan(
         shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
         return measure(graph, graph.resized(widths), counted) if shrinks else before
 
-    context = Context(weights, original, model, example_inputs, data, seed)
+    context = Context(weights, original, model, example_inputs, data, seed, progress)
     scores = {group.name: score(group, context, importance) for group in groups}
-    widths = choose_widths(graph, groups, scores, budget, figures)
+    damage = damage_by_width(groups, _folded(weights)) if scope == "predicted" else None
+    widths = choose_widths(graph, groups, scores, budget, figures, damage)
     maps = []
     forward = getattr(chosen, "order", "backward") == "forward"
     ordered = groups if forward else list(reversed(groups))
@@ -258,8 +280,18 @@ def prune(
         made.before,
         made.after,
         time.perf_counter() - started,
+        made.notes,
     )
     return Pruned(smaller, made, report)
+
+
+def _folded(weights: Weights) -> Weights:
+    """Return the tensors with batch norm folded, whether or not the method asks for it."""
+    if weights.statistics:
+        return weights
+    copy = weights.snapshot()
+    fold_norms(copy)
+    return copy
 
 
 def _name(function: object) -> str:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafuse.batches import batches
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import locate
 from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
-from intrafuse.graph.trace import evaluating
+from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.plan import Plan
 from intrafuse.surgery import place
 
@@ -112,24 +113,17 @@ class _estimating:
 
 
 def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
-    seen = 0
     with torch.no_grad():
-        for batch in data:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            seen += 1
+        for seen, (inputs, _) in enumerate(batches(data, model, purpose="repair of batch norm")):
+            args, kwargs = as_arguments(inputs)
             try:
-                yield model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                yield model(*args, **kwargs)
             except ValueError as error:  # batch norm refuses a single value for each channel
                 raise IntrafuseError(
-                    f"the model refused batch {seen} of the data: {error}",
+                    f"the model refused batch {seen + 1} of the data: {error}",
                     remedy="repair of batch norm needs several samples in every batch, also in "
                     "the last one",
                 ) from error
-    if seen == 0:
-        raise IntrafuseError(
-            "repair needs at least one batch of data",
-            remedy="give data= as a list or a loader, not as a generator: it is read twice",
-        )
 
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:

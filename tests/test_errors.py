@@ -358,7 +358,7 @@ def test_what_needs_data_names_the_option_that_gives_it():
         prune(model, x, channels=0.5, importance="taylor")
     with refused(r"repair of batch norm needs unlabelled data.*data= .*--data", model):
         prune(model, x, channels=0.5, repair="batchnorm")
-    with refused("repair needs at least one batch", model):
+    with refused("data gave no batch", model):
         prune(model, x, channels=0.5, repair="batchnorm", data=[])
 
 

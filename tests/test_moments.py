@@ -14,11 +14,12 @@ from intrafuse.batchnorm import fold_norms
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import trace
 from intrafuse.methods import Moment
-from intrafuse.methods.moment import explaining_channels, read_back
-from intrafuse.moments.calibrate import measured_readings
+from intrafuse.moments.calibrate import Calibration
+from intrafuse.moments.explain import explaining_channels
 from intrafuse.moments.gaussian import correlation, hermite_coefficients, transformed_covariance
 from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import Reading, readings
+from intrafuse.moments.readout import read_back
 from intrafuse.moments.taps import output_variance, tap_correlation
 from intrafuse.weights import Weights
 
@@ -136,7 +137,7 @@ def test_measured_moments_agree_with_numpy():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
     data = [torch.randn(5, 2, 6, 6) for _ in range(3)]
     graph = trace(model, data[0])
-    found = measured_readings(graph.groups[0], model, Weights.of(graph, model), data)["2.weight"]
+    found = Calibration(model, data).readings(graph.groups[0], Weights.of(graph, model))["2.weight"]
     with torch.no_grad():
         h = torch.cat([model[:2](x).movedim(1, 0).flatten(1) for x in data], 1).double().numpy()
     covariance = np.cov(h, bias=True)

@@ -250,7 +250,7 @@ class Failing:
     ("data", "error", "message"),
     [
         (Failing(), OSError, "the disk is gone"),
-        ([], IntrafuseError, "at least one batch.*a list or a loader"),
+        ([], IntrafuseError, "data gave no batch.*a list or a loader"),
         ([torch.zeros(4, 5, 6, 6)], RuntimeError, "channels"),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_failure_leaves_both_networks_as_they_were(data, error, message, metho
 
 def test_a_generator_is_read_only_once():
     model, plan, small = pruned("mlp", "intra-fusion")
-    with pytest.raises(IntrafuseError, match="not as a generator"):
+    with pytest.raises(IntrafuseError, match="not an iterator"):
         reestimate_batchnorm(model, small, plan, (batch for batch in batches("mlp")))
 
 

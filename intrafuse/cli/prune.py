@@ -222,6 +222,7 @@ def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) 
         "widths": {
             group: {"before": sizes[group], "after": width} for group, width in plan.widths.items()
         },
+        "notes": {group: dict(note) for group, note in report.notes.items()},
         "seconds": report.seconds,
         "figures": figures,
         "out": None if out is None else str(out),

@@ -11,12 +11,22 @@ from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.merge import MergeMap
+from intrafuse.methods.auto import Auto
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.moment import Moment
 from intrafuse.methods.select import Select
 
-__all__ = ["METHODS", "Folding", "IntraFusion", "Method", "Moment", "Select", "resolve_method"]
+__all__ = [
+    "METHODS",
+    "Auto",
+    "Folding",
+    "IntraFusion",
+    "Method",
+    "Moment",
+    "Select",
+    "resolve_method",
+]
 
 
 class Method(Protocol):
@@ -41,7 +51,7 @@ class Method(Protocol):
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Select, IntraFusion, Folding, Moment)
+    method.name: method for method in (Select, IntraFusion, Folding, Moment, Auto)
 }
 
 

@@ -2,100 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intrafuse.batches import batches
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.graph.trace import evaluating
+from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.moments.readers import Reading, reader_taps
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
-__all__ = ["measured_readings"]
+__all__ = ["Calibration"]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+BATCHES = 64  # of the data that are used
+SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
+Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
 
 
-def measured_readings(
-    group: ChannelGroup,
-    model: nn.Module,
-    weights: Weights,
-    data: Iterable,
-    *,
-    length: float = 1.0,
-) -> dict[str, Reading]:
-    """Measure what each reader of a group reads, in the original network and as pruned so far.
+class Calibration:
+    """What the layers of the original network read on the user's data.
+
+    The data is read once, up to 64 batches. Each contributes positions drawn at random, the same
+    in every network, so that memory is bounded.
 
     Args:
-        group: the channel group.
         model: the original network.
-        weights: the tensors as merged so far; the group may have been widened in them, so that
-            merged channels stand behind the old ones.
         data: batches of inputs, or of (inputs, labels); labels are ignored.
-        length: of the correlation between taps, for the variance of outputs.
-
-    Returns:
-        Readings by the name of the reader's weight. `old` is of the original network (n channels),
-        `new` of the other. Readers that are no modules of torch.nn are left out.
 
     Raises:
-        IntrafuseError: no data, or an activation is not finite.
+        IntrafuseError: there is no data, or it is not made of batches.
     """
-    current = install(model, weights)
-    slots = [s for s in weights.present(group.readers) if _module(model, s) is not None]
-    sums: dict[str, _Sums] = {slot.parameter: _Sums() for slot in slots}
-    seen = False
-    with evaluating(model), evaluating(current), torch.no_grad():
-        for batch in data:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            sizes = weights.graph.sizes
-            old = _capture(model, inputs, {s: _rows(group, s, weights, sizes) for s in slots})
-            new = _capture(
-                current, inputs, {s: _rows(group, s, weights, weights.sizes) for s in slots}
-            )
-            for slot in slots:
-                if slot.parameter in old:
-                    sums[slot.parameter].add(old[slot.parameter], new[slot.parameter])
-            seen = True
-    if not seen:
-        raise IntrafuseError(
-            "calibration needs at least one batch of data",
-            remedy="give data= as a list of batches or a loader (--data on the command line)",
-        )
-    found = {}
-    for slot in slots:
-        if sums[slot.parameter].count:
+
+    def __init__(self, model: nn.Module, data: Iterable | None) -> None:
+        self.model = model
+        self.inputs = [x for x, _ in batches(data, model, purpose="calibration", limit=BATCHES)]
+        self._known: list[Captured] | None = None
+
+    def readings(
+        self, group: ChannelGroup, weights: Weights, *, length: float = 1.0
+    ) -> dict[str, Reading]:
+        """Measure what each reader of a group reads, originally and as pruned so far.
+
+        Args:
+            group: the channel group.
+            weights: the tensors as merged so far; the group may have been widened in them, so
+                that merged channels stand behind the old ones.
+            length: of the correlation between taps, for the variance of outputs.
+
+        Returns:
+            Readings by the name of the reader's weight. `old` is of the original network (n
+            channels), `new` of the other. Readers that are no modules of torch.nn are left out.
+
+        Raises:
+            IntrafuseError: an activation is not finite.
+        """
+        slots = [s for s in weights.present(group.readers) if _is_plain(self.model, s)]
+        if self._known is None:
+            layers = sorted(layer.name for layer in weights.graph.layers.values())
+            plain = [name for name in layers if _plain(self.model, name)]
+            self._known = list(self._capture(self.model, plain))
+        current = install(self.model, weights)
+        calls = {s.layer: len(self._known[0].get(s.layer, ())) for s in slots}
+        sums: dict[Slot, _Sums] = {slot: _Sums() for slot in slots if calls[slot.layer]}
+        new = self._capture(current, [slot.layer for slot in sums], calls) if sums else ()
+        for before, after in zip(self._known, new, strict=bool(sums)):
+            for slot, total in sums.items():
+                was = _rows(group, slot, weights, weights.graph.sizes)
+                now = _rows(group, slot, weights, weights.sizes)
+                for x, y in zip(before[slot.layer], after[slot.layer], strict=True):
+                    total.add(_part(x, was), _part(y, now))
+        found = {}
+        for slot, total in sums.items():
             taps, kernel, _ = reader_taps(group, slot, weights, length)
-            found[slot.parameter] = sums[slot.parameter].reading(slot.layer, taps, kernel)
-    return found
+            found[slot.parameter] = total.reading(slot.layer, taps, kernel, calls[slot.layer])
+        return found
+
+    def _capture(
+        self, model: nn.Module, layers: list[str], calls: Mapping[str, int] | None = None
+    ) -> Iterator[Captured]:
+        """Run a network on every batch and keep samples of what enters some layers.
+
+        Where the number of calls of each layer is told, a run ends at the last of them.
+        """
+        each = SAMPLES // len(self.inputs)
+        with evaluating(model), torch.no_grad():
+            for inputs in self.inputs:
+                found: Captured = {}
+                left = None if calls is None else sum(calls[layer] for layer in layers)
+                args, kwargs = as_arguments(inputs)
+                with _watching(model, layers, found, each, left):
+                    model(*args, **kwargs)
+                yield found
 
 
 class _Sums:
     """Streaming second moments of old and new activations, in float64."""
 
     def __init__(self) -> None:
-        self.count = self.calls = 0
+        self.count = 0
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
-    def add(self, old: list[Tensor], new: list[Tensor]) -> None:
-        self.calls = len(old)
-        for x, y in zip(old, new, strict=True):
-            self.count += x.shape[1]
-            first = [x.sum(1).double(), y.sum(1).double()]
-            second = [(x @ x.T).double(), (y @ y.T).double(), (x @ y.T).double()]
-            if not self.first:
-                self.first, self.second = first, second
-            else:
-                self.first = [a + b for a, b in zip(self.first, first, strict=True)]
-                self.second = [a + b for a, b in zip(self.second, second, strict=True)]
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add samples: x (samples, n) of the old and y (samples, m) of the new activations."""
+        self.count += len(x)
+        first = [x.sum(0).double(), y.sum(0).double()]
+        second = [(x.T @ x).double(), (y.T @ y).double(), (x.T @ y).double()]
+        if not self.first:
+            self.first, self.second = first, second
+        else:
+            self.first = [a + b for a, b in zip(self.first, first, strict=True)]
+            self.second = [a + b for a, b in zip(self.second, second, strict=True)]
 
-    def reading(self, layer: str, taps: Tensor, kernel: Tensor) -> Reading:
+    def reading(self, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
         old, new = (total / self.count for total in self.first)
         pairs = ((old, old), (new, new), (old, new))
         of_old, of_new, cross = (
@@ -105,47 +131,60 @@ class _Sums:
         if not (torch.isfinite(of_old).all() and torch.isfinite(of_new).all()):
             raise IntrafuseError("activations must be finite on the data", layer=layer)
         zero = torch.zeros(len(taps)).double()
-        return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, self.calls)
+        return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, calls)
 
 
-def _module(model: nn.Module, slot: Slot) -> nn.Module | None:
-    module = model.get_submodule(slot.layer)
-    plain = isinstance(module, LAYERS) and slot.parameter.endswith(".weight")
-    return module if plain else None
+def _plain(model: nn.Module, layer: str) -> bool:
+    return isinstance(model.get_submodule(layer), LAYERS)
 
 
-def _rows(group: ChannelGroup, slot: Slot, weights: Weights, sizes) -> Tensor:
+def _is_plain(model: nn.Module, slot: Slot) -> bool:
+    return slot.parameter.endswith(".weight") and _plain(model, slot.layer)
+
+
+def _rows(group: ChannelGroup, slot: Slot, weights: Weights, sizes: Mapping[int, int]) -> Tensor:
+    """Return the positions (channels, repeats) of a group on a reader's input axis."""
     blocks = weights.graph.blocks(slot, group.id, sizes)
     return torch.from_numpy(positions(blocks, sizes[group.id]))
 
 
-def _capture(model: nn.Module, inputs: object, rows: dict[Slot, Tensor]) -> dict[str, list[Tensor]]:
-    """Run a network and keep what enters some readers: (channels, samples), float32, by call."""
-    found: dict[str, list[Tensor]] = {}
+def _part(x: Tensor, rows: Tensor) -> Tensor:
+    """Take some channels (channels, repeats) of (samples, all): (samples x repeats, channels)."""
+    return x[:, rows.T.to(x.device)].flatten(0, 1).cpu()
 
-    def keep(slot: Slot, where: Tensor) -> Callable:
-        def hook(module: nn.Module, received: tuple) -> None:
-            x = received[0]
-            axis = x.dim() - 1 if isinstance(module, nn.Linear) else 1
-            front = x.movedim(axis, 0)[where.flatten()].float()
-            lines = front.reshape(len(where), -1)
-            found.setdefault(slot.parameter, []).append(lines)
 
-        return hook
-
-    with _hooks(model, {slot: keep(slot, where) for slot, where in rows.items()}):
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return found
+class _Enough(Exception):
+    """Every call that was waited for has come."""
 
 
 @contextmanager
-def _hooks(model: nn.Module, hooks: dict[Slot, Callable]) -> Iterator[None]:
+def _watching(
+    model: nn.Module, layers: list[str], found: Captured, each: int, left: int | None
+) -> Iterator[None]:
+    """Put at most `each` samples of what enters each call of some layers into `found`."""
     handles = []
+
+    def hook(layer: str, x: Tensor, axis: int) -> None:
+        nonlocal left
+        lines = x.movedim(axis, -1).flatten(0, -2)
+        if len(lines) > each:
+            generator = torch.Generator().manual_seed(len(lines))
+            chosen = torch.randperm(len(lines), generator=generator)[:each].sort().values
+            lines = lines[chosen.to(lines.device)]
+        found.setdefault(layer, []).append(lines.float())
+        left = None if left is None else left - 1
+        if left == 0:
+            raise _Enough
+
+    def watch(layer: str, module: nn.Module) -> Any:
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        return module.register_forward_pre_hook(lambda _, args: hook(layer, args[0], axis))
+
     try:
-        for slot, hook in hooks.items():
-            module = model.get_submodule(slot.layer)
-            handles.append(module.register_forward_pre_hook(hook))
+        handles += [watch(layer, model.get_submodule(layer)) for layer in layers]
         yield
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()

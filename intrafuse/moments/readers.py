@@ -16,7 +16,7 @@ from intrafuse.moments.propagate import Moments, Propagation
 from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
 from intrafuse.weights import Weights
 
-__all__ = ["Reading", "reader_taps", "readings"]
+__all__ = ["Reading", "layer_calls", "reader_taps", "readings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def readings(group: ChannelGroup, weights: Weights, *, length: float = 1.0) -> d
     Readers that no moments reach are left out.
     """
     propagation = Propagation(weights, length=length)
-    calls = _calls(propagation)
+    calls = layer_calls(propagation)
     found = {}
     for slot in weights.present(group.readers):
         nodes = calls.get(slot.parameter, [])
@@ -76,7 +76,8 @@ def readings(group: ChannelGroup, weights: Weights, *, length: float = 1.0) -> d
     return found
 
 
-def _calls(propagation: Propagation) -> dict[str, list[Node]]:
+def layer_calls(propagation: Propagation) -> dict[str, list[Node]]:
+    """List the nodes that call each convolution or linear map, by the name of its weight."""
     found: dict[str, list[Node]] = {}
     for node in propagation.program.nodes:
         if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):

@@ -1,0 +1,71 @@
+"""The user's data, batch by batch, on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.errors import IntrafuseError
+
+__all__ = ["batches", "map_tensors"]
+
+ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Change every tensor in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(change, item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(map_tensors(change, item) for item in value)
+    return value
+
+
+def batches(
+    data: Any, model: nn.Module, *, purpose: str, limit: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Iterate over (inputs, labels or None) on the model's device.
+
+    Args:
+        data: batches of inputs, or of (inputs, labels); inputs are a tensor, a tuple of args or a
+            mapping of kwargs.
+        model: what will read them.
+        purpose: what needs the data, for the errors.
+        limit: number of batches.
+
+    Raises:
+        IntrafuseError: there is no data, it is not made of batches, or it is empty.
+
+    >>> [x.shape for x, _ in batches([torch.zeros(2, 3)], nn.Linear(3, 1), purpose="repair")]
+    [torch.Size([2, 3])]
+    """
+    if data is None:
+        raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE, usage=True)
+    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
+        kind = type(data).__name__
+        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    for batch in islice(data, limit):
+        labels = None
+        if isinstance(batch, tuple | list):
+            if len(batch) not in (1, 2):
+                raise IntrafuseError(
+                    "a batch must be inputs or (inputs, labels)",
+                    value=f"{len(batch)} parts",
+                    remedy="put several inputs of one batch into a tuple or a mapping of kwargs",
+                )
+            batch, labels = (*batch, None)[:2]
+        count += 1
+        yield map_tensors(lambda t: t.to(device), (batch, labels))
+    if not count:
+        raise IntrafuseError(
+            "data gave no batch",
+            remedy="give a list or a loader, which can be read more than once, not an iterator",
+        )

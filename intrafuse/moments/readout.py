@@ -1,0 +1,181 @@
+"""Readouts: how each reader of a group re-solves for the old activations, and what it misses.
+
+Letters, for one group of n channels that keeps m, and one reader:
+
+    h, h'  old and new activations (n,), (m,)       V  the reader's weight (outputs, n, taps)
+    A = Cov(h, h') (n, m)    B = Cov(h', h') (m, m)  K  correlation between taps
+    Q = A (B + ridge)^-1     V' = V Q               gain = sqrt(Var_old / Var_new), shift: means
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import leaves
+from intrafuse.merge import MergeMap
+from intrafuse.moments.readers import Reading
+from intrafuse.moments.taps import output_variance
+from intrafuse.weights import Weights
+
+__all__ = ["beside", "predicted_error", "read_back", "with_readout"]
+
+
+def read_back(
+    reading: Reading, *, ridge: float = 1e-3, max_gain: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve how a reader reads the old activations from the new ones.
+
+    Args:
+        reading: moments of old and new activations, and the reader's weight.
+        ridge: added to B, in units of its mean diagonal.
+        max_gain: largest gain; 0 gives gains of one.
+
+    Returns:
+        Q (n, m), gain (outputs,) and shift (outputs,), float64. Without spread nothing is
+        learnt: then Q is zero, and the shift alone carries the mean.
+
+    Raises:
+        IntrafuseError: a moment is not finite.
+    """
+    a, b = reading.cross, reading.new
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise IntrafuseError("moments must be finite", layer=reading.layer)
+    level = b.diagonal().mean()
+    eye = torch.eye(len(b), dtype=b.dtype)
+    if float(level) <= 0:
+        matrix = torch.zeros_like(a)
+    else:
+        matrix = torch.linalg.solve(b + max(ridge, 1e-9) * level * eye, a.T).T
+    return (matrix, *matched(reading, matrix, max_gain))
+
+
+def matched(reading: Reading, matrix: Tensor, max_gain: float) -> tuple[Tensor, Tensor]:
+    """Compute gain and shift (outputs,) that restore mean and variance of a reader's outputs."""
+    taps = torch.einsum("oit,ij->ojt", reading.taps, matrix)
+    old = output_variance(reading.taps, reading.kernel, reading.old) + reading.rest
+    new = output_variance(taps, reading.kernel, reading.new) + reading.rest
+    gain = torch.ones_like(old)
+    if max_gain > 0:
+        known = new > 1e-12 * old.clamp_min(1e-300)
+        gain = torch.where(known, (old / new.clamp_min(1e-300)).sqrt().clamp_max(max_gain), 1.0)
+    rest = reading.rest_mean
+    shift = reading.taps.sum(2) @ reading.old_mean + rest
+    return gain, shift - gain * (taps.sum(2) @ reading.new_mean + rest)
+
+
+def with_readout(
+    step: MergeMap,
+    found: Mapping[str, Reading],
+    weights: Weights,
+    *,
+    ridge: float = 1e-3,
+    max_gain: float = 3.0,
+    solve: bool = True,
+) -> MergeMap:
+    """Give a map the readouts, gains and shifts that the moments ask for.
+
+    Args:
+        step: how the group is merged.
+        found: moments of old and new channels, by the name of each reader's weight.
+        weights: the tensors as merged so far.
+        ridge, max_gain: see `read_back`.
+        solve: whether readers get a Q of their own; else the map's own decode stays, and only
+            gain and shift are computed.
+    """
+    readers, gains, shifts = {}, {}, {}
+    graph = weights.graph
+    for name, reading in found.items():
+        if solve:
+            matrix, gain, shift = read_back(reading, ridge=ridge, max_gain=max_gain)
+            readers[name] = matrix.float()
+        else:
+            gain, shift = matched(reading, step.decoder(name).double(), max_gain)
+        layer = graph.layers[name]
+        written = graph.axes[name][layer.output_axis]
+        own = graph.by_name[step.group].id
+        if layer.bias is None or reading.calls != 1 or own in leaves(written):
+            continue  # no place for a shift, other calls, or outputs that are merged as well
+        bias = weights.state.get(layer.bias)
+        if bias is not None:  # rescaling multiplies the bias too
+            shift = shift + (1 - gain) * bias.double().cpu()
+        gains[name], shifts[name] = gain.float(), shift.float()
+    return replace(
+        step,
+        readers={**step.readers, **readers},
+        gain={**step.gain, **gains},
+        shift={**step.shift, **shifts},
+    )
+
+
+def predicted_error(step: MergeMap, found: Mapping[str, Reading], weights: Weights) -> float:
+    """Predict how far the outputs of a group's readers come to lie from what they were.
+
+    Old and new output o, o' of a reader agree by Lin's concordance coefficient, 1 where they are
+    equal and 0 where they have nothing in common:
+
+        2 Cov(o, o') / (Var(o) + Var(o') + (E o - E o')^2)
+
+    Returns:
+        The mean of 1 - agreement over readers, each output weighted by its old variance.
+    """
+    errors = []
+    for name, reading in found.items():
+        new_taps = torch.einsum("oit,ij->ojt", reading.taps, step.decoder(name).double())
+        one = torch.ones(len(reading.taps)).double()
+        gain = step.gain[name].double() if name in step.gain else one
+        shift = step.shift[name].double() if name in step.shift else 0 * one
+        layer = weights.graph.layers[name]
+        bias = weights.state.get(layer.bias) if layer.bias is not None else None
+        bias = 0 * one if bias is None else bias.double().cpu()
+        rest = reading.rest_mean + bias
+        old = output_variance(reading.taps, reading.kernel, reading.old) + reading.rest
+        new = output_variance(new_taps, reading.kernel, reading.new) + reading.rest
+        mixed = torch.einsum("oit,ij->ojt", reading.taps, reading.cross) @ reading.kernel
+        both = gain * ((mixed * new_taps).sum((1, 2)) + reading.rest)
+        before = reading.taps.sum(2) @ reading.old_mean + rest
+        after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
+        whole = old + gain.square() * new + (before - after).square()
+        agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
+        total = old.sum()
+        errors.append(float((old @ (1 - agreement)) / total) if total > 0 else 0.0)
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def beside(group: str, size: int, steps: Sequence[MergeMap]) -> MergeMap:
+    """Make the map that keeps the old channels and puts those of several maps behind them.
+
+    Args:
+        group: its name.
+        size: n.
+        steps: maps of this group.
+
+    Returns:
+        A map from n to n + m + ... channels. Readers go on reading the old ones.
+    """
+    encode = torch.cat([torch.eye(size), *(step.encode for step in steps)])
+    decode = torch.eye(size, len(encode))
+    return MergeMap.linear(
+        group,
+        encode,
+        decode,
+        writer_gain=_stacked(size, steps, "writer_gain", 1.0),
+        writer_shift=_stacked(size, steps, "writer_shift", 0.0),
+    )
+
+
+def _stacked(size: int, steps: Sequence[MergeMap], part: str, fill: float) -> dict[str, Tensor]:
+    """Put what several maps hold for each writer behind values that change nothing."""
+    held = [getattr(step, part) for step in steps]
+    stacked = {}
+    for name in dict.fromkeys(name for values in held for name in values):
+        shape = next(values[name].shape[1:] for values in held if name in values)
+        lines = [torch.full((size, *shape), fill)]
+        for step, values in zip(steps, held, strict=True):
+            lines.append(values.get(name, torch.full((step.width, *shape), fill)))
+        stacked[name] = torch.cat(lines)
+    return stacked

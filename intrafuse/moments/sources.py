@@ -1,0 +1,96 @@
+"""Where moments come from: the weights alone, synthetic inputs, or unlabelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.merge import MergeMap
+from intrafuse.moments.calibrate import Calibration
+from intrafuse.moments.readers import Reading, reader_taps, readings
+from intrafuse.moments.readout import beside
+from intrafuse.moments.synthetic import synthesise
+from intrafuse.weights import Weights
+
+__all__ = ["MomentSource", "Source"]
+
+Source = Literal["analytic", "synthetic", "calibration"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentSource:
+    """The settings that methods with moments share.
+
+    Attributes:
+        source: `analytic` moments come from the weights alone; `synthetic` measures them on
+            inputs that were optimised to fit the batch norms' statistics; `calibration` measures
+            them on unlabelled data. What is measured is the original network against the network
+            as pruned so far.
+        ridge: added to the covariance, in units of its mean diagonal.
+        max_gain: largest gain on a reader's outputs; 0 switches gains off.
+        length: how far the correlation between neighbouring positions reaches, in positions.
+        images, steps: number of synthetic inputs, and of the steps that optimise them.
+    """
+
+    source: Source = "analytic"
+    ridge: float = 1e-3
+    max_gain: float = 3.0
+    length: float = 1.0
+    images: int = 128
+    steps: int = 200
+
+    def __post_init__(self) -> None:
+        for setting in ("ridge", "max_gain", "length"):
+            if not getattr(self, setting) >= 0:
+                raise IntrafuseError(
+                    f"{setting} must be not negative", value=getattr(self, setting), usage=True
+                )
+
+    def readings(
+        self, group: ChannelGroup, weights: Weights, context: Context
+    ) -> dict[str, Reading]:
+        """Tell the moments of a group's channels as each of its readers sees them."""
+        if self.source == "analytic":
+            return readings(group, weights, length=self.length)
+        if self.source not in context.cache:
+            data = context.data
+            if self.source == "synthetic":
+                data = synthesise(
+                    context.model,
+                    context.example_inputs,
+                    images=self.images,
+                    steps=self.steps,
+                    seed=context.seed,
+                    progress=context.progress,
+                )
+            context.cache[self.source] = Calibration(context.model, data)
+        return context.cache[self.source].readings(group, weights, length=self.length)
+
+    def readings_beside(
+        self, group: ChannelGroup, steps: Sequence[MergeMap], context: Context
+    ) -> list[dict[str, Reading]]:
+        """Tell the moments of a group's old channels beside the new ones of several maps."""
+        n = context.weights.sizes[group.id]
+        both = context.weights.snapshot()
+        both.merge(beside(group.name, n, steps))
+        found = self.readings(group, both, context)
+        slots = {slot.parameter: slot for slot in group.readers}
+        parts, at = [], n
+        for step in steps:
+            part = {}
+            for name, reading in found.items():
+                taps, _, _ = reader_taps(group, slots[name], context.weights, self.length)
+                own = replace(reading.narrowed(slice(0, n), slice(at, at + step.width)), taps=taps)
+                if len(reading.rest) != len(taps):  # a reader that also writes was widened
+                    nothing = torch.zeros(len(taps)).double()
+                    own = replace(own, rest=nothing, rest_mean=nothing)
+                part[name] = own
+            parts.append(part)
+            at += step.width
+        return parts
