@@ -21,6 +21,7 @@ from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 __all__ = ["synthesise"]
 
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by norm and call: a - m and b
+LEAVES, SHADE = 60, 0.85  # balls in each input, and the part of their colour in all channels
 USE_DATA = "give unlabelled data= instead (--data on the command line)"
 
 
@@ -91,40 +92,43 @@ def synthesise(
     return list(inputs.detach().to(like.dtype).tensor_split(-(-images // batch_size)))
 
 
-def dead_leaves(shape: tuple[int, ...], generator: torch.Generator, *, leaves: int = 60) -> Tensor:
+def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Paint balls of random place, size and colour over each other, as objects in images lie.
 
     Sizes follow the power law that makes the spectrum and the edges of natural images (Lee,
-    Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, arXiv 2106.05963).
+    Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, arXiv 2106.05963), from 2
+    positions to half the width. Channels correlate by 0.7, as colours do.
 
     Args:
         shape: (images, channels, ...), with any number of dimensions of space; with none the
             result is plain noise.
-        generator: the source of what is random.
-        leaves: balls in each image.
+        generator: the source of what is random, on the CPU.
 
     Returns:
         Inputs with mean near 0 and variance near 1, float32.
     """
     images, channels, *space = shape
-    every = (images, *[1] * len(space))
-    picture = torch.randn((images, channels, *every[1:]), generator=generator).repeat(1, 1, *space)
     if not space:
-        return picture
+        return torch.randn(shape, generator=generator)
+    every = (images, *[1] * len(space))
+
+    def colours() -> Tensor:
+        shared = torch.randn(images, 1, *every[1:], generator=generator)
+        own = torch.randn(images, channels, *every[1:], generator=generator)
+        return SHADE * shared + (1 - SHADE**2) ** 0.5 * own
+
     largest = max(space) / 2
     smallest = min(2.0, largest)
     axes = torch.meshgrid(*(torch.arange(n).float() for n in space), indexing="ij")
-    for _ in range(leaves):
-        share = torch.rand(images, generator=generator)
+    picture = colours().expand(shape)
+    for _ in range(LEAVES):
+        share = torch.rand(every, generator=generator)
         radius = (smallest**-2 + share * (largest**-2 - smallest**-2)) ** -0.5
-        away = torch.zeros(images, *space)
+        away = torch.zeros(())
         for axis, size in zip(axes, space, strict=True):
-            centre = torch.rand(images, generator=generator) * size
-            away = away + (axis - centre.view(every)).square()
-        shade = torch.randn(images, 1, generator=generator)
-        colour = 0.85 * shade + 0.53 * torch.randn(images, channels, generator=generator)
-        inside = (away <= radius.square().view(every)).unsqueeze(1)
-        picture = torch.where(inside, colour.view(images, channels, *every[1:]), picture)
+            away = away + (axis - size * torch.rand(every, generator=generator)).square()
+        inside = (away <= radius.square()).unsqueeze(1)
+        picture = torch.where(inside, colours(), picture)
     return picture
 
 
