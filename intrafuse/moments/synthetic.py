@@ -30,7 +30,7 @@ def synthesise(
     example_inputs: ExampleInputs,
     *,
     images: int = 128,
-    steps: int = 100,
+    steps: int = 60,
     batch_size: int = 64,
     learning_rate: float = 0.1,
     seed: int = 0,
