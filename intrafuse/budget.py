@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import floor
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def choose_widths(
     scores: Mapping[str, Tensor],
     budget: Budget,
     figures: Callable[[Mapping[str, int]], Figures],
-    damage: Mapping[str, Sequence[float]] | None = None,
+    damage: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
     """Choose how many channels each group keeps.
 
@@ -254,7 +255,7 @@ def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
 
 def _predicted_ladder(
     groups: Sequence[ChannelGroup],
-    damage: Mapping[str, Sequence[float]],
+    damage: Mapping[str, np.ndarray],
     base: Mapping[str, int],
     budget: Budget,
     figures: Callable[[Mapping[str, int]], Figures],
@@ -278,7 +279,7 @@ def _predicted_ladder(
 
 
 def _offers(
-    group: ChannelGroup, damage: Sequence[float] | None, budget: Budget
+    group: ChannelGroup, damage: np.ndarray | None, budget: Budget
 ) -> list[tuple[int, float]]:
     """List ever smaller widths of a group, each with the damage that it adds to the one before."""
     stride = max(1, group.size // STEPS)
@@ -287,4 +288,4 @@ def _offers(
     widths = [w for w in dict.fromkeys(widths) if w >= least]
     if damage is None:  # nothing is known of it: it shrinks last
         return [(w, UNKNOWN) for w in widths[1:]]
-    return [(b, damage[b] - damage[a]) for a, b in itertools.pairwise(widths)]
+    return [(b, float(damage[b] - damage[a])) for a, b in itertools.pairwise(widths)]

@@ -62,7 +62,7 @@ class MergeMap:
         keep = keep.cpu().sort().values
         rows = torch.zeros(len(keep), size)
         rows[torch.arange(len(keep)), keep] = 1.0
-        return cls(group, rows, rows.T, rows, keep, **outputs)
+        return cls(group, rows, rows.T.contiguous(), rows, keep, **outputs)
 
     @classmethod
     def linear(
@@ -79,7 +79,7 @@ class MergeMap:
         weight = encode.abs()
         carry = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         decode = encode.T if decode is None else decode
-        return cls(group, encode, decode, carry, None, **outputs)
+        return cls(group, encode, decode.contiguous(), carry, None, **outputs)
 
     @property
     def size(self) -> int:

@@ -154,7 +154,8 @@ class Plan:
         try:
             with safe_open(str(path), "pt") as file:
                 data = json.loads((file.metadata() or {})["plan"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # a copy is aligned as new tensors are, so that products round alike
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             if data["format"] != FORMAT:
                 raise IntrafuseError("a plan of an unknown format", value=data["format"])
             return cls._from_data(data, tensors)

@@ -17,9 +17,10 @@ from intrafuse.graph import ExampleInputs, trace
 from intrafuse.importance import Importance, score
 from intrafuse.methods import Method, resolve_method
 from intrafuse.moments.damage import damage_by_width
+from intrafuse.moments.synthetic import synthesise
 from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
-from intrafuse.repair import reestimate_batchnorm
+from intrafuse.repair import REPAIRS, Repair, analytic_repair, reestimate_batchnorm
 from intrafuse.report.tables import text_table
 from intrafuse.verify import check_code
 from intrafuse.weights import Weights
@@ -104,6 +105,7 @@ def plan(
     round_to: int = 1,
     data: Iterable | None = None,
     seed: int = 0,
+    repair: Literal["analytic"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Decide what happens to each channel group; change nothing.
@@ -124,7 +126,11 @@ def plan(
         round_to: make widths multiples of this.
         data: batches of inputs or of (inputs, labels), for metrics that need them.
         seed: seeds everything random.
-        progress: called with (groups done, groups in all).
+        repair: `analytic` gives the readers of each group the gains and shifts that restore mean
+            and variance of what they write, from analytic moments (`moment` and `auto` do so
+            anyway).
+        progress: called with (groups done, groups in all), and before, where a method makes
+            synthetic inputs, with (steps done, steps in all).
 
     Returns:
         The plan; `print` it, `save` it, or `apply` it.
@@ -175,6 +181,8 @@ def plan(
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     for done, group in enumerate(shrinking):
         step = chosen(group, scores[group.name], widths[group.name], context).check()
+        if repair == "analytic":
+            step = analytic_repair(step, group, context)
         if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
             raise IntrafuseError(
                 f"a method must return the map of {group.size} to {widths[group.name]} channels",
@@ -192,6 +200,7 @@ def plan(
         "include": None if include is None else list(include),
         "exclude": list(exclude),
         "seed": seed,
+        "repair": repair,
     }
     after = measure(graph, weights.sizes, weights.counted()) if maps else before
     fold = chosen.folds_batchnorm and bool(maps)
@@ -215,7 +224,7 @@ def prune(
     round_to: int = 1,
     data: Iterable | None = None,
     seed: int = 0,
-    repair: Literal["batchnorm"] | None = None,
+    repair: Repair | None = None,
     inplace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
@@ -224,7 +233,8 @@ def prune(
     The arguments are those of `plan`, and:
 
     Args:
-        repair: `batchnorm` re-estimates the statistics of batch norm from `data` (unlabelled).
+        repair: `batchnorm` re-estimates the statistics of batch norm from `data` (unlabelled),
+            `synthetic` from inputs made without data (`synthesise`); `analytic` as for `plan`.
         inplace: change `model` itself; by default it stays untouched.
 
     Returns:
@@ -239,13 +249,15 @@ def prune(
     Linear(in_features=4, out_features=4, bias=True)
     """
     started = time.perf_counter()
-    if repair not in (None, "batchnorm"):
-        raise IntrafuseError("repair must be batchnorm or None", value=repair, usage=True)
-    if repair is not None and data is None:
+    if repair not in (None, *REPAIRS):
+        raise IntrafuseError(
+            f"repair must be one of {', '.join(REPAIRS)}, or None", value=repair, usage=True
+        )
+    if repair == "batchnorm" and data is None:
         raise IntrafuseError(
             "repair of batch norm needs unlabelled data",
             usage=True,
-            remedy="give data= (on the command line --data)",
+            remedy='give data= (on the command line --data), or repair="synthetic"',
         )
     made = plan(
         model,
@@ -263,16 +275,19 @@ def prune(
         round_to=round_to,
         data=data,
         seed=seed,
+        repair="analytic" if repair == "analytic" else None,
         progress=progress,
     )
     smaller = made.apply(model)
     if made.maps:
         check_code(smaller, made, example_inputs)
-    if inplace and repair is None:
-        smaller = made.apply(model, inplace=True)
-    if repair is not None:
+    if repair == "synthetic":
+        data = synthesise(model, example_inputs, seed=seed, progress=progress)
+    if repair in ("batchnorm", "synthetic"):
         assert data is not None
         smaller = reestimate_batchnorm(model, smaller, made, data, inplace=inplace)
+    elif inplace:
+        smaller = made.apply(model, inplace=True)
     budget: Mapping[str, Any] = made.settings["budget"]
     report = Report(
         {budget["kind"]: budget["share"]},

@@ -1,23 +1,49 @@
-"""Repair: restore the statistics of activations after surgery, from unlabelled data."""
+"""Repair: restore the statistics of activations after surgery, with or without data."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.batches import batches
+from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import locate
 from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
+from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.merge import MergeMap
+from intrafuse.moments.readout import with_readout
+from intrafuse.moments.sources import MomentSource
 from intrafuse.plan import Plan
 from intrafuse.surgery import place
 
-__all__ = ["reestimate_batchnorm"]
+__all__ = ["REPAIRS", "Repair", "analytic_repair", "reestimate_batchnorm"]
+
+Repair = Literal["analytic", "batchnorm", "synthetic"]
+REPAIRS = get_args(Repair)
+
+
+def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:
+    """Give a map gains and shifts that restore what its readers write, without data.
+
+    Mean and variance of the outputs of every reader become what they were, as far as analytic
+    moments tell. A map that brings gains of its own is returned as it is.
+
+    Args:
+        step: the map.
+        group: its channel group.
+        context: the tensors as merged before it.
+    """
+    if step.gain or step.shift:
+        return step
+    (found,) = MomentSource().readings_beside(group, [step], context)
+    return with_readout(step, found, context.weights, solve=False)
 
 
 def reestimate_batchnorm(

@@ -229,7 +229,7 @@ def test_json_goes_to_a_file_and_the_table_to_the_terminal(tmp_path):
         ("prune mlp --channels .5 --importance x", 2, "unknown importance"),
         ("prune mlp --channels .5 --importance taylor", 2, "--data SPEC"),
         ("prune mlp --channels .5 --repair batchnorm", 2, "--data"),
-        ("prune mlp --channels .5 --repair x", 2, "repair must be batchnorm"),
+        ("prune mlp --channels .5 --repair x", 2, "repair must be one of analytic, batchnorm"),
         ("prune mlp --channels .5 --scope x", 2, "scope must be one of uniform, global"),
         ("prune mlp --channels .5 --round-to 0", 2, "round_to must be a whole number from 1"),
         ("prune mlp --channels .5 --exclude layer.1", 2, "near matches: layers.1"),

@@ -245,7 +245,7 @@ class PruneOptions:
         str, typer.Option(help="Metric of channels, such as l1, l2, taylor; any other lists all.")
     ] = "l1"
     scope: Annotated[
-        str, typer.Option(help="uniform: equal shares in every group; global: one ranking.")
+        str, typer.Option(help="uniform: equal shares; global: one ranking; predicted: by damage.")
     ] = "uniform"
     include: Annotated[
         list[str] | None,
@@ -260,11 +260,12 @@ class PruneOptions:
         typer.Option(metavar="PATTERN=SHARE", help="Share to remove there; repeatable."),
     ] = None
     floor: Annotated[
-        float, typer.Option(help="Share of channels that a group keeps under --scope global.")
+        float, typer.Option(help="Share of channels that a group keeps, but under uniform.")
     ] = 0.1
     round_to: Annotated[int, typer.Option(help="Make widths multiples of this.")] = 1
     repair: Annotated[
-        str | None, typer.Option(help="batchnorm: re-estimate its statistics from --data.")
+        str | None,
+        typer.Option(help="Batch norm: batchnorm (by --data) or synthetic; or analytic gains."),
     ] = None
 
     def settings(self) -> dict[str, Any]:

@@ -47,18 +47,24 @@ class MethodOptions:
         str | None, typer.Option(help="Variance of folded channels: approximate or none.")
     ] = None
     source: Annotated[
-        str | None, typer.Option(help="Moments: analytic, or calibration on the images of --data.")
+        str | None, typer.Option(help="Moments: analytic, synthetic, or calibration on --data.")
     ] = None
     transport: Annotated[
         str | None, typer.Option(help="What moment merges by: folding, intra-fusion or none.")
     ] = None
     choice: Annotated[
-        str | None, typer.Option(help="What moment keeps without transport: greedy or importance.")
+        str | None, typer.Option(help="What moment keeps or fuses into: greedy or importance.")
     ] = None
     ridge: Annotated[float | None, typer.Option(min=0, help="Ridge of the readout.")] = None
     max_gain: Annotated[float | None, typer.Option(min=0, help="Largest gain; 0: no gains.")] = None
     length: Annotated[
         float | None, typer.Option(min=0, help="Reach of correlation between positions.")
+    ] = None
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Synthetic inputs (--source synthetic).")
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps that optimise synthetic inputs.")
     ] = None
     start: Annotated[str | None, typer.Option(help="Start of clusters: ward or k-means++.")] = None
 

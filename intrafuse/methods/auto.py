@@ -66,8 +66,10 @@ class Auto(MomentSource):
         predicted: dict[str, float] = {}
         found = self.readings_beside(group, list(writers.values()), context)
         for (name, step), reading in zip(writers.items(), found, strict=True):
-            settings = {"ridge": self.ridge, "max_gain": self.max_gain}
-            tried = {f"moment, {name}": with_readout(step, reading, context.weights, **settings)}
+            solved = with_readout(
+                step, reading, context.weights, ridge=self.ridge, max_gain=self.max_gain
+            )
+            tried = {f"moment, {name}": solved}
             if name in plain:
                 tried[name] = step
             for title, candidate in tried.items():

@@ -43,7 +43,7 @@ class MomentSource:
     max_gain: float = 3.0
     length: float = 1.0
     images: int = 128
-    steps: int = 200
+    steps: int = 60
 
     def __post_init__(self) -> None:
         for setting in ("ridge", "max_gain", "length"):
