@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["correlation", "hermite_coefficients", "transformed_covariance"]
+__all__ = [
+    "correlation",
+    "expanded",
+    "hermite_coefficients",
+    "product_covariance",
+    "quadrature_values",
+    "transformed_covariance",
+]
 
 TERMS, NODES = 24, 200
 
@@ -55,8 +62,26 @@ def hermite_coefficients(
     >>> hermite_coefficients(lambda z: z, torch.tensor([2.0]), torch.tensor([3.0]))[0, :2].round()
     tensor([2., 3.], dtype=torch.float64)
     """
-    x, basis = _basis(terms, nodes)
-    return function(mean.double()[:, None] + std.double()[:, None] * x) @ basis
+    return expanded(function(quadrature_values(mean, std, nodes=nodes)), terms=terms)
+
+
+def quadrature_values(mean: Tensor, std: Tensor, *, nodes: int = NODES) -> Tensor:
+    """Return the values mu + sigma x (n, nodes) of Gaussian variables at the quadrature nodes."""
+    x, _ = _basis(TERMS, nodes)
+    return mean.double()[:, None] + std.double()[:, None] * x
+
+
+def expanded(values: Tensor, *, terms: int = TERMS) -> Tensor:
+    """Expand functions that are known at the quadrature nodes.
+
+    Args:
+        values: (n, nodes).
+
+    Returns:
+        c (n, terms + 1), float64.
+    """
+    _, basis = _basis(terms, values.shape[1])
+    return values @ basis
 
 
 def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
@@ -74,6 +99,30 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
     for k in range(order - 1, 0, -1):
         total = total.mul_(correlations).addr_(c[:, k], d[:, k])
     return total.mul_(correlations)
+
+
+def product_covariance(
+    means: tuple[Tensor, Tensor], covariances: tuple[Tensor, Tensor], cross: Tensor | None = None
+) -> Tensor:
+    """Covariance (n, n) of the products a_i b_i of two vectors.
+
+    Exact for independent factors of any distribution, and for jointly Gaussian ones (Isserlis).
+
+    Args:
+        means: of a and b, (n,) each, or (1,) where all products share a factor.
+        covariances: A and B, (n, n) each, or (1, 1).
+        cross: C_ij = Cov(a_i, b_j) (n, n); None for independent factors.
+
+    >>> one = torch.ones(1, 1)
+    >>> product_covariance((torch.zeros(1), torch.zeros(1)), (one, one), one)  # Var(x^2) = 2
+    tensor([[2.]])
+    """
+    (p, q), (a, b) = means, covariances
+    covariance = a * b + a * torch.outer(q, q) + b * torch.outer(p, p)
+    if cross is not None:
+        mixed = cross * torch.outer(q, p)
+        covariance += cross * cross.T + mixed + mixed.T
+    return covariance
 
 
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
