@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ __all__ = [
     "correlation",
     "expanded",
     "hermite_coefficients",
-    "product_covariance",
+    "product_moments",
     "quadrature_values",
     "transformed_covariance",
 ]
@@ -101,28 +102,60 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
     return total.mul_(correlations)
 
 
-def product_covariance(
-    means: tuple[Tensor, Tensor], covariances: tuple[Tensor, Tensor], cross: Tensor | None = None
-) -> Tensor:
-    """Covariance (n, n) of the products a_i b_i of two vectors.
+def product_moments(
+    f: Tensor, g: Tensor, among: tuple[Tensor, Tensor, Tensor], *, degree: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
 
-    Exact for independent factors of any distribution, and for jointly Gaussian ones (Isserlis).
+    With D_pq(i) = E[f_i^(p)(x_i) g_i^(q)(y_i)], the expectations of derivatives, and i != j,
+
+        Cov = sum R_xx^a R_xy^b R_yx^c R_yy^e D_{a+b,c+e}(i) D_{a+c,b+e}(j) / (a! b! c! e!)
+
+    over a + b + c + e >= 1 (Houdre and Perez-Abreu 1995, element by element), here up to a
+    degree; mean and variances have no such limit. The matrix stays positive semidefinite.
 
     Args:
-        means: of a and b, (n,) each, or (1,) where all products share a factor.
-        covariances: A and B, (n, n) each, or (1, 1).
-        cross: C_ij = Cov(a_i, b_j) (n, n); None for independent factors.
+        f, g: values (n, nodes) at the quadrature nodes of x and y.
+        among: correlations R_xx, R_xy and R_yy, (n, n) each.
+        degree: highest a + b + c + e.
 
-    >>> one = torch.ones(1, 1)
-    >>> product_covariance((torch.zeros(1), torch.zeros(1)), (one, one), one)  # Var(x^2) = 2
-    tensor([[2.]])
+    Returns:
+        Mean (n,) and covariance (n, n), float64.
     """
-    (p, q), (a, b) = means, covariances
-    covariance = a * b + a * torch.outer(q, q) + b * torch.outer(p, p)
-    if cross is not None:
-        mixed = cross * torch.outer(q, p)
-        covariance += cross * cross.T + mixed + mixed.T
-    return covariance
+    own = among[1].diagonal()
+    c, d = expanded(f), expanded(g)
+    slopes = {
+        (p, q): _mehler(_derivative(c, p), _derivative(d, q), own)
+        for p in range(degree + 1)
+        for q in range(degree + 1 - p)
+    }
+    factors = (among[0], among[1], among[1].T, among[2])
+    total = torch.zeros_like(among[0])
+    for counts in product(range(degree + 1), repeat=4):
+        if 1 <= sum(counts) <= degree:
+            x, xy, yx, y = counts
+            term = torch.outer(slopes[x + xy, yx + y], slopes[x + yx, xy + y])
+            for times, factor in zip(counts, factors, strict=True):
+                for k in range(times):
+                    term.mul_(factor).div_(k + 1)
+            total += term
+    mean = slopes[0, 0]
+    variance = _mehler(expanded(f.square()), expanded(g.square()), own) - mean.square()
+    total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
+    return mean, total
+
+
+def _derivative(c: Tensor, times: int) -> Tensor:
+    """Differentiate an expansion: he_k' = sqrt(k) he_{k-1}."""
+    for _ in range(times):
+        c = c[:, 1:] * torch.arange(1, c.shape[1], dtype=c.dtype).sqrt()
+    return c
+
+
+def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
+    """E[f_i(x_i) g_i(y_i)] (n,) for correlations (n,): the sum of c_k d_k R^k over k >= 0."""
+    k = torch.arange(min(c.shape[1], d.shape[1]))
+    return (c[:, k] * d[:, k] * correlations[:, None] ** k).sum(1)
 
 
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:

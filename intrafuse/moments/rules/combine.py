@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.moments.gaussian import product_covariance
+from intrafuse.moments.gaussian import product_moments
 from intrafuse.moments.propagate import Moments, Propagation, register
+from intrafuse.moments.rules.layers import relation
 from intrafuse.moments.rules.pointwise import cross_covariance, of_values, transformed, values_of
 from intrafuse.moments.rules.shape import kept, part
 
@@ -36,7 +37,8 @@ def add(self: Propagation, node: Node) -> Moments | None:
     if _same_variables(first, second):
         return of_values(self, first, values_of(first) + sign * values_of(second))
     covariance = first.covariance + second.covariance
-    cross = _cross(self, first, second)
+    alike = len(first.mean) == len(second.mean)
+    cross = cross_covariance(self, first, second) if alike else None
     if cross is not None:
         covariance = covariance + sign * (cross + cross.T)
     return Moments(_wider(first, second), first.mean + sign * second.mean, covariance)
@@ -47,8 +49,8 @@ def mul(self: Propagation, node: Node) -> Moments | None:
     """Scale by a constant, or multiply gates.
 
     Exact for functions of the same variables and for independent factors. For other functions of
-    jointly Gaussian variables (SwiGLU, parts of one layer) the mean is exact, and the covariance
-    is that of Gaussian factors with the same first two moments.
+    jointly Gaussian variables (SwiGLU, parts of one layer) mean and variances are exact, and
+    covariances up to the third power of the correlations.
     """
     pair = _operands(self, node)
     return None if pair is None else _product(self, *pair)
@@ -60,13 +62,26 @@ def _product(self: Propagation, first: Moments, second: Moments) -> Moments:
             return _affine(x, y.mean, torch.zeros(1).double(), y.tree)
     if _same_variables(first, second):
         return of_values(self, first, values_of(first) * values_of(second))
-    mean, cross = first.mean * second.mean, _cross(self, first, second)
-    if cross is not None:
-        mean = mean + cross.diagonal()
-    covariance = product_covariance(
-        (first.mean, second.mean), (first.covariance, second.covariance), cross
-    )
-    return Moments(_wider(first, second), mean, covariance)
+    among = _relations(self, first, second)
+    tree = _wider(first, second)
+    if among is not None:
+        return Moments(tree, *product_moments(values_of(first), values_of(second), among))
+    a, b = first.covariance, second.covariance
+    covariance = a * b
+    covariance = covariance + a * torch.outer(second.mean, second.mean)
+    covariance = covariance + b * torch.outer(first.mean, first.mean)
+    return Moments(tree, first.mean * second.mean, covariance)
+
+
+def _relations(self: Propagation, x: Moments, y: Moments) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Correlate the variables behind two factors; None for independent ones."""
+    if x.origin is None or y.origin is None or len(x.mean) != len(y.mean):
+        return None
+    between = relation(self, x.origin, y.origin)
+    if between is None:
+        return None
+    first, second = (relation(self, m.origin, m.origin) for m in (x, y) if m.origin is not None)
+    return None if first is None or second is None else (first, between, second)
 
 
 @register("div", "divide", "true_divide")
@@ -173,10 +188,6 @@ def _operands(self: Propagation, node: Node) -> tuple[Moments, Moments] | None:
 
 def _wider(first: Moments, second: Moments) -> Tree:
     return second.tree if len(second.mean) > len(first.mean) else first.tree
-
-
-def _cross(self: Propagation, x: Moments, y: Moments) -> Tensor | None:
-    return cross_covariance(self, x, y) if len(x.mean) == len(y.mean) else None
 
 
 def _is_constant(moments: Moments) -> bool:
