@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from math import factorial, prod
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ __all__ = [
     "transformed_covariance",
 ]
 
-TERMS, NODES = 24, 200
+TERMS, NODES, ROWS = 24, 200, 64
 
 
 @cache
@@ -111,7 +112,7 @@ def product_moments(
 
         Cov = sum R_xx^a R_xy^b R_yx^c R_yy^e D_{a+b,c+e}(i) D_{a+c,b+e}(j) / (a! b! c! e!)
 
-    over a + b + c + e >= 1 (Houdre and Perez-Abreu 1995, element by element), here up to a
+    over a + b + c + e >= 1 (the formula of Stroock 1987, element by element), here up to a
     degree; mean and variances have no such limit. The matrix stays positive semidefinite.
 
     Args:
@@ -129,20 +130,31 @@ def product_moments(
         for p in range(degree + 1)
         for q in range(degree + 1 - p)
     }
-    factors = (among[0], among[1], among[1].T, among[2])
-    total = torch.zeros_like(among[0])
-    for counts in product(range(degree + 1), repeat=4):
-        if 1 <= sum(counts) <= degree:
-            x, xy, yx, y = counts
-            term = torch.outer(slopes[x + xy, yx + y], slopes[x + yx, xy + y])
-            for times, factor in zip(counts, factors, strict=True):
-                for k in range(times):
-                    term.mul_(factor).div_(k + 1)
-            total += term
+    total = _series(slopes, among, degree)
     mean = slopes[0, 0]
     variance = _mehler(expanded(f.square()), expanded(g.square()), own) - mean.square()
     total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
     return mean, total
+
+
+def _series(
+    slopes: dict[tuple[int, int], Tensor], among: tuple[Tensor, Tensor, Tensor], degree: int
+) -> Tensor:
+    """Sum the terms of `product_moments` up to a degree."""
+    total = torch.zeros_like(among[0])
+    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time stay in the cache
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        factors = (among[0][part], among[1][part], among[1][:, part].T.contiguous(), among[2][part])
+        for x, xy, yx, y in product(range(degree + 1), repeat=4):
+            if not 1 <= x + xy + yx + y <= degree:
+                continue
+            weight = prod(map(factorial, (x, xy, yx, y)))
+            term = torch.outer(slopes[x + xy, yx + y][part] / weight, slopes[x + yx, xy + y])
+            for times, factor in zip((x, xy, yx, y), factors, strict=True):
+                for _ in range(times):
+                    term *= factor
+            total[part] += term
+    return total
 
 
 def _derivative(c: Tensor, times: int) -> Tensor:
