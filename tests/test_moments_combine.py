@@ -209,6 +209,11 @@ def test_what_moves_channels_is_exact(name):
     agree(seeded(lambda: Map(nn.Conv2d(3, 12, 1), then=SHAPES[name])), noise(20_000, 3, 4, 4))
 
 
+def test_other_positions_of_an_activation_are_other_variables():
+    model = Map(nn.Conv2d(3, 6, 1), then=lambda x: F.relu(x[:, :, 1:]) * x[:, :, :-1])
+    agree(seeded(lambda: model), noise(20_000, 3, 4, 4))
+
+
 def test_padded_channels_are_constant():
     model = seeded(lambda: Map(nn.Conv2d(3, 4, 1),
                                then=lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=0.5)))  # fmt: skip

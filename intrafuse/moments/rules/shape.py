@@ -35,8 +35,8 @@ def moved(self: Propagation, node: Node) -> Moments | None:
           "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")  # fmt: skip
 def resampled(self: Propagation, node: Node) -> Moments | None:
     """Keep the moments: what changes all channels alike cancels in every readout."""
-    found = moved(self, node)
-    return None if found is None else replace(found, origin=None)
+    before = self.operand(node.args[0])
+    return None if before is None else _elsewhere(self, before, node)
 
 
 def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
@@ -48,6 +48,12 @@ def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | 
         if Counter(leaves(tree)) == atoms:
             return _reordered(self, before, tree)
     return before if atoms <= Counter(atom for tree in axes for atom in leaves(tree)) else None
+
+
+def _elsewhere(self: Propagation, before: Moments, node: Node) -> Moments | None:
+    """Keep moments at other positions, where the same variables have other values."""
+    found = kept(self, before, self.axes(node))
+    return None if found is None else replace(found, origin=None)
 
 
 def _reordered(self: Propagation, before: Moments, tree: Tree) -> Moments | None:
@@ -104,8 +110,10 @@ def slice_(self: Propagation, node: Node) -> Moments | None:
     if before is None:
         return None
     whole, piece = axes[args["dim"]], self.axes(node)[args["dim"]]
-    if whole == piece or not _shares(whole, before.tree):
-        return kept(self, before, self.axes(node))
+    if whole == piece:
+        return before
+    if not _shares(whole, before.tree):
+        return _elsewhere(self, before, node)
     if args.get("step", 1) != 1:
         return None
     start = args["start"] or 0
@@ -135,7 +143,7 @@ def getitem(self: Propagation, node: Node) -> Moments | None:
     if before is None:
         return None
     if not _shares(axes[dim], before.tree):
-        return kept(self, before, self.axes(node))
+        return _elsewhere(self, before, node)
     pieces = [result[dim] for result in self.program.values[source]]
     start = sum(map(self.size, pieces[:index]))
     return part(self, before, axes[dim], start, pieces[index])
@@ -149,7 +157,7 @@ def _selected(
         return None
     whole = self.axes(source)[dim]
     if not _shares(whole, before.tree):
-        return kept(self, before, self.axes(node))
+        return _elsewhere(self, before, node)
     return part(self, before, whole, index % self.size(whole), None)
 
 
@@ -174,4 +182,4 @@ def pad(self: Propagation, node: Node) -> Moments | None:
         mean = torch.nn.functional.pad(before.mean, sides, value=float(args["value"] or 0))
         covariance = torch.nn.functional.pad(before.covariance, (*sides, *sides))
         return Moments(self.axes(node)[-back], mean, covariance)
-    return kept(self, before, self.axes(node))
+    return _elsewhere(self, before, node)
