@@ -12,14 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
+from math import factorial, prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["correlation", "hermite_coefficients", "transformed_covariance"]
+__all__ = [
+    "correlation",
+    "expanded",
+    "hermite_coefficients",
+    "product_moments",
+    "quadrature_values",
+    "transformed_covariance",
+]
 
-TERMS, NODES = 24, 200
+TERMS, NODES, ROWS = 24, 200, 64
 
 
 @cache
@@ -55,8 +64,26 @@ def hermite_coefficients(
     >>> hermite_coefficients(lambda z: z, torch.tensor([2.0]), torch.tensor([3.0]))[0, :2].round()
     tensor([2., 3.], dtype=torch.float64)
     """
-    x, basis = _basis(terms, nodes)
-    return function(mean.double()[:, None] + std.double()[:, None] * x) @ basis
+    return expanded(function(quadrature_values(mean, std, nodes=nodes)), terms=terms)
+
+
+def quadrature_values(mean: Tensor, std: Tensor, *, nodes: int = NODES) -> Tensor:
+    """Return the values mu + sigma x (n, nodes) of Gaussian variables at the quadrature nodes."""
+    x, _ = _basis(TERMS, nodes)
+    return mean.double()[:, None] + std.double()[:, None] * x
+
+
+def expanded(values: Tensor, *, terms: int = TERMS) -> Tensor:
+    """Expand functions that are known at the quadrature nodes.
+
+    Args:
+        values: (n, nodes).
+
+    Returns:
+        c (n, terms + 1), float64.
+    """
+    _, basis = _basis(terms, values.shape[1])
+    return values @ basis
 
 
 def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
@@ -74,6 +101,73 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
     for k in range(order - 1, 0, -1):
         total = total.mul_(correlations).addr_(c[:, k], d[:, k])
     return total.mul_(correlations)
+
+
+def product_moments(
+    f: Tensor, g: Tensor, among: tuple[Tensor, Tensor, Tensor], *, degree: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
+
+    With D_pq(i) = E[f_i^(p)(x_i) g_i^(q)(y_i)], the expectations of derivatives, and i != j,
+
+        Cov = sum R_xx^a R_xy^b R_yx^c R_yy^e D_{a+b,c+e}(i) D_{a+c,b+e}(j) / (a! b! c! e!)
+
+    over a + b + c + e >= 1 (the formula of Stroock 1987, element by element), here up to a
+    degree; mean and variances have no such limit. The matrix stays positive semidefinite.
+
+    Args:
+        f, g: values (n, nodes) at the quadrature nodes of x and y.
+        among: correlations R_xx, R_xy and R_yy, (n, n) each.
+        degree: highest a + b + c + e.
+
+    Returns:
+        Mean (n,) and covariance (n, n), float64.
+    """
+    own = among[1].diagonal()
+    c, d = expanded(f), expanded(g)
+    slopes = {
+        (p, q): _mehler(_derivative(c, p), _derivative(d, q), own)
+        for p in range(degree + 1)
+        for q in range(degree + 1 - p)
+    }
+    total = _series(slopes, among, degree)
+    mean = slopes[0, 0]
+    variance = _mehler(expanded(f.square()), expanded(g.square()), own) - mean.square()
+    total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
+    return mean, total
+
+
+def _series(
+    slopes: dict[tuple[int, int], Tensor], among: tuple[Tensor, Tensor, Tensor], degree: int
+) -> Tensor:
+    """Sum the terms of `product_moments` up to a degree."""
+    total = torch.zeros_like(among[0])
+    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time stay in the cache
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        factors = (among[0][part], among[1][part], among[1][:, part].T.contiguous(), among[2][part])
+        for x, xy, yx, y in product(range(degree + 1), repeat=4):
+            if not 1 <= x + xy + yx + y <= degree:
+                continue
+            weight = prod(map(factorial, (x, xy, yx, y)))
+            term = torch.outer(slopes[x + xy, yx + y][part] / weight, slopes[x + yx, xy + y])
+            for times, factor in zip((x, xy, yx, y), factors, strict=True):
+                for _ in range(times):
+                    term *= factor
+            total[part] += term
+    return total
+
+
+def _derivative(c: Tensor, times: int) -> Tensor:
+    """Differentiate an expansion: he_k' = sqrt(k) he_{k-1}."""
+    for _ in range(times):
+        c = c[:, 1:] * torch.arange(1, c.shape[1], dtype=c.dtype).sqrt()
+    return c
+
+
+def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
+    """E[f_i(x_i) g_i(y_i)] (n,) for correlations (n,): the sum of c_k d_k R^k over k >= 0."""
+    k = torch.arange(min(c.shape[1], d.shape[1]))
+    return (c[:, k] * d[:, k] * correlations[:, None] ** k).sum(1)
 
 
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,9 +93,10 @@ def _reading(
     n = weights.sizes[group.id]
     covariances, means = [], []
     for moment in moments:
-        where = positions(locate(moment.tree, group.id, weights.sizes), n)
-        if where.shape[1] == 0:
+        blocks = locate(moment.tree, group.id, weights.sizes)
+        if not blocks:  # moments along another axis
             return None
+        where = positions(blocks, n)
         for column in where.T:
             own = torch.from_numpy(column.copy())
             means.append(moment.mean[own])

@@ -11,7 +11,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["as_taps", "output_variance", "tap_correlation", "weight_covariance"]
+__all__ = [
+    "as_taps",
+    "grouped_covariance",
+    "grouped_taps",
+    "output_variance",
+    "phase_correlation",
+    "tap_correlation",
+    "weight_covariance",
+]
 
 
 @cache
@@ -21,16 +29,48 @@ def tap_correlation(kernel: tuple[int, ...], length: float = 1.0) -> Tensor:
     >>> tap_correlation((2,), 1.0).round(decimals=3)[0]
     tensor([1.0000, 0.3680], dtype=torch.float64)
     """
-    axes = [torch.arange(n, dtype=torch.double) for n in kernel] or [torch.zeros(1).double()]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+    grid = _grid(kernel)
     distance = torch.cdist(grid, grid)
     return torch.exp(-distance / length) if length > 0 else (distance == 0).double()
+
+
+def _grid(kernel: tuple[int, ...]) -> Tensor:
+    """Return the coordinates (taps, dimensions) of a kernel's taps."""
+    axes = [torch.arange(n, dtype=torch.double) for n in kernel] or [torch.zeros(1).double()]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+
+
+@cache
+def phase_correlation(
+    kernel: tuple[int, ...], stride: tuple[int, ...], length: float = 1.0
+) -> Tensor:
+    """Return K (taps, taps) of a transposed convolution, averaged over its output positions.
+
+    A position is written by one tap in prod(stride): by those of one phase, whose distance in
+    the input is a stride less.
+
+    >>> phase_correlation((2,), (2,))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
+    """
+    step = torch.tensor(stride, dtype=torch.double)
+    apart = (_grid(kernel)[:, None] - _grid(kernel)) / step
+    distance = apart.norm(dim=2)
+    met = torch.exp(-distance / length) if length > 0 else (distance == 0).double()
+    return met * (apart == apart.round()).all(2) / step.prod()
 
 
 def as_taps(weight: Tensor, output_axis: int, input_axis: int) -> Tensor:
     """Order a weight as (outputs, inputs, taps), float64."""
     front = weight.movedim((output_axis, input_axis), (0, 1)).double()
     return front.reshape(*front.shape[:2], -1)
+
+
+def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Tensor:
+    """Order a grouped weight as (outputs, inputs of one group, taps), float64."""
+    if transposed:  # (groups x inputs, outputs of one group, kernel...)
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.double().reshape(*weight.shape[:2], -1)
 
 
 def weight_covariance(taps: Tensor, kernel: Tensor) -> Tensor:
@@ -43,6 +83,28 @@ def weight_covariance(taps: Tensor, kernel: Tensor) -> Tensor:
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
     rows = (taps @ half).flatten(1)
     return rows @ rows.T
+
+
+def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
+    """Covariance (outputs, outputs) of a grouped convolution's outputs.
+
+    For one input in a group (depthwise) it is (W K W^T) * Sigma, element by element.
+
+    Args:
+        taps: W (outputs, inputs of one group, taps); outputs of one group lie together.
+        kernel: K (taps, taps).
+        covariance: Sigma (inputs, inputs), of all groups.
+    """
+    n, own, _ = taps.shape
+    groups = len(covariance) // own
+    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
+    rows = (taps @ half).unflatten(0, (groups, -1))
+    blocks = covariance.reshape(groups, own, -1)
+    total = torch.zeros(n, n, dtype=covariance.dtype)
+    for tap in rows.unbind(3):  # one at a time: networks have thousands of outputs, 49 taps
+        left = (tap @ blocks).reshape(n, groups, own)
+        total += torch.einsum("xhj,hpj->xhp", left, tap).reshape(n, n)
+    return total
 
 
 def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
 
-__all__ = ["RULES", "LockError", "Scope", "location", "operator_name", "register"]
+__all__ = ["RULES", "LockError", "Scope", "arguments", "location", "operator_name", "register"]
 
 Axes = list[Tree]
 Rule = Callable[["Scope", Node], Any]
@@ -56,6 +56,14 @@ def operator_name(node: Node) -> str:
     return name if name.startswith("_") or not name.endswith("_") else name[:-1]
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a node by name, with the operator's defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    found = {a.name: a.default_value for a in schema if a.has_default_value()}
+    found.update(zip((a.name for a in schema), node.args, strict=False))
+    return {**found, **node.kwargs}
+
+
 def location(node: Node) -> str:
     """Name file and line of the model's code where a node was recorded; empty if unknown."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
@@ -82,10 +90,7 @@ class Scope:
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return the arguments of a node by name, with the operator's defaults."""
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
-        found = {a.name: a.default_value for a in schema if a.has_default_value()}
-        found.update(zip((a.name for a in schema), node.args, strict=False))
-        return {**found, **node.kwargs}
+        return arguments(node)
 
     def axes(self, node: Node) -> Axes:
         """Return the resolved axes of a tensor."""

@@ -1,0 +1,213 @@
+"""Moment rules for layers with weights: convolution, linear, embedding; and for pairs of these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Sum, Tree
+from intrafuse.graph.groups import Layer
+from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.gaussian import correlation
+from intrafuse.moments.propagate import Moments, Origin, Propagation, register
+from intrafuse.moments.taps import (
+    as_taps,
+    grouped_covariance,
+    grouped_taps,
+    phase_correlation,
+    tap_correlation,
+    weight_covariance,
+)
+
+__all__ = ["relation"]
+
+
+@register("conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d",
+          "conv_transpose3d")  # fmt: skip
+def layer(self: Propagation, node: Node) -> Moments | None:
+    """Infer correlations from the weights, for inputs without correlation between channels.
+
+    Channels of different groups of a grouped (or depthwise) convolution share no input: they are
+    as correlated as their inputs, so there the whole covariance of the input counts. Where the
+    input is unknown, it has mean 0 and variance 1. Padding is left out of account.
+    """
+    name = self.program.parameters.get(node.args[1])
+    found = self.weights.graph.layers.get(name)
+    if found is None:
+        return None
+    tree = self.axes(node)[_channel_dim(self, node, found)]
+    before = self.operand(node.args[0])
+    told = self.weights.statistics.get(name)
+    if told is not None and len(told[0]) != self.size(tree):
+        told = None  # they do not follow the merged groups of a transposed convolution
+    if _groups(self, node, found, tree) == 1:
+        taps, kernel, before = _dense(self, node, found, before)
+        scale, mean = _input_scale(taps, before)
+        covariance = weight_covariance(taps if told is not None else taps * scale[:, None], kernel)
+        mean = _tap_sum(node, found, taps) @ mean
+    else:
+        mean, covariance = _grouped(self, node, found, tree, before)
+    bias = self.weights.state.get(found.bias) if found.bias is not None else None
+    mean = mean + bias.double() if bias is not None else mean
+    if told is not None:
+        mean, std = told[0].double(), told[1].double()
+        among, _ = correlation(covariance)
+        covariance = among.fill_diagonal_(1.0) * std * std[:, None]
+    return Moments(tree, mean, covariance)
+
+
+def _channel_dim(self: Propagation, node: Node, found: Layer) -> int:
+    return -1 if found.operator == "linear" else 1 - self.weights.state[found.weight].dim()
+
+
+def _transposed(found: Layer) -> bool:
+    return found.operator.startswith("conv_transpose")
+
+
+def _groups(self: Propagation, node: Node, found: Layer, tree: Tree) -> int:
+    """Count the groups at the current sizes: whole groups may have gone, or come."""
+    if found.operator == "linear":
+        return 1
+    weight = self.weights.state[found.weight]
+    if _transposed(found):
+        return self.size(tree) // weight.shape[1]
+    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
+    return self.size(read) // weight.shape[1]
+
+
+def _kernel(self: Propagation, node: Node, found: Layer) -> Tensor:
+    kernel = tuple(self.weights.state[found.weight].shape[2:])
+    stride = _stride(node, found)
+    if max(stride, default=1) == 1:
+        return tap_correlation(kernel, self.length)
+    return phase_correlation(kernel, stride, self.length)
+
+
+def _stride(node: Node, found: Layer) -> tuple[int, ...]:
+    """Return the stride of a transposed convolution; no other changes what a position sees."""
+    return tuple(arguments(node)["stride"]) if _transposed(found) else ()
+
+
+def _tap_sum(node: Node, found: Layer, taps: Tensor) -> Tensor:
+    """Sum the taps that write one output position, on average over the positions."""
+    total = taps.sum(2)
+    for step in _stride(node, found):
+        total = total / step
+    return total
+
+
+def _dense(
+    self: Propagation, node: Node, found: Layer, before: Moments | None
+) -> tuple[Tensor, Tensor, Moments | None]:
+    """Return W (outputs, inputs, taps), K (taps, taps), and the input's moments where they fit.
+
+    The positions of a flattened map behind a channel are the taps of a linear layer.
+    """
+    weight = self.weights.state[found.weight]
+    taps, kernel = as_taps(weight, found.output_axis, found.input_axis), _kernel(self, node, found)
+    if before is None:
+        return taps, kernel, None
+    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
+    behind = _behind(read, before.tree)
+    if behind is None or (behind and weight.dim() > 2):
+        return taps, kernel, None
+    if behind:
+        taps = taps.reshape(len(taps), len(before.mean), -1)
+        kernel = tap_correlation(tuple(map(self.size, behind)), self.length)
+    return taps, kernel, before
+
+
+def _behind(tree: Tree, channels: Tree) -> tuple[Tree, ...] | None:
+    """List the factors that lie behind each channel on an axis; None if it is no such axis."""
+    if tree == channels:
+        return ()
+    if isinstance(tree, Sum):
+        if not isinstance(channels, Sum) or len(channels.parts) != len(tree.parts):
+            return None
+        found = {_behind(*pair) for pair in zip(tree.parts, channels.parts, strict=True)}
+        return found.pop() if len(found) == 1 else None
+    if isinstance(tree, Product):
+        front = channels.factors if isinstance(channels, Product) else (channels,)
+        if tree.factors[: len(front)] == front:
+            return tree.factors[len(front) :]
+    return None
+
+
+def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
+    """Return standard deviations and means (inputs,) of what a layer reads."""
+    if before is None:
+        return torch.ones(taps.shape[1]).double(), torch.zeros(taps.shape[1]).double()
+    return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
+
+
+def _grouped(
+    self: Propagation, node: Node, found: Layer, tree: Tree, before: Moments | None
+) -> tuple[Tensor, Tensor]:
+    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
+    inputs, groups = self.size(read), _groups(self, node, found, tree)
+    if before is None or before.tree != read:
+        before = Moments(read, torch.zeros(inputs).double(), torch.eye(inputs).double())
+    taps = grouped_taps(self.weights.state[found.weight], groups, transposed=_transposed(found))
+    total = _tap_sum(node, found, taps).unflatten(0, (groups, -1))
+    mean = (total @ before.mean.reshape(groups, -1, 1)).flatten()
+    kernel = _kernel(self, node, found)
+    return mean, grouped_covariance(taps, kernel, before.covariance)
+
+
+def relation(self: Propagation, x: Origin, y: Origin) -> Tensor | None:
+    """Correlate the Gaussian variables behind two activations.
+
+    Returns:
+        (n, m); None where nothing is known, which counts as independence.
+    """
+    if x.node is y.node:
+        known = self.of(x.node)
+        found = None if known is None else correlation(known.covariance)[0]
+    else:
+        found = _between_layers(self, x.node, y.node)
+    if found is not None and x.rows is not None:
+        found = found[x.rows]
+    if found is not None and y.rows is not None:
+        found = found[:, y.rows]
+    return found
+
+
+def _between_layers(self: Propagation, x: Node, y: Node) -> Tensor | None:
+    """Correlate the outputs of two layers of the same kind that read the same activation."""
+    alike = operator_name(x) == operator_name(y) and x.args[3:] == y.args[3:]
+    if not alike or x.args[:1] != y.args[:1]:
+        return None
+    first, second = _rows(self, x), _rows(self, y)
+    if first is None or second is None or first.shape[1] != second.shape[1]:
+        return None
+    return first @ second.T
+
+
+def _rows(self: Propagation, node: Node) -> Tensor | None:
+    """Write the outputs of a layer as unit vectors whose products are their correlations."""
+    name = self.program.parameters.get((*node.args, None, None)[1])
+    found = None if name is None else self.weights.graph.layers.get(name)
+    if found is None:
+        return None
+    if _groups(self, node, found, self.axes(node)[_channel_dim(self, node, found)]) != 1:
+        return None
+    taps, kernel, before = _dense(self, node, found, self.operand(node.args[0]))
+    scale, _ = _input_scale(taps, before)
+    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
+    lines = (taps * scale[:, None] @ half).flatten(1)
+    return torch.nn.functional.normalize(lines, dim=1, eps=1e-150)
+
+
+@register("embedding")
+def embedding(self: Propagation, node: Node) -> Moments | None:
+    """Take mean and covariance over the rows of the weight: every word counts alike."""
+    weight = self.tensor(node.args[0])
+    if weight is None:
+        return None
+    mean = weight.double().mean(0)
+    squares = torch.zeros(len(mean), len(mean)).double()
+    for words in weight.split(4096):  # a vocabulary in float64 would fill the memory
+        centred = words.double() - mean
+        squares += centred.T @ centred
+    return Moments(self.axes(node)[-1], mean, squares / len(weight))

@@ -1,0 +1,121 @@
+"""Moment rules for normalisation: its parameters tell mean and spread, its input correlations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree
+from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.gaussian import correlation
+from intrafuse.moments.propagate import Moments, Propagation, register
+
+
+@register("batch_norm", "instance_norm")
+def batch_norm(self: Propagation, node: Node) -> Moments | None:
+    """Take mean and spread from the norm, and correlations from what enters it.
+
+    Without running statistics each channel is normalised by its own: mean beta, spread gamma.
+    """
+    args = arguments(node)
+    before, tree = self.operand(args["input"]), self.axes(args["input"])[1]
+    gamma, beta, running, spread = (
+        self.tensor(args[name]) for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    if running is None or spread is None or args.get("use_input_stats", False):
+        return _normalised(self, before, tree, gamma, beta, self.axes(node)[1])
+    scale = (spread.double() + args["eps"]).rsqrt() * (1 if gamma is None else gamma.double())
+    shift = -running.double() * scale + (0 if beta is None else beta.double())
+    if before is not None and before.tree != tree:
+        before = None
+    if bool((running == 0).all()):  # folded into the layer before: an affine map
+        if before is None:
+            return None
+        covariance = before.covariance * scale * scale[:, None]
+        return Moments(self.axes(node)[1], before.mean * scale + shift, covariance)
+    among = torch.eye(len(scale)).double() if before is None else correlation(before.covariance)[0]
+    std = scale.abs() * spread.double().sqrt()
+    signs = torch.sign(scale)
+    among = among.fill_diagonal_(1.0) * signs * signs[:, None]
+    mean = scale * running.double() + shift
+    return Moments(self.axes(node)[1], mean, among * std * std[:, None])
+
+
+@register("group_norm")
+def group_norm(self: Propagation, node: Node) -> Moments | None:
+    """Share mean and spread of a group out evenly among its channels: mean beta, spread gamma."""
+    args = arguments(node)
+    before, tree = self.operand(args["input"]), self.axes(args["input"])[1]
+    gamma, beta = self.tensor(args["weight"]), self.tensor(args["bias"])
+    return _normalised(self, before, tree, gamma, beta, self.axes(node)[1])
+
+
+@register("layer_norm", "rms_norm")
+def layer_norm(self: Propagation, node: Node) -> Moments | None:
+    """Describe the first normalised axis; over the others, gamma and beta are averaged.
+
+    Layer norm shares mean and spread out evenly: mean beta, spread gamma, and channels that sum
+    to zero. RMS norm tells the second moment, gamma squared; how much of it is the mean, what
+    enters says.
+    """
+    args = arguments(node)
+    rank = len(args["normalized_shape"])
+    before, tree = self.operand(args["input"]), self.axes(args["input"])[-rank]
+    gamma, beta = self.tensor(args["weight"]), self.tensor(args.get("bias"))
+    if operator_name(node) == "layer_norm":
+        if rank == 1 and before is not None and before.tree == tree:
+            before = _centred(before)
+        return _normalised(self, before, tree, gamma, beta, self.axes(node)[-rank])
+    found = _normalised(self, before, tree, gamma, None, self.axes(node)[-rank])
+    if before is None or before.tree != tree:
+        return found
+    power = before.mean.square() + before.covariance.diagonal().clamp_min(0)
+    share = torch.where(power > 0, before.mean / power.clamp_min(1e-300).sqrt(), 0.0)
+    rest = (1 - share.square()).clamp_min(0).sqrt()
+    mean = share * _levels(gamma, len(share))
+    return Moments(found.tree, mean, found.covariance * rest * rest[:, None])
+
+
+def _normalised(
+    self: Propagation,
+    before: Moments | None,
+    tree: Tree,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    result: Tree,
+) -> Moments:
+    """Give the channels of an axis mean beta and spread gamma; a constant channel has no spread.
+
+    Correlations come from what enters, where that is described along the same axis.
+    """
+    n = self.size(tree)
+    if before is None or before.tree != tree:
+        among = torch.eye(n).double()
+    else:
+        among, _ = correlation(before.covariance)
+    scale = _levels(gamma, n)
+    mean = torch.zeros(n).double() if beta is None else beta.double().reshape(n, -1).mean(1)
+    return Moments(result, mean, among * scale * scale[:, None])
+
+
+def _levels(gamma: Tensor | None, n: int) -> Tensor:
+    """Return gamma (n,): of several positions the root of the mean square, with the mean's sign."""
+    if gamma is None:
+        return torch.ones(n).double()
+    lines = gamma.double().reshape(n, -1)
+    if lines.shape[1] == 1:
+        return lines[:, 0]
+    return lines.square().mean(1).sqrt() * lines.mean(1).sign()
+
+
+def _centred(before: Moments) -> Moments:
+    """Take the mean over the channels off every channel."""
+    covariance = before.covariance
+    rows = covariance.mean(0)
+    found = covariance - rows - rows[:, None] + rows.mean()
+    floor = 1e-12 * covariance.diagonal().amax()
+    still = found.diagonal() <= floor  # what is left of a constant is rounding
+    found[still] = 0.0
+    found[:, still] = 0.0
+    return Moments(before.tree, before.mean - before.mean.mean(), found)

@@ -1,0 +1,185 @@
+"""Moment rules for operators that move, copy, pool, cut or pad channels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Tree, leaves
+from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.propagate import Moments, Origin, Propagation, register
+
+__all__ = ["kept", "part"]
+
+
+@register("flatten", "view", "reshape", "_unsafe_view", "unflatten", "permute", "transpose", "t",
+          "swapaxes", "numpy_T", "mT", "unsqueeze", "squeeze", "expand", "expand_as",
+          "broadcast_to", "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone",
+          "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16",
+          "double")  # fmt: skip
+def moved(self: Propagation, node: Node) -> Moments | None:
+    """Keep the moments of channels that are moved or copied, wherever their axis goes."""
+    before = self.operand(node.args[0])
+    return None if before is None else kept(self, before, self.axes(node))
+
+
+@register("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+          "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+          "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "mean",
+          "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+          "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")  # fmt: skip
+def resampled(self: Propagation, node: Node) -> Moments | None:
+    """Keep the moments: what changes all channels alike cancels in every readout."""
+    before = self.operand(node.args[0])
+    return None if before is None else _elsewhere(self, before, node)
+
+
+def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
+    """Follow channels into a tensor with other axes; None where some of them are not in it."""
+    if before.tree in axes:
+        return before
+    atoms = Counter(leaves(before.tree))
+    for tree in axes:
+        if Counter(leaves(tree)) == atoms:
+            return _reordered(self, before, tree)
+    return before if atoms <= Counter(atom for tree in axes for atom in leaves(tree)) else None
+
+
+def _elsewhere(self: Propagation, before: Moments, node: Node) -> Moments | None:
+    """Keep moments at other positions, where the same variables have other values."""
+    found = kept(self, before, self.axes(node))
+    return None if found is None else replace(found, origin=None)
+
+
+def _reordered(self: Propagation, before: Moments, tree: Tree) -> Moments | None:
+    """Follow a channel shuffle: the same factors in another order."""
+    if not (isinstance(tree, Product) and isinstance(before.tree, Product)):
+        return None
+    old = before.tree.factors
+    if sorted(map(repr, old)) != sorted(map(repr, tree.factors)):
+        return None
+    order = [old.index(factor) for factor in tree.factors]
+    places = torch.arange(len(before.mean)).reshape([self.size(f) for f in old])
+    return _taken(before, places.permute(order).flatten(), tree)
+
+
+def _taken(before: Moments, rows: Tensor, tree: Tree) -> Moments:
+    origin = before.origin
+    if origin is not None:
+        own = rows if origin.rows is None else origin.rows[rows]
+        values = None if origin.values is None else origin.values[rows]
+        origin = Origin(origin.node, own, values)
+    return Moments(tree, before.mean[rows], before.covariance[rows][:, rows], origin)
+
+
+def part(
+    self: Propagation, before: Moments, whole: Tree, start: int, piece: Tree | None
+) -> Moments | None:
+    """Take a range of the channel axis, or of one of its factors.
+
+    Args:
+        whole: what is cut: the channel axis, or a factor of it.
+        start: the first position.
+        piece: the tree of the range; None takes the single position `start` and drops the factor.
+    """
+    if before.tree == whole:
+        factors: tuple[Tree, ...] = (whole,)
+    else:
+        factors = before.tree.factors if isinstance(before.tree, Product) else ()
+    if factors.count(whole) != 1:
+        return None
+    at = factors.index(whole)
+    places = torch.arange(len(before.mean)).reshape([self.size(f) for f in factors])
+    rows = places.narrow(at, start, 1 if piece is None else self.size(piece)).flatten()
+    left = (*factors[:at], *(() if piece is None else (piece,)), *factors[at + 1 :])
+    if not left:
+        return None  # no channel axis is left
+    return _taken(before, rows, left[0] if len(left) == 1 else Product(left))
+
+
+@register("slice", "narrow")
+def slice_(self: Propagation, node: Node) -> Moments | None:
+    """Take a range of channels, or of anything else, which leaves them as they are."""
+    args = arguments(node)
+    before, axes = self.operand(node.args[0]), self.axes(node.args[0])
+    if before is None:
+        return None
+    whole, piece = axes[args["dim"]], self.axes(node)[args["dim"]]
+    if whole == piece:
+        return before
+    if not _shares(whole, before.tree):
+        return _elsewhere(self, before, node)
+    if args.get("step", 1) != 1:
+        return None
+    start = args["start"] or 0
+    return part(self, before, whole, start % self.size(whole), piece)
+
+
+@register("select")
+def select(self: Propagation, node: Node) -> Moments | None:
+    """Take one position of a factor of the channel axis, or of anything else."""
+    args = arguments(node)
+    return _selected(self, node.args[0], node, args["dim"], args["index"])
+
+
+@register("getitem")
+def getitem(self: Propagation, node: Node) -> Moments | None:
+    """Take one result of chunk, split or unbind."""
+    source, index = node.args
+    if not isinstance(source, Node) or not isinstance(index, int):
+        return None
+    name = operator_name(source)
+    if name == "unbind":
+        return _selected(self, source.args[0], node, arguments(source)["dim"], index)
+    if name not in ("chunk", "split", "split_with_sizes", "unsafe_split", "tensor_split"):
+        return None
+    dim = arguments(source)["dim"]
+    before, axes = self.operand(source.args[0]), self.axes(source.args[0])
+    if before is None:
+        return None
+    if not _shares(axes[dim], before.tree):
+        return _elsewhere(self, before, node)
+    pieces = [result[dim] for result in self.program.values[source]]
+    start = sum(map(self.size, pieces[:index]))
+    return part(self, before, axes[dim], start, pieces[index])
+
+
+def _selected(
+    self: Propagation, source: object, node: Node, dim: int, index: int
+) -> Moments | None:
+    before = self.operand(source)
+    if before is None or not isinstance(source, Node):
+        return None
+    whole = self.axes(source)[dim]
+    if not _shares(whole, before.tree):
+        return _elsewhere(self, before, node)
+    return part(self, before, whole, index % self.size(whole), None)
+
+
+def _shares(tree: Tree, channels: Tree) -> bool:
+    """Tell whether an axis holds any of the channels."""
+    return not set(leaves(tree)).isdisjoint(leaves(channels))
+
+
+@register("pad", "constant_pad_nd")
+def pad(self: Propagation, node: Node) -> Moments | None:
+    """Put channels of one value around the channels; padded positions are left out of account."""
+    args = arguments(node)
+    before, axes = self.operand(node.args[0]), self.axes(node.args[0])
+    if before is None:
+        return None
+    for back in range(1, len(args["pad"]) // 2 + 1):
+        sides = tuple(args["pad"][2 * back - 2 : 2 * back])
+        if not any(sides) or not _shares(axes[-back], before.tree):
+            continue
+        if axes[-back] != before.tree or args.get("mode", "constant") != "constant":
+            return None
+        mean = torch.nn.functional.pad(before.mean, sides, value=float(args["value"] or 0))
+        covariance = torch.nn.functional.pad(before.covariance, (*sides, *sides))
+        return Moments(self.axes(node)[-back], mean, covariance)
+    return _elsewhere(self, before, node)
