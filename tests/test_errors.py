@@ -61,7 +61,10 @@ def test_a_budget_outside_the_range_names_the_argument(kind, share):
         ({"channels": 0.5, "macs": 0.0}, "exactly one budget"),
         ({"channels": 0.5, "floor": 1.0}, r"floor must be a share in \[0, 1\); got 1\.0"),
         ({"channels": 0.5, "overrides": {"0": 1}}, r"overrides\['0'\] must be a share .*got 1"),
-        ({"channels": 0.5, "scope": "all"}, "scope must be one of uniform, global, predicted; got 'all'"),
+        (
+            {"channels": 0.5, "scope": "all"},
+            "scope must be one of uniform, global, predicted; got 'all'",
+        ),
         ({"channels": 0.5, "round_to": 0}, "round_to must be a whole number from 1; got 0"),
         ({"channels": 0.5, "round_to": 2.5}, "round_to must be a whole number from 1; got 2.5"),
         ({"params": 0.99}, r"cannot shed that share of params; got 0\.99.*at most 0\.\d{4} can"),
@@ -70,7 +73,10 @@ def test_a_budget_outside_the_range_names_the_argument(kind, share):
         ({"channels": 0.5, "method": intrafuse.Plan}, "method must be a name or a method"),
         ({"channels": 0.5, "importance": "l3"}, "unknown importance; got 'l3'.*try l1"),
         ({"channels": 0.5, "importance": 3}, "importance must be a name or a function"),
-        ({"channels": 0.5, "repair": "bn"}, "repair must be one of analytic, batchnorm, synthetic, or None; got 'bn'"),
+        (
+            {"channels": 0.5, "repair": "bn"},
+            "repair must be one of analytic, batchnorm, synthetic, or None; got 'bn'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -41,7 +41,7 @@ def damage_by_width(
     shares = stream_shares(weights, length=length)
     found = {}
     for group in groups:
-        known = readings(group, weights, length=length)
+        known = readings(group, weights, length=length, correlated=1.0)
         if known:
             rest = unexplained(list(known.values()))
             noise = np.minimum(rest / np.maximum(1 - rest, 1e-12), MOST)

@@ -60,6 +60,7 @@ class Moments:
     origin: Origin | None = None
 
 
+CORRELATED = 0.5  # docs/research.md: what keeps most accuracy
 Rule = Callable[["Propagation", Node], Moments | None]
 RULES: dict[str, Rule] = {}
 
@@ -84,11 +85,16 @@ class Propagation:
         weights: the tensors. Where `weights.statistics` tells mean and standard deviation of a
             layer's output (a batch norm was folded into it), only its correlations are inferred.
         length: how far the correlation between neighbouring positions reaches.
+        correlated: the part of the inferred correlations between a dense layer's inputs that
+            counts, 0 to 1.
     """
 
-    def __init__(self, weights: Weights, *, length: float = 1.0) -> None:
+    def __init__(
+        self, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
+    ) -> None:
         self.weights = weights
         self.length = length
+        self.correlated = correlated
         self.program = weights.graph.program
         self._known: dict[Node, Moments | None] = {}
 

@@ -12,7 +12,7 @@ from intrafuse.graph.axes import Product, Tree, leaves, locate, tree_size
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.rules import operator_name
-from intrafuse.moments.propagate import Moments, Propagation
+from intrafuse.moments.propagate import CORRELATED, Moments, Propagation
 from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
 from intrafuse.weights import Weights
 
@@ -58,12 +58,14 @@ class Reading:
         )
 
 
-def readings(group: ChannelGroup, weights: Weights, *, length: float = 1.0) -> dict[str, Reading]:
+def readings(
+    group: ChannelGroup, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
+) -> dict[str, Reading]:
     """Infer from the weights what each reader of a group reads, by the name of its weight.
 
     Readers that no moments reach are left out.
     """
-    propagation = Propagation(weights, length=length)
+    propagation = Propagation(weights, length=length, correlated=correlated)
     calls = layer_calls(propagation)
     found = {}
     for slot in weights.present(group.readers):

@@ -73,16 +73,21 @@ def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Te
     return weight.double().reshape(*weight.shape[:2], -1)
 
 
-def weight_covariance(taps: Tensor, kernel: Tensor) -> Tensor:
-    """Covariance (outputs, outputs) of a layer's outputs for inputs of unit covariance.
+def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = None) -> Tensor:
+    """Covariance (outputs, outputs) of a layer's outputs.
 
     Args:
         taps: W (outputs, inputs, taps).
         kernel: K (taps, taps).
+        covariance: Sigma (inputs, inputs); by default the identity.
     """
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = (taps @ half).flatten(1)
-    return rows @ rows.T
+    rows = taps @ half
+    if covariance is None:
+        return rows.flatten(1) @ rows.flatten(1).T
+    mixed = torch.einsum("oit,ij->ojt", rows, covariance)
+    found = mixed.flatten(1) @ rows.flatten(1).T
+    return (found + found.T) / 2
 
 
 def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:

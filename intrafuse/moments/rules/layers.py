@@ -26,7 +26,7 @@ __all__ = ["relation"]
 @register("conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d",
           "conv_transpose3d")  # fmt: skip
 def layer(self: Propagation, node: Node) -> Moments | None:
-    """Infer correlations from the weights, for inputs without correlation between channels.
+    """Infer correlations from the weights and from a part of those of the inputs.
 
     Channels of different groups of a grouped (or depthwise) convolution share no input: they are
     as correlated as their inputs, so there the whole covariance of the input counts. Where the
@@ -43,8 +43,8 @@ def layer(self: Propagation, node: Node) -> Moments | None:
         told = None  # they do not follow the merged groups of a transposed convolution
     if _groups(self, node, found, tree) == 1:
         taps, kernel, before = _dense(self, node, found, before)
-        scale, mean = _input_scale(taps, before)
-        covariance = weight_covariance(taps if told is not None else taps * scale[:, None], kernel)
+        _, mean = _input_scale(taps, before)
+        covariance = weight_covariance(taps, kernel, _inputs(self, before, found.weight))
         mean = _tap_sum(node, found, taps) @ mean
     else:
         mean, covariance = _grouped(self, node, found, tree, before)
@@ -139,6 +139,22 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
     if before is None:
         return torch.ones(taps.shape[1]).double(), torch.zeros(taps.shape[1]).double()
     return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
+
+
+def _inputs(self: Propagation, before: Moments | None, name: str) -> Tensor | None:
+    """Return the covariance (inputs, inputs) that a dense layer counts with.
+
+    Inferred correlations are right in part only, and a part of them serves better than all or
+    none. Where a batch norm tells the variance of the outputs, inputs of equal variance serve
+    better than the inferred ones.
+    """
+    if before is None:
+        return None
+    own = before.covariance.diagonal().clamp_min(0)
+    normed = any(norm.layer == name for norm in self.weights.graph.norms)
+    base = torch.full_like(own, float(own.mean())) if normed else own
+    part = self.correlated * before.covariance
+    return part.diagonal_scatter(base + self.correlated * (own - base))
 
 
 def _grouped(
