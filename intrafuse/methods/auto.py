@@ -13,7 +13,7 @@ from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.moment import fused
-from intrafuse.methods.select import Select, most_important
+from intrafuse.methods.select import Select
 from intrafuse.methods.settings import check_choices
 from intrafuse.moments.explain import explaining_channels
 from intrafuse.moments.readout import predicted_error, with_readout
@@ -60,7 +60,6 @@ class Auto(MomentSource):
             **plain,
             "greedy": MergeMap.select(group.name, len(scores), greedy),
             "fused": fused(group, greedy, context),
-            "fused by importance": fused(group, most_important(scores, width), context),
         }
         candidates: dict[str, MergeMap] = {}
         predicted: dict[str, float] = {}

@@ -60,7 +60,7 @@ class Moments:
     origin: Origin | None = None
 
 
-CORRELATED = 0.5  # docs/research.md: what keeps most accuracy
+CORRELATED = 0.3  # docs/research.md: what keeps most accuracy
 Rule = Callable[["Propagation", Node], Moments | None]
 RULES: dict[str, Rule] = {}
 
