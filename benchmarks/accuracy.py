@@ -3,8 +3,11 @@
     .venv/bin/python benchmarks/accuracy.py --models ../shared/models --data ../shared/data/cifar10
 
 Prints one row for each network and method: accuracy on all test images at 30, 50 and 70 % of
-channels removed from every group, and the seconds for planning and surgery at 50 %. The last row
-of each network calibrates on 256 unlabelled training images; no other row sees data.
+channels removed from every group, and the seconds for planning and surgery. Only the row "256
+images" sees data, unlabelled training images. `--rows` chooses some of the rows by number, from 0;
+`--inner` prunes the first convolution of each residual block only. With `--predicted` the widths
+follow predicted damage instead, and the columns are shares of parameters and of MACs; the MACs
+that are left stand beside.
 """
 
 from __future__ import annotations
@@ -18,52 +21,67 @@ import torch
 import intrafuse
 from intrafuse.data import load_data
 from intrafuse.evaluate import accuracy
-from intrafuse.methods import Folding, IntraFusion, Moment, Select
+from intrafuse.methods import Moment
 from intrafuse.zoo import load_weights, resolve_model
 
-ROWS = {
-    "select": Select(),
-    "intra-fusion": IntraFusion(),
-    "folding": Folding(),
-    "moment, selected": Moment(transport="none"),
-    "moment, OT transport": Moment(transport="intra-fusion"),
-    "moment": Moment(),
-    "moment, 256 images": Moment(source="calibration"),
+ROWS: dict[str, dict] = {
+    "select": {"method": "select"},
+    "intra-fusion": {"method": "intra-fusion"},
+    "folding": {"method": "folding"},
+    "moment, selected": {"method": Moment(transport="none")},
+    "moment, OT transport": {"method": Moment(transport="intra-fusion")},
+    "moment": {"method": "moment"},
+    "auto": {"method": "auto"},
+    "moment, synthetic": {"method": Moment(source="synthetic")},
+    "moment, synthetic repair": {"method": "moment", "repair": "synthetic"},
+    "moment, 256 images": {"method": Moment(source="calibration")},
 }
+EQUAL = [{"channels": share} for share in (0.3, 0.5, 0.7)]
+PREDICTED = [{"params": 0.75}, {"params": 0.9}, {"macs": 0.5}, {"macs": 0.7}]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
     parser.add_argument(
         "--models", type=Path, required=True, help="folder of *_cifar10.safetensors"
     )
     parser.add_argument("--data", required=True, help="folder of CIFAR-10")
     parser.add_argument("--networks", default="vgg11_bn,resnet18")
     parser.add_argument("--rows", default=",".join(str(i) for i in range(len(ROWS))))
-    parser.add_argument("--shares", default="0.3,0.5,0.7")
+    parser.add_argument("--inner", action="store_true")
+    parser.add_argument("--predicted", action="store_true")
+    parser.add_argument("--images", type=int, default=None, help="of the test set; default all")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(options.threads)
-    test = load_data(f"cifar10:{options.data}")
+    test = load_data(f"cifar10:{options.data}", limit=options.images)
     some = load_data(f"cifar10:{options.data}", split="train", limit=1024).unlabelled(256, seed=0)
-    shares = [float(share) for share in options.shares.split(",")]
     rows = [list(ROWS.items())[int(i)] for i in options.rows.split(",")]
+    common = {"include": ["layer?.*.conv1"]} if options.inner else {}
+    if options.predicted:
+        common["scope"] = "predicted"
     for name in options.networks.split(","):
         network = resolve_model(name)
         load_weights(network.model, options.models / f"{name}_cifar10.safetensors")
-        for title, method in rows:
-            kept, seconds = [], []
-            for share in shares:
+        for title, settings in rows:
+            kept, seconds, macs = [], [], []
+            for budget in PREDICTED if options.predicted else EQUAL:
                 started = time.perf_counter()
                 pruned = intrafuse.prune(
-                    network.model, network.example_inputs, channels=share, method=method,
-                    data=list(some.split(64)),
+                    network.model, network.example_inputs, data=list(some.split(64)),
+                    **budget, **common, **settings,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - started)
                 kept.append(accuracy(pruned.model, test))
+                macs.append(pruned.report.after.macs / 1e6)
             figures = " ".join(f"{value:6.2f}" for value in kept)
+            left = "  MACs left " + " / ".join(f"{value:.1f} M" for value in macs)
             times = " / ".join(f"{value:.1f}" for value in seconds)
-            print(f"{name:10} {title:22} {figures}   {times} s", flush=True)
+            print(f"{name:10} {title:25} {figures}   {times} s{left}", flush=True)
 
 
 if __name__ == "__main__":

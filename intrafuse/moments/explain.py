@@ -45,28 +45,56 @@ def unexplained(found: Sequence[Reading]) -> np.ndarray:
 
 def _pivots(found: Sequence[Reading], width: int) -> tuple[list[int], np.ndarray]:
     """Return channels in the order chosen, and shares (width + 1, readers) left unexplained."""
-    left = [reading.old.numpy().copy() for reading in found]
-    weight = []
-    for reading, covariance in zip(found, left, strict=True):
-        squares = reading.taps.square().sum((0, 2)).numpy()
-        total = float(squares @ np.diag(covariance))
-        weight.append(squares / total if total > 0 else np.zeros_like(squares))
-    floors = [1e-9 * float(np.diag(c).mean()) + 1e-300 for c in left]
+    left = [_Unexplained(reading, width) for reading in found]
     chosen: list[int] = []
     rest = np.zeros((width + 1, len(found)))
-    rest[0] = [float(squares.any()) for squares in weight]
+    rest[0] = [part.share() for part in left]
     for m in range(width):
-        score = np.zeros(len(left[0]))
-        for covariance, squares, floor in zip(left, weight, floors, strict=True):
-            own = np.diag(covariance)
-            gain = (squares @ np.square(covariance)) / np.maximum(own, floor)
-            score += np.where(own > floor, gain, 0.0)
+        score = np.sum([part.score() for part in left], axis=0)
         score[chosen] = -1.0
-        best = int(score.argmax())
-        chosen.append(best)
-        for k, (covariance, floor) in enumerate(zip(left, floors, strict=True)):
-            if covariance[best, best] > floor:
-                line = covariance[best]
-                covariance -= np.outer(line, line / line[best])
-            rest[m + 1, k] = weight[k] @ np.maximum(np.diag(covariance), 0.0)
+        chosen.append(int(score.argmax()))
+        for part in left:
+            part.take(chosen[-1])
+        rest[m + 1] = [part.share() for part in left]
     return chosen, rest
+
+
+class _Unexplained:
+    """What a reader's covariance C (n, n) holds beyond the channels taken: C - L^T L.
+
+    Scores follow each step by products with vectors, so that C is neither copied nor written.
+    """
+
+    def __init__(self, reading: Reading, width: int) -> None:
+        self.covariance = reading.old.numpy()
+        self.own = np.diag(self.covariance).copy()
+        squares = reading.taps.square().sum((0, 2)).numpy()
+        total = float(squares @ self.own)
+        self.weight = squares / total if total > 0 else np.zeros_like(squares)
+        self.gain = self.weight @ np.square(self.covariance)
+        self.floor = 1e-9 * float(self.own.mean()) + 1e-300
+        self.rows = np.zeros((width, len(self.own)))  # L
+        self.taken = 0
+
+    def share(self) -> float:
+        """Return the share of the weighted variance that is left."""
+        return float(self.weight @ np.maximum(self.own, 0.0))
+
+    def score(self) -> np.ndarray:
+        """Return the weighted variance (n,) that each channel would explain."""
+        alive = self.own > self.floor
+        return np.where(alive, self.gain / np.maximum(self.own, self.floor), 0.0)
+
+    def take(self, channel: int) -> None:
+        """Explain what can be explained by one more channel."""
+        if self.own[channel] <= self.floor:
+            return
+        before = self.rows[: self.taken]
+        line = self.covariance[channel] - before[:, channel] @ before
+        line /= np.sqrt(self.own[channel])
+        weighted = self.weight * line
+        product = self.covariance @ weighted - (before @ weighted) @ before
+        self.gain += line * (line * (weighted @ line) - 2 * product)
+        self.own -= np.square(line)
+        self.rows[self.taken] = line
+        self.taken += 1

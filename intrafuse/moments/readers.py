@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class Reading:
     rest: Tensor
     rest_mean: Tensor
     calls: int = 1
+
+    @cached_property
+    def output_variance(self) -> Tensor:
+        """Variance (outputs,) of what the reader made of the old activations and of the rest."""
+        return output_variance(self.taps, self.kernel, self.old) + self.rest
 
     def narrowed(self, old: slice, new: Tensor | slice) -> Reading:
         """Take some channels as the old and some as the new ones."""

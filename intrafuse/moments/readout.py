@@ -57,7 +57,7 @@ def read_back(
 def matched(reading: Reading, matrix: Tensor, max_gain: float) -> tuple[Tensor, Tensor]:
     """Compute gain and shift (outputs,) that restore mean and variance of a reader's outputs."""
     taps = torch.einsum("oit,ij->ojt", reading.taps, matrix)
-    old = output_variance(reading.taps, reading.kernel, reading.old) + reading.rest
+    old = reading.output_variance
     new = output_variance(taps, reading.kernel, reading.new) + reading.rest
     gain = torch.ones_like(old)
     if max_gain > 0:
@@ -123,27 +123,27 @@ def predicted_error(step: MergeMap, found: Mapping[str, Reading], weights: Weigh
     Returns:
         The mean of 1 - agreement over readers, each output weighted by its old variance.
     """
-    errors = []
-    for name, reading in found.items():
-        new_taps = torch.einsum("oit,ij->ojt", reading.taps, step.decoder(name).double())
-        one = torch.ones(len(reading.taps)).double()
-        gain = step.gain[name].double() if name in step.gain else one
-        shift = step.shift[name].double() if name in step.shift else 0 * one
-        layer = weights.graph.layers[name]
-        bias = weights.state.get(layer.bias) if layer.bias is not None else None
-        bias = 0 * one if bias is None else bias.double().cpu()
-        rest = reading.rest_mean + bias
-        old = output_variance(reading.taps, reading.kernel, reading.old) + reading.rest
-        new = output_variance(new_taps, reading.kernel, reading.new) + reading.rest
-        mixed = torch.einsum("oit,ij->ojt", reading.taps, reading.cross) @ reading.kernel
-        both = gain * ((mixed * new_taps).sum((1, 2)) + reading.rest)
-        before = reading.taps.sum(2) @ reading.old_mean + rest
-        after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
-        whole = old + gain.square() * new + (before - after).square()
-        agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
-        total = old.sum()
-        errors.append(float((old @ (1 - agreement)) / total) if total > 0 else 0.0)
+    errors = [_reader_error(step, name, reading, weights) for name, reading in found.items()]
     return sum(errors) / len(errors) if errors else 0.0
+
+
+def _reader_error(step: MergeMap, name: str, reading: Reading, weights: Weights) -> float:
+    new_taps = torch.einsum("oit,ij->ojt", reading.taps, step.decoder(name).double())
+    zero = torch.zeros(len(reading.taps)).double()
+    gain = step.gain[name].double() if name in step.gain else zero + 1
+    shift = step.shift[name].double() if name in step.shift else zero
+    bias = weights.state.get(weights.graph.layers[name].bias or "")
+    rest = reading.rest_mean + (zero if bias is None else bias.double().cpu())
+    old = reading.output_variance
+    new = output_variance(new_taps, reading.kernel, reading.new) + reading.rest
+    mixed = torch.einsum("oit,ij->ojt", reading.taps, reading.cross) @ reading.kernel
+    both = gain * ((mixed * new_taps).sum((1, 2)) + reading.rest)
+    before = reading.taps.sum(2) @ reading.old_mean + rest
+    after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
+    whole = old + gain.square() * new + (before - after).square()
+    agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
+    total = old.sum()
+    return float((old @ (1 - agreement)) / total) if total > 0 else 0.0
 
 
 def beside(group: str, size: int, steps: Sequence[MergeMap]) -> MergeMap:

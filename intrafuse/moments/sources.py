@@ -81,16 +81,15 @@ class MomentSource:
         both.merge(beside(group.name, n, steps))
         found = self.readings(group, both, context)
         slots = {slot.parameter: slot for slot in group.readers}
+        for name, reading in found.items():
+            taps, _, _ = reader_taps(group, slots[name], context.weights, self.length)
+            found[name] = replace(reading, taps=taps)
+            if len(reading.rest) != len(taps):  # a reader that also writes was widened
+                nothing = torch.zeros(len(taps)).double()
+                found[name] = replace(found[name], rest=nothing, rest_mean=nothing)
         parts, at = [], n
         for step in steps:
-            part = {}
-            for name, reading in found.items():
-                taps, _, _ = reader_taps(group, slots[name], context.weights, self.length)
-                own = replace(reading.narrowed(slice(0, n), slice(at, at + step.width)), taps=taps)
-                if len(reading.rest) != len(taps):  # a reader that also writes was widened
-                    nothing = torch.zeros(len(taps)).double()
-                    own = replace(own, rest=nothing, rest_mean=nothing)
-                part[name] = own
-            parts.append(part)
+            new = slice(at, at + step.width)
+            parts.append({name: r.narrowed(slice(0, n), new) for name, r in found.items()})
             at += step.width
         return parts
