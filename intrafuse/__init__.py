@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from intrafuse.errors import IntrafuseError
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
     from intrafuse.merge import MergeMap
+    from intrafuse.moments.synthetic import synthesise
     from intrafuse.plan import Plan
     from intrafuse.prune import Pruned, Report, plan, prune
 
@@ -34,6 +35,7 @@ __all__ = [
     "plan",
     "prune",
     "save",
+    "synthesise",
     "trace",
 ]
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOMES = {
     "errors": ("IntrafuseError",),
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),
     "merge": ("MergeMap",),
+    "moments.synthetic": ("synthesise",),
     "plan": ("Plan",),
     "prune": ("Pruned", "Report", "plan", "prune"),
 }
