@@ -82,11 +82,9 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
         covariance: Sigma (inputs, inputs); by default the identity.
     """
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = taps @ half
-    if covariance is None:
-        return rows.flatten(1) @ rows.flatten(1).T
-    mixed = torch.einsum("oit,ij->ojt", rows, covariance)
-    found = mixed.flatten(1) @ rows.flatten(1).T
+    rows = (taps @ half).float()  # correlations need no more digits, and this is what takes long
+    mixed = rows if covariance is None else torch.einsum("oit,ij->ojt", rows, covariance.float())
+    found = (mixed.flatten(1) @ rows.flatten(1).T).double()
     return (found + found.T) / 2
 
 
