@@ -103,16 +103,25 @@ class Calibration:
 
 
 class _Sums:
-    """Streaming second moments of old and new activations, in float64."""
+    """Streaming second moments of old and new activations, in float64.
+
+    They are taken about the means of the first samples: products are of float32, and those of
+    activations far from zero would drown the covariance.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.origin: list[Tensor] = []
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples: x (samples, n) of the old and y (samples, m) of the new activations."""
+        if not len(x):
+            return
         self.count += len(x)
+        self.origin = self.origin or [x.mean(0), y.mean(0)]
+        x, y = x - self.origin[0], y - self.origin[1]
         first = [x.sum(0).double(), y.sum(0).double()]
         second = [(x.T @ x).double(), (y.T @ y).double(), (x.T @ y).double()]
         if not self.first:
@@ -122,6 +131,8 @@ class _Sums:
             self.second = [a + b for a, b in zip(self.second, second, strict=True)]
 
     def reading(self, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
+        if not self.count:
+            raise IntrafuseError("the data holds no sample", layer=layer)
         old, new = (total / self.count for total in self.first)
         pairs = ((old, old), (new, new), (old, new))
         of_old, of_new, cross = (
@@ -130,6 +141,7 @@ class _Sums:
         )
         if not (torch.isfinite(of_old).all() and torch.isfinite(of_new).all()):
             raise IntrafuseError("activations must be finite on the data", layer=layer)
+        old, new = (mean + o.double() for mean, o in zip((old, new), self.origin, strict=True))
         zero = torch.zeros(len(taps)).double()
         return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, calls)
 
