@@ -141,6 +141,7 @@ def predicted_error(step: MergeMap, found: Mapping[str, Reading], weights: Weigh
         after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
         whole = old + gain.square() * new + (before - after).square()
         agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
+        agreement = agreement.clamp(-1, 1)  # rounding where next to nothing varies
         total = old.sum()
         errors.append(float((old @ (1 - agreement)) / total) if total > 0 else 0.0)
     return sum(errors) / len(errors) if errors else 0.0
