@@ -20,7 +20,10 @@ from intrafuse.weights import Weights
 
 __all__ = ["Calibration"]
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 BATCHES = 64  # of the data that are used
 SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
 Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
@@ -178,7 +181,7 @@ def _watching(
 
     def hook(layer: str, x: Tensor, axis: int) -> None:
         nonlocal left
-        lines = x.movedim(axis, -1).flatten(0, -2)
+        lines = x.movedim(axis, -1).reshape(-1, x.shape[axis])
         if len(lines) > each:
             generator = torch.Generator().manual_seed(len(lines))
             chosen = torch.randperm(len(lines), generator=generator)[:each].sort().values
@@ -189,8 +192,12 @@ def _watching(
             raise _Enough
 
     def watch(layer: str, module: nn.Module) -> Any:
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        return module.register_forward_pre_hook(lambda _, args: hook(layer, args[0], axis))
+        axis = -1 - len(getattr(module, "kernel_size", ()))  # from behind: there may be no batch
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hook(layer, (*args, *kwargs.values())[0], axis)
+
+        return module.register_forward_pre_hook(enter, with_kwargs=True)
 
     try:
         handles += [watch(layer, model.get_submodule(layer)) for layer in layers]
