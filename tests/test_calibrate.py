@@ -221,7 +221,7 @@ def test_runs_that_end_early_leave_nothing_behind(fails):
     graph = trace(model, data[0])
     calibration = Calibration(model, [noise(4, 3, 6, 6)] if fails else data)
     if fails:
-        with pytest.raises((IntrafuseError, RuntimeError)):
+        with pytest.raises(IntrafuseError, match=r"refused batch 1 .*3 channels"):
             calibration.readings(graph.by_name["0"], Weights.of(graph, model))
     else:
         calibration.readings(graph.by_name["0"], Weights.of(graph, model))
@@ -254,6 +254,10 @@ def test_a_run_ends_at_the_last_layer_that_is_asked_for():
         ([torch.full((2, 3, 6, 6), torch.nan)], r"activations must be finite on the data \(at"),
         ([torch.full((2, 3, 6, 6), torch.inf)], r"activations must be finite on the data \(at"),
         ([torch.zeros(0, 3, 6, 6)], "no sample"),
+        ([torch.zeros(2, 3, 6, 6), torch.zeros(2, 5, 6, 6)], r"refused batch 2 of the .* 5 chan"),
+        ([{"image": torch.zeros(2, 3, 6, 6)}], r"refused batch 1 .*keyword argument 'image'.*fit"),
+        ([np.zeros((2, 3, 6, 6))], "refused batch 1 of the data"),
+        ([None], "refused batch 1 of the data"),
     ],
 )
 def test_data_that_tells_nothing(method, data, message):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches
+from intrafuse.batches import batches, fitting
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
@@ -26,6 +26,7 @@ LAYERS = (
 )  # fmt: skip
 BATCHES = 64  # of the data that are used
 SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
+FIT = "check that the batches fit the model, as its example inputs do"
 Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
 
 
@@ -96,11 +97,12 @@ class Calibration:
         """
         each = SAMPLES // len(self.inputs)
         with evaluating(model), torch.no_grad():
-            for inputs in self.inputs:
+            for seen, inputs in enumerate(self.inputs):
                 found: Captured = {}
                 left = None if calls is None else sum(calls[layer] for layer in layers)
                 args, kwargs = as_arguments(inputs)
-                with _watching(model, layers, found, each, left):
+                what = f"batch {seen + 1} of the data"
+                with fitting(what, FIT), _watching(model, layers, found, each, left):
                     model(*args, **kwargs)
                 yield found
 
