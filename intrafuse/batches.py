@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["batches", "map_tensors"]
+__all__ = ["batches", "fitting", "map_tensors"]
 
 ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
@@ -69,3 +70,20 @@ def batches(
             "data gave no batch",
             remedy="give a list or a loader, which can be read more than once, not an iterator",
         )
+
+
+@contextmanager
+def fitting(what: str, remedy: str) -> Iterator[None]:
+    """Turn what the model raises for inputs that do not fit it into one line.
+
+    Args:
+        what: which inputs, for the error.
+        remedy: what the user can do.
+    """
+    try:
+        yield
+    except (IntrafuseError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntrafuseError(f"the model refused {what}: {text}", remedy=remedy) from error

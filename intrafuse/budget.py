@@ -284,8 +284,8 @@ def _offers(
     """List ever smaller widths of a group, each with the damage that it adds to the one before."""
     stride = max(1, group.size // STEPS)
     least = _least(group, budget)
-    widths = [_round(group.size, w, budget, least) for w in range(group.size, 0, -stride)]
-    widths = [w for w in dict.fromkeys(widths) if w >= least]
+    steps = (*range(group.size, least, -stride), least)  # down to the floor, whatever the stride
+    widths = list(dict.fromkeys(_round(group.size, w, budget, least) for w in steps))
     if damage is None:  # nothing is known of it: it shrinks last
         return [(w, UNKNOWN) for w in widths[1:]]
     return [(b, float(damage[b] - damage[a])) for a, b in itertools.pairwise(widths)]

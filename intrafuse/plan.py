@@ -181,6 +181,8 @@ class Plan:
         for i, name in enumerate(data["groups"]):
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
             note = data.get("notes", [{}] * len(data["groups"]))[i]
+            if not isinstance(note, dict):
+                raise ValueError("what the method says of a group is no mapping")
             step = replace(MergeMap.from_tensors(name, own).check(), note=note)
             if step.size != graph.by_name[name].size:
                 raise IntrafuseError("a merge map of another size than its group", layer=name)

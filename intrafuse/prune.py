@@ -157,6 +157,13 @@ def plan(
             value=type(data).__name__,
             remedy="list(batches)",
         )
+    if repair not in (None, "analytic"):
+        raise IntrafuseError(
+            "repair of a plan must be analytic, or None",
+            value=repair,
+            usage=True,
+            remedy="intrafuse.prune repairs batch norm",
+        )
     chosen = resolve_method(method)
     graph = trace(model, example_inputs)
     groups = choose_groups(graph, include, exclude)
@@ -181,14 +188,14 @@ def plan(
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     for done, group in enumerate(shrinking):
         step = chosen(group, scores[group.name], widths[group.name], context).check()
-        if repair == "analytic":
-            step = analytic_repair(step, group, context)
         if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
             raise IntrafuseError(
                 f"a method must return the map of {group.size} to {widths[group.name]} channels",
                 value=(step.group, step.size, step.width),
                 layer=group.name,
             )
+        if repair == "analytic":
+            step = analytic_repair(step, group, context).check()
         weights.merge(step)
         maps.append(step)
         if progress is not None:

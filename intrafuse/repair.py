@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafuse.batches import batches
+from intrafuse.batches import batches, fitting
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import locate
@@ -25,6 +25,10 @@ from intrafuse.surgery import place
 
 __all__ = ["REPAIRS", "Repair", "analytic_repair", "reestimate_batchnorm"]
 
+ADVICE = (
+    "check that the batches fit the model; repair of batch norm needs several samples in every "
+    "batch, also in the last one"
+)
 Repair = Literal["analytic", "batchnorm", "synthetic"]
 REPAIRS = get_args(Repair)
 
@@ -142,14 +146,10 @@ def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
     with torch.no_grad():
         for seen, (inputs, _) in enumerate(batches(data, model, purpose="repair of batch norm")):
             args, kwargs = as_arguments(inputs)
-            try:
-                yield model(*args, **kwargs)
-            except ValueError as error:  # batch norm refuses a single value for each channel
-                raise IntrafuseError(
-                    f"the model refused batch {seen + 1} of the data: {error}",
-                    remedy="repair of batch norm needs several samples in every batch, also in "
-                    "the last one",
-                ) from error
+            what = f"batch {seen + 1} of the data"
+            with fitting(what, ADVICE):
+                outputs = model(*args, **kwargs)
+            yield outputs
 
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:

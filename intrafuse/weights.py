@@ -91,6 +91,15 @@ class Weights:
         copy.sizes, copy.statistics = dict(self.sizes), dict(self.statistics)
         return copy
 
+    def on_cpu(self) -> Weights:
+        """Return the same tensors in the CPU's memory; where they lie there already, itself."""
+        if all(tensor.device.type == "cpu" for tensor in self.state.values()):
+            return self
+        copy = self.snapshot()
+        copy.state = {name: tensor.cpu() for name, tensor in copy.state.items()}
+        copy.statistics = {k: (mean.cpu(), std.cpu()) for k, (mean, std) in copy.statistics.items()}
+        return copy
+
     def counted(self) -> dict[str, int]:
         """Count the elements of every parameter, by name; buffers do not count."""
         return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}

@@ -251,7 +251,7 @@ class Failing:
     [
         (Failing(), OSError, "the disk is gone"),
         ([], IntrafuseError, "data gave no batch.*a list or a loader"),
-        ([torch.zeros(4, 5, 6, 6)], RuntimeError, "channels"),
+        ([torch.zeros(4, 5, 6, 6)], IntrafuseError, "refused batch 1 of the data.*channels"),
     ],
 )
 def test_a_failure_leaves_both_networks_as_they_were(data, error, message, method):

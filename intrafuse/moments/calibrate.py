@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches
+from intrafuse.batches import batches, fitting
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
@@ -20,9 +20,13 @@ from intrafuse.weights import Weights
 
 __all__ = ["Calibration"]
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 BATCHES = 64  # of the data that are used
 SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
+FIT = "check that the batches fit the model, as its example inputs do"
 Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
 
 
@@ -93,26 +97,36 @@ class Calibration:
         """
         each = SAMPLES // len(self.inputs)
         with evaluating(model), torch.no_grad():
-            for inputs in self.inputs:
+            for seen, inputs in enumerate(self.inputs):
                 found: Captured = {}
                 left = None if calls is None else sum(calls[layer] for layer in layers)
                 args, kwargs = as_arguments(inputs)
-                with _watching(model, layers, found, each, left):
+                what = f"batch {seen + 1} of the data"
+                with fitting(what, FIT), _watching(model, layers, found, each, left):
                     model(*args, **kwargs)
                 yield found
 
 
 class _Sums:
-    """Streaming second moments of old and new activations, in float64."""
+    """Streaming second moments of old and new activations, in float64.
+
+    They are taken about the means of the first samples: products are of float32, and those of
+    activations far from zero would drown the covariance.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.origin: list[Tensor] = []
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples: x (samples, n) of the old and y (samples, m) of the new activations."""
+        if not len(x):
+            return
         self.count += len(x)
+        self.origin = self.origin or [x.mean(0), y.mean(0)]
+        x, y = x - self.origin[0], y - self.origin[1]
         first = [x.sum(0).double(), y.sum(0).double()]
         second = [(x.T @ x).double(), (y.T @ y).double(), (x.T @ y).double()]
         if not self.first:
@@ -122,6 +136,8 @@ class _Sums:
             self.second = [a + b for a, b in zip(self.second, second, strict=True)]
 
     def reading(self, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
+        if not self.count:
+            raise IntrafuseError("the data holds no sample", layer=layer)
         old, new = (total / self.count for total in self.first)
         pairs = ((old, old), (new, new), (old, new))
         of_old, of_new, cross = (
@@ -130,6 +146,7 @@ class _Sums:
         )
         if not (torch.isfinite(of_old).all() and torch.isfinite(of_new).all()):
             raise IntrafuseError("activations must be finite on the data", layer=layer)
+        old, new = (mean + o.double() for mean, o in zip((old, new), self.origin, strict=True))
         zero = torch.zeros(len(taps)).double()
         return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, calls)
 
@@ -166,7 +183,7 @@ def _watching(
 
     def hook(layer: str, x: Tensor, axis: int) -> None:
         nonlocal left
-        lines = x.movedim(axis, -1).flatten(0, -2)
+        lines = x.movedim(axis, -1).reshape(-1, x.shape[axis])
         if len(lines) > each:
             generator = torch.Generator().manual_seed(len(lines))
             chosen = torch.randperm(len(lines), generator=generator)[:each].sort().values
@@ -177,8 +194,12 @@ def _watching(
             raise _Enough
 
     def watch(layer: str, module: nn.Module) -> Any:
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        return module.register_forward_pre_hook(lambda _, args: hook(layer, args[0], axis))
+        axis = -1 - len(getattr(module, "kernel_size", ()))  # from behind: there may be no batch
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hook(layer, (*args, *kwargs.values())[0], axis)
+
+        return module.register_forward_pre_hook(enter, with_kwargs=True)
 
     try:
         handles += [watch(layer, model.get_submodule(layer)) for layer in layers]

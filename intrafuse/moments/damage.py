@@ -38,6 +38,7 @@ def damage_by_width(
         By group name: damage (n + 1,) by width, falling to 0 at n. A group that no moments reach
         is left out.
     """
+    weights = weights.on_cpu()  # once, not for each group
     shares = stream_shares(weights, length=length)
     found = {}
     for group in groups:

@@ -92,7 +92,7 @@ class Propagation:
     def __init__(
         self, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
     ) -> None:
-        self.weights = weights
+        self.weights = weights.on_cpu()
         self.length = length
         self.correlated = correlated
         self.program = weights.graph.program

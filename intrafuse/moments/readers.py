@@ -72,6 +72,7 @@ def readings(
     Readers that no moments reach are left out.
     """
     propagation = Propagation(weights, length=length, correlated=correlated)
+    weights = propagation.weights
     calls = layer_calls(propagation)
     found = {}
     for slot in weights.present(group.readers):
@@ -146,7 +147,7 @@ def reader_taps(
     layer = weights.graph.layers[slot.parameter]
     blocks = weights.graph.blocks(slot, group.id, weights.sizes)
     rows = torch.from_numpy(positions(blocks, weights.sizes[group.id]))
-    weight = weights.state[slot.parameter]
+    weight = weights.state[slot.parameter].cpu()
     front = weight.movedim((layer.output_axis, layer.input_axis), (0, 1)).double()
     taps = front[:, rows].flatten(3).flatten(2) if front.dim() > 2 else front[:, rows]
     kernel = _kernel(weights, slot, group, tuple(front.shape[2:]), taps.shape[2], length)

@@ -142,6 +142,7 @@ def _reader_error(step: MergeMap, name: str, reading: Reading, weights: Weights)
     after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
     whole = old + gain.square() * new + (before - after).square()
     agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
+    agreement = agreement.clamp(-1, 1)  # rounding where next to nothing varies
     total = old.sum()
     return float((old @ (1 - agreement)) / total) if total > 0 else 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -46,11 +47,13 @@ class MomentSource:
     steps: int = 60
 
     def __post_init__(self) -> None:
-        for setting in ("ridge", "max_gain", "length"):
-            if not getattr(self, setting) >= 0:
-                raise IntrafuseError(
-                    f"{setting} must be not negative", value=getattr(self, setting), usage=True
-                )
+        real, whole = (Real, 0, "finite and not negative"), (Integral, 1, "a whole number from 1")
+        kinds = dict.fromkeys(("ridge", "max_gain", "length"), real)
+        for setting, (kind, least, rule) in {**kinds, "images": whole, "steps": whole}.items():
+            value = getattr(self, setting)
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not number or not least <= value < float("inf"):
+                raise IntrafuseError(f"{setting} must be {rule}", value=value, usage=True)
 
     def readings(
         self, group: ChannelGroup, weights: Weights, context: Context

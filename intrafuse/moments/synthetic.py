@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafuse.batches import fitting
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 
@@ -69,8 +70,10 @@ def synthesise(
     _check_settings(images, steps, batch_size, learning_rate)
     name, example = _only_input(example_inputs)
     norms = _norms(model)
+    if not norms:
+        raise _no_norm()
     like = next((p for p in model.parameters() if p.is_floating_point()), example)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     start = dead_leaves((images, *example.shape[1:]), generator)
     with torch.enable_grad(), _frozen(model), evaluating(model), _watched(norms) as seen:
         precise = torch.promote_types(like.dtype, torch.float32)
@@ -83,7 +86,8 @@ def synthesise(
             for part in order.tensor_split(-(-images // batch_size)):
                 batch = inputs[part.to(like.device)].to(like.dtype)
                 seen.clear()
-                model(batch) if name is None else model(**{name: batch})
+                with fitting("synthetic inputs", USE_DATA):
+                    model(batch) if name is None else model(**{name: batch})
                 _loss(norms, seen, step).backward()
             adam.step()
             falling.step()
@@ -135,11 +139,7 @@ def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _loss(norms: Mapping[str, _BatchNorm], seen: Seen, step: int) -> Tensor:
     """Average the divergence over all norms that were reached, each of which counts alike."""
     if not seen:
-        raise IntrafuseError(
-            "synthetic inputs need a batch norm with running statistics, which the forward of the "
-            "model reaches",
-            remedy=USE_DATA,
-        )
+        raise _no_norm()
     terms = {name: _divergence(norms[name], calls) for name, calls in seen.items()}
     loss = torch.stack([term.cpu() for term in terms.values()]).mean()
     if not torch.isfinite(loss):
@@ -151,6 +151,14 @@ def _loss(norms: Mapping[str, _BatchNorm], seen: Seen, step: int) -> Tensor:
     if not loss.requires_grad:
         raise IntrafuseError("the forward of the model lets no gradient through", remedy=USE_DATA)
     return loss
+
+
+def _no_norm() -> IntrafuseError:
+    return IntrafuseError(
+        "synthetic inputs need a batch norm with running statistics, which the forward of the "
+        "model reaches",
+        remedy=USE_DATA,
+    )
 
 
 def _divergence(norm: _BatchNorm, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
