@@ -181,6 +181,13 @@ def choose_widths(
             return 1 - sum(widths.values()) / groups_before if groups_before else 0.0
         return figures(widths).removed(before)[budget.kind]
 
+    return {**base, **widths_at(_first_enough(steps, removed, budget))}
+
+
+def _first_enough(
+    steps: Sequence[float], removed: Callable[[float], float], budget: Budget
+) -> float:
+    """Find the first step that removes what was asked."""
     most = removed(steps[-1])
     if most < budget.share - 1e-12:
         raise IntrafuseError(
@@ -196,7 +203,7 @@ def choose_widths(
         low, high = (
             (low, middle) if removed(steps[middle]) >= budget.share - 1e-12 else (middle + 1, high)
         )
-    return {**base, **widths_at(steps[low])}
+    return steps[low]
 
 
 def _override(group: ChannelGroup, budget: Budget) -> float | None:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
+from intrafuse.graph.groups import ChannelGroup
 from intrafuse.importance import Importance, score
+from intrafuse.merge import MergeMap
 from intrafuse.methods import Method, resolve_method
 from intrafuse.moments.damage import damage_by_width
 from intrafuse.moments.synthetic import synthesise
@@ -182,24 +184,7 @@ def plan(
     scores = {group.name: score(group, context, importance) for group in groups}
     damage = damage_by_width(groups, _folded(weights)) if scope == "predicted" else None
     widths = choose_widths(graph, groups, scores, budget, figures, damage)
-    maps = []
-    forward = getattr(chosen, "order", "backward") == "forward"
-    ordered = groups if forward else list(reversed(groups))
-    shrinking = [group for group in ordered if widths[group.name] < group.size]
-    for done, group in enumerate(shrinking):
-        step = chosen(group, scores[group.name], widths[group.name], context).check()
-        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
-            raise IntrafuseError(
-                f"a method must return the map of {group.size} to {widths[group.name]} channels",
-                value=(step.group, step.size, step.width),
-                layer=group.name,
-            )
-        if repair == "analytic":
-            step = analytic_repair(step, group, context).check()
-        weights.merge(step)
-        maps.append(step)
-        if progress is not None:
-            progress(done + 1, len(shrinking))
+    maps = _merge(chosen, groups, scores, widths, context, repair)
     settings = {
         "method": _describe(chosen),
         "importance": importance if isinstance(importance, str) else _name(importance),
@@ -211,7 +196,7 @@ def plan(
     }
     after = measure(graph, weights.sizes, weights.counted()) if maps else before
     fold = chosen.folds_batchnorm and bool(maps)
-    return Plan(graph, tuple(maps), fold, settings, before, after, time.perf_counter() - started)
+    return Plan(graph, maps, fold, settings, before, after, time.perf_counter() - started)
 
 
 def prune(
@@ -305,6 +290,36 @@ def prune(
         made.notes,
     )
     return Pruned(smaller, made, report)
+
+
+def _merge(
+    method: Method,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    context: Context,
+    repair: Literal["analytic"] | None,
+) -> tuple[MergeMap, ...]:
+    """Make and apply the map of each group that shrinks, in the order that the method wants."""
+    forward = getattr(method, "order", "backward") == "forward"
+    ordered = groups if forward else list(reversed(groups))
+    shrinking = [group for group in ordered if widths[group.name] < group.size]
+    maps = []
+    for done, group in enumerate(shrinking):
+        step = method(group, scores[group.name], widths[group.name], context).check()
+        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
+            raise IntrafuseError(
+                f"a method must return the map of {group.size} to {widths[group.name]} channels",
+                value=(step.group, step.size, step.width),
+                layer=group.name,
+            )
+        if repair == "analytic":
+            step = analytic_repair(step, group, context)
+        context.weights.merge(step)
+        maps.append(step)
+        if context.progress is not None:
+            context.progress(done + 1, len(shrinking))
+    return tuple(maps)
 
 
 def _folded(weights: Weights) -> Weights:
