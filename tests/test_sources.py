@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import intrafuse
-from intrafuse import IntrafuseError
+from intrafuse import IntrafuseError, MergeMap
 from intrafuse.cli import app
 from intrafuse.methods import METHODS, Auto, Moment
 from intrafuse.moments.sources import MomentSource
@@ -208,6 +208,35 @@ def test_an_unknown_source():
     for kind in (Moment, Auto):
         with pytest.raises(IntrafuseError, match="source must be one of analytic, synthetic, cal"):
             kind(source="weights")
+
+
+class Alien:
+    """A method that returns a map of another size."""
+
+    folds_batchnorm = False
+
+    def __call__(self, group, scores, width, context):
+        return MergeMap.select(group.name, group.size + 1, torch.arange(width))
+
+
+def test_a_wrong_map_is_named_before_it_is_repaired():
+    model, x = build("mlp")
+    with pytest.raises(IntrafuseError, match="must return the map of 12 to 6 channels"):
+        intrafuse.plan(model, x, channels=0.5, method=Alien(), repair="analytic", include=["0"])
+
+
+def test_inputs_that_the_model_refuses():
+    """An example input without a batch counts as one of many channels."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(IntrafuseError, match=r"refused synthetic inputs.*--data"):
+        synthesise(model, torch.zeros(3, 6, 6), images=4, steps=1)
+
+
+def test_a_seed_of_any_size():
+    model, x = build("mlp")
+    for seed in (-1, 2**70):
+        made = intrafuse.plan(model, x, channels=0.5, method=Moment(**FEW), seed=seed)
+        assert made.widths == {"0": 6, "3": 4}
 
 
 # --- the command line
