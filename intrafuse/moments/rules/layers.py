@@ -44,7 +44,7 @@ def layer(self: Propagation, node: Node) -> Moments | None:
     if _groups(self, node, found, tree) == 1:
         taps, kernel, before = _dense(self, node, found, before)
         _, mean = _input_scale(taps, before)
-        covariance = weight_covariance(taps, kernel, _inputs(self, before, found.weight))
+        covariance = weight_covariance(taps, kernel, _inputs(self, before, found.weight, taps))
         mean = _tap_sum(node, found, taps) @ mean
     else:
         mean, covariance = _grouped(self, node, found, tree, before)
@@ -141,18 +141,20 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
     return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
 
 
-def _inputs(self: Propagation, before: Moments | None, name: str) -> Tensor | None:
+def _inputs(self: Propagation, before: Moments | None, name: str, taps: Tensor) -> Tensor | None:
     """Return the covariance (inputs, inputs) that a dense layer counts with.
 
     Inferred correlations are right in part only, and a part of them serves better than all or
     none. Where a batch norm tells the variance of the outputs, inputs of equal variance serve
-    better than the inferred ones.
+    better than the inferred ones: the mean of those that are read, so that channels which were put
+    beside others to compare them change nothing.
     """
     if before is None:
         return None
     own = before.covariance.diagonal().clamp_min(0)
     normed = any(norm.layer == name for norm in self.weights.graph.norms)
-    base = torch.full_like(own, float(own.mean())) if normed else own
+    read = (taps != 0).any(2).any(0)
+    base = torch.full_like(own, float(own[read].mean())) if normed and read.any() else own
     part = self.correlated * before.covariance
     return part.diagonal_scatter(base + self.correlated * (own - base))
 
