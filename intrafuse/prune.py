@@ -63,10 +63,11 @@ class Report:
         ]
         header = ["", "before", "after", "removed", "wanted"]
         table = text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
-        return table + self._choices()
+        header, rows = self.choices()
+        return table + (text_table("Choices", header, rows, numbers=(2,)) if rows else "")
 
-    def _choices(self) -> str:
-        """Tabulate what was chosen for each group, beside the best of what was not."""
+    def choices(self) -> tuple[list[str], list[list[str]]]:
+        """Give header and rows of what was chosen for each group, beside the best of the others."""
         rows = []
         for group, note in self.notes.items():
             errors = dict(note.get("predicted", {}))
@@ -75,10 +76,7 @@ class Report:
             other = min(errors, key=errors.__getitem__, default=None)
             next_best = "" if other is None else f"{other} ({errors[other]:.4f})"
             rows.append([group, chosen, "" if own is None else f"{own:.4f}", next_best])
-        if not rows:
-            return ""
-        header = ["group", "chosen", "predicted error", "best of the others"]
-        return text_table("Choices", header, rows, numbers=(2,))
+        return ["group", "chosen", "predicted error", "best of the others"], rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -211,6 +211,9 @@ def _show(common: Common, pruned: Pruned, figures: dict[str, Any]) -> None:
     name = pruned.plan.settings["method"]["name"]
     title = f"Pruned by {name} in {report.seconds:.2f} s"
     show_table(common, title, ["", "before", "after", "removed"], rows, numbers=(1, 2, 3))
+    header, rows = report.choices()
+    if rows:
+        show_table(common, "Choices", header, rows, numbers=(2,))
 
 
 def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
