@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from difflib import get_close_matches
+from typing import Any, Literal
 
 from torch import nn
 
 from intrafuse.batchnorm import fold_norms
 from intrafuse.errors import IntrafuseError
-from intrafuse.fusing.align import Alignment, align
+from intrafuse.fusing.align import align
+from intrafuse.fusing.checks import (
+    check_choices,
+    check_data,
+    check_networks,
+    check_reference,
+    check_regularisation,
+    scaled_shares,
+)
 from intrafuse.fusing.match import require_equal_widths, require_same_structure
 from intrafuse.fusing.members import Member, combine
 from intrafuse.fusing.observe import activations, take
 from intrafuse.fusing.restore import analytic_restore, reestimate
+from intrafuse.fusing.stack import shrink, stack
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.graph.groups import ChannelGraph
+from intrafuse.methods.moment import Moment
 from intrafuse.moments.synthetic import synthesise
+from intrafuse.plan import Plan
 from intrafuse.report.tables import text_table
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
@@ -27,8 +38,10 @@ from intrafuse.weights import Weights
 __all__ = ["Fused", "FusionReport", "fuse"]
 
 Features = Literal["weights", "activations"]
-FusionMethod = Literal["ot", "assignment"]
+FusionMethod = Literal["ot", "assignment", "moment"]
 FusionRepair = Literal["batchnorm", "synthetic", "analytic"]
+Width = Literal["first"] | float | Mapping[str, int]
+DATA_REPAIRS = ("batchnorm", "synthetic")
 Progress = Callable[[int, int], None]
 
 
@@ -72,16 +85,24 @@ class FusionReport:
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """A fused network and a report."""
+    """A fused network and a report.
+
+    Attributes:
+        model: the network, with batch norm folded into its layers.
+        report: what was done.
+        plan: how its groups were reduced, where the method or the width asked for that.
+    """
 
     model: nn.Module
     report: FusionReport
+    plan: Plan | None = None
 
 
 def fuse(
     models: Sequence[nn.Module],
     example_inputs: ExampleInputs,
     *,
+    width: Width = "first",
     weights: Sequence[float] | None = None,
     features: Features = "weights",
     data: Iterable | None = None,
@@ -99,22 +120,27 @@ def fuse(
         models: two or more trained networks; they are not changed. They may differ in the widths
             of their channel groups.
         example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace them with.
+        width: `first` gives the result the widths of the reference; a number is the share of
+            these that is removed after fusion, by moments; a mapping tells the channels of groups
+            by name.
         weights: what each network counts, not negative; they are scaled to sum to one. By default
             all count alike.
         features: channels are compared by the `weights` of the layers that write them, or by
             their `activations` on `data`, which serves networks that were trained from different
-            starts better.
+            starts better. For `moment`: where the moments come from.
         data: batches of inputs, or of (inputs, labels); labels are ignored.
         samples: number of inputs that activations are compared on.
         method: `ot` transports channels, whatever the widths (Singh and Jaggi, NeurIPS 2020);
             `assignment` pairs them one to one, with equal widths, in repeated sweeps (Git
-            Re-Basin, ICLR 2023).
+            Re-Basin, ICLR 2023); `moment` stacks all networks side by side, keeps the channels
+            that explain most, and re-solves their readers (ours).
         reference: index of the network whose order of channels and widths the result has.
         regularisation: of the transport: 0 exact, above 0 entropic, None by size.
         seed: seeds everything random.
         repair: `batchnorm` brings the statistics of every layer's outputs to the mean of the
             networks' own, measured on `data` (REPAIR); `synthetic` measures on inputs made from
-            the batch norms; `analytic` takes what the batch norms tell, without data.
+            the batch norms; `analytic` takes what the batch norms tell, without data (`moment`
+            does so anyway).
         progress: called with (networks aligned, networks in all).
 
     Returns:
@@ -130,158 +156,181 @@ def fuse(
     Linear(in_features=4, out_features=8, bias=True)
     """
     started = time.perf_counter()
-    models = _networks(models)
-    _check_choices(features=features, method=method, repair=repair)
-    _check_data(data, features, repair, samples)
-    shares = _shares(weights, len(models))
-    if not -len(models) <= reference < len(models):
-        raise IntrafuseError(
-            f"reference must be the index of one of {len(models)} networks",
-            value=reference,
-            usage=True,
-        )
-    reference %= len(models)
+    models = check_networks(models)
+    check_choices(
+        features=(features, Features), method=(method, FusionMethod), repair=(repair, FusionRepair)
+    )
+    check_data(data, features, repair, samples)
+    check_regularisation(regularisation)
+    shares = scaled_shares(weights, len(models))
+    reference = check_reference(reference, len(models))
     graphs = [trace(model, example_inputs) for model in models]
     for number, graph in enumerate(graphs):
         require_same_structure(graphs[reference], graph, number + 1)
     if method == "assignment":
         require_equal_widths(graphs, reference)
-    folded = [_folded(graph, model) for graph, model in zip(graphs, models, strict=True)]
-    inputs = None
-    if features == "activations":
-        inputs = take(data, models[reference], samples)
-
-    def observed(k: int) -> Any:
-        network = install(models[k], folded[k])
-        return None if inputs is None else activations(graphs[k], network, inputs)
-
-    seen = observed(reference) if inputs is not None else None
-    aligned: list[Alignment | None] = []
-    for k, share in enumerate(shares):
-        apart = k != reference and share > 0
-        pair = (seen, observed(k)) if apart and inputs is not None else None
-        settings = {"solver": method, "regularisation": regularisation, "seed": seed}
-        aligned.append(
-            align(folded[reference], folded[k], activations=pair, **settings) if apart else None
-        )
-        if progress is not None:
-            progress(k + 1, len(models))
-    members = [
-        Member(models[k], folded[k], tuple(a.maps.values()) if a is not None else (), share)
-        for k, (share, a) in enumerate(zip(shares, aligned, strict=True))
-        if share > 0
-    ]
-    fused = combine(members, folded[reference])
+    widths = _wanted_widths(width, graphs, graphs[reference], method)
+    inputs = take(data, models[reference], samples) if features == "activations" else None
+    job = _Job(models, graphs, shares, reference, example_inputs, inputs, seed)
     if repair == "synthetic":
-        data = [
-            batch
-            for k, share in enumerate(shares)
-            if share > 0
-            for batch in synthesise(models[k], example_inputs, seed=seed + k)
-        ]
-    analytic_restore(fused, members, rescale=repair == "analytic")
-    if repair in ("batchnorm", "synthetic"):
-        reestimate(models[reference], fused, members, data)
-    model = install(models[reference], fused)
+        data = job.synthetic()
+    found: dict[str, Any] = {}
+    if method == "moment":
+        model, plan = _merge(job, widths, data if repair in DATA_REPAIRS else None)
+    else:
+        solver: Any = {"solver": method, "regularisation": regularisation, "seed": seed}
+        tensors, found = _average(job, solver, repair, data, progress)
+        model, plan = _narrow(job, tensors, widths)
+    final = plan.widths if plan is not None else _sizes(graphs[reference])
     report = FusionReport(
         method,
         features,
         repair,
         reference,
         shares,
-        _widths(graphs, fused),
-        {g.name: _distances(g.name, aligned) for g in graphs[reference].groups},
-        tuple(0 if a is None else a.sweeps for a in aligned),
-        time.perf_counter() - started,
+        {name: (*(graph.by_name[name].size for graph in graphs), final[name]) for name in widths},
+        **found,
+        seconds=time.perf_counter() - started,
     )
-    return Fused(model, report)
+    return Fused(model, report, plan)
 
 
-def _folded(graph: ChannelGraph, model: nn.Module) -> Weights:
-    weights = Weights.of(graph, model)
-    fold_norms(weights)
-    return weights
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """The networks of a fusion that has been checked."""
+
+    models: Sequence[nn.Module]
+    graphs: Sequence[ChannelGraph]
+    shares: tuple[float, ...]
+    reference: int
+    example_inputs: ExampleInputs
+    inputs: list[Any] | None
+    seed: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The reference network."""
+        return self.models[self.reference]
+
+    @property
+    def counting(self) -> list[int]:
+        """The networks whose weight is not zero."""
+        return [k for k, share in enumerate(self.shares) if share > 0]
+
+    def synthetic(self) -> list[Any]:
+        """Make inputs that fit the batch norms of each network."""
+        return [
+            batch
+            for k in self.counting
+            for batch in synthesise(self.models[k], self.example_inputs, seed=self.seed + k)
+        ]
+
+    def folded(self, k: int) -> Weights:
+        """Return the tensors of one network with batch norm folded."""
+        weights = Weights.of(self.graphs[k], self.models[k])
+        fold_norms(weights)
+        return weights
+
+    def observed(self, k: int, weights: Weights) -> Any:
+        """Observe the activations of one network."""
+        assert self.inputs is not None
+        return activations(self.graphs[k], install(self.models[k], weights), self.inputs)
 
 
-def _widths(graphs: Sequence[ChannelGraph], fused: Weights) -> dict[str, tuple[int, ...]]:
-    return {
-        group.name: (
-            *(graph.by_name[group.name].size for graph in graphs),
-            fused.sizes[group.id],
-        )
+def _average(
+    job: _Job,
+    solver: Mapping[str, Any],
+    repair: FusionRepair | None,
+    data: Any,
+    progress: Progress | None,
+) -> tuple[Weights, dict[str, Any]]:
+    """Align every network with the reference, take the weighted mean, and tell how they align."""
+    reference = job.folded(job.reference)
+    watched = None if job.inputs is None else job.observed(job.reference, reference)
+    members, aligned = [], {}
+    for k in job.counting:
+        own = reference if k == job.reference else job.folded(k)
+        maps = ()
+        if k != job.reference:
+            pair = None if watched is None else (watched, job.observed(k, own))
+            aligned[k] = align(reference, own, activations=pair, **solver)
+            maps = tuple(aligned[k].maps.values())
+        members.append(Member(job.models[k], own, maps, job.shares[k]))
+        if progress is not None:
+            progress(len(members), len(job.counting))
+    fused = combine(members, reference)
+    analytic_restore(fused, members, rescale=repair == "analytic")
+    if repair in DATA_REPAIRS:
+        reestimate(job.model, fused, members, data)
+    networks = range(len(job.models))
+    told = {
+        group.name: [aligned[k].distances[group.name] if k in aligned else None for k in networks]
         for group in fused.graph.groups
     }
-
-
-def _distances(name: str, aligned: Sequence[Alignment | None]) -> tuple[float | None, ...]:
-    return tuple(None if a is None else a.distances[name] for a in aligned)
-
-
-# --- checks -------------------------------------------------------------------------------------
-
-
-def _networks(models: object) -> list[nn.Module]:
-    if isinstance(models, nn.Module | str) or not isinstance(models, Iterable):
-        raise IntrafuseError(
-            "fusion takes a list of networks",
-            value=type(models).__name__,
-            usage=True,
-            remedy="fuse([a, b], example_inputs)",
-        )
-    networks = list(models)
-    for model in networks:
-        if not isinstance(model, nn.Module):
-            raise IntrafuseError(
-                "a network must be a torch.nn.Module", value=type(model).__name__, usage=True
-            )
-    if len(networks) < 2:
-        raise IntrafuseError("fusion needs two networks or more", value=len(networks), usage=True)
-    return networks
-
-
-def _check_choices(**chosen: str | None) -> None:
-    known = {"features": Features, "method": FusionMethod, "repair": FusionRepair}
-    for setting, value in chosen.items():
-        allowed = get_args(known[setting])
-        if value not in allowed and not (setting == "repair" and value is None):
-            names = ", ".join(allowed) + (", or None" if setting == "repair" else "")
-            raise IntrafuseError(f"{setting} must be one of {names}", value=value, usage=True)
-
-
-def _check_data(data: object, features: str, repair: str | None, samples: int) -> None:
-    """Refuse missing data before anything is computed."""
-    needs = {
-        'features="activations"': features == "activations",
-        "repair of batch norm": repair == "batchnorm",
+    return fused, {
+        "distances": {name: tuple(values) for name, values in told.items()},
+        "sweeps": tuple(aligned[k].sweeps if k in aligned else 0 for k in networks),
     }
-    for purpose, needed in needs.items():
-        if needed and data is None:
-            raise IntrafuseError(
-                f"{purpose} needs unlabelled data",
-                usage=True,
-                remedy="give data=, batches of inputs (on the command line --data)",
-            )
-    if isinstance(data, Iterator):
-        raise IntrafuseError(
-            "data must be readable more than once: a list of batches or a loader",
-            value=type(data).__name__,
-            remedy="list(batches)",
-        )
-    if not (type(samples) is int and samples > 0):
-        raise IntrafuseError("samples must be a whole number above 0", value=samples, usage=True)
 
 
-def _shares(weights: Sequence[float] | None, networks: int) -> tuple[float, ...]:
-    """Scale the networks' weights to sum to one."""
-    if weights is None:
-        return (1 / networks,) * networks
-    given = [float(weight) for weight in weights]
-    if len(given) != networks:
+def _narrow(job: _Job, fused: Weights, widths: Mapping[str, int]) -> tuple[nn.Module, Plan | None]:
+    """Reduce a fused network to the widths that were asked for, by moments."""
+    model = install(job.model, fused)
+    if widths == _sizes(fused.graph):
+        return model, None
+    method = Moment(source="analytic" if job.inputs is None else "calibration")
+    plan = shrink(model, fused, widths, method, job.example_inputs, job.inputs, job.seed)
+    return install(model, fused), plan
+
+
+def _merge(job: _Job, widths: Mapping[str, int], data: Any) -> tuple[nn.Module, Plan | None]:
+    """Stack the networks, keep the channels that explain most, and re-solve their readers."""
+    parts = [Weights.of(job.graphs[k], job.models[k]) for k in job.counting]
+    shares = [job.shares[k] for k in job.counting]
+    union = install(job.model, stack(job.graphs[job.reference], parts, shares))
+    weights = Weights.of(trace(union, job.example_inputs), union)
+    fold_norms(weights)
+    whole = weights.snapshot()
+    source = "analytic" if job.inputs is None else "calibration"
+    method = Moment(transport="none", source=source)
+    plan = shrink(union, weights, widths, method, job.example_inputs, job.inputs, job.seed)
+    if data is not None:
+        reestimate(union, weights, [Member(union, whole, plan.maps, 1.0)], data)
+    return install(union, weights), plan if plan.maps else None
+
+
+def _sizes(graph: ChannelGraph) -> dict[str, int]:
+    return {group.name: group.size for group in graph.groups}
+
+
+def _wanted_widths(
+    width: Width, graphs: Sequence[ChannelGraph], reference: ChannelGraph, method: FusionMethod
+) -> dict[str, int]:
+    """Decide how many channels each group shall have."""
+    sizes = _sizes(reference)
+    if isinstance(width, Mapping):
+        for name, wanted in width.items():
+            if name not in sizes:
+                near = get_close_matches(str(name), sizes, n=3, cutoff=0.3) or sorted(sizes)[:3]
+                raise IntrafuseError(
+                    "width names no channel group",
+                    value=name,
+                    usage=True,
+                    remedy=f"near matches: {', '.join(near)}",
+                )
+            most = sizes[name]
+            if method == "moment":
+                most = sum(graph.by_name[name].size for graph in graphs)
+            if type(wanted) is not int or not 1 <= wanted <= most:
+                rule = f"width must be a whole number from 1 to {most}"
+                raise IntrafuseError(rule, value=wanted, layer=name, usage=True)
+        return {**sizes, **width}
+    if width == "first":
+        return sizes
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 <= width < 1:
         raise IntrafuseError(
-            f"weights must be {networks} numbers, one for each network", value=given, usage=True
+            'width must be "first", a share to remove in [0, 1), or channels by group',
+            value=width,
+            usage=True,
         )
-    if not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
-        raise IntrafuseError(
-            "weights must be finite, not negative, and not all zero", value=given, usage=True
-        )
-    return tuple(weight / sum(given) for weight in given)
+    return {name: max(1, int(size * (1 - width) + 1e-9)) for name, size in sizes.items()}

@@ -87,15 +87,16 @@ def _compare_programs(reference: ChannelGraph, graph: ChannelGraph, number: int)
     for a, b in zip_longest(own, other):
         if a is None or b is None or operator_name(a) != operator_name(b):
             names = [None if node is None else operator_name(node) for node in (a, b)]
-            where = location(a if a is not None else b) or str(a)
+            node = a if a is not None else b
+            assert node is not None
+            where = location(node) or str(node)
             raise _differs(where, number, f"runs {names[0]} in the reference", names[1])
 
 
 def _differs(name: str | None, number: int, rule: str, value: object) -> IntrafuseError:
-    given = {} if value is None else {"value": value}
+    received = "" if value is None else f", not {value!r}"
     return IntrafuseError(
-        f"network {number} is not built as the reference is: {name or 'it'} {rule}",
+        f"network {number} is not built as the reference is: {name or 'it'} {rule}{received}",
         layer=name,
         remedy=REMEDY,
-        **given,
     )

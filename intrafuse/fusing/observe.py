@@ -58,7 +58,7 @@ def points(graph: ChannelGraph, model: nn.Module, *, norms: bool = False) -> lis
     found = []
     for layer in graph.layers.values():
         module = model.get_submodule(layer.name)
-        if isinstance(module, LAYERS) and layer.bias in graph.axes:
+        if isinstance(module, LAYERS) and layer.bias is not None and layer.bias in graph.axes:
             axis = -1 if isinstance(module, nn.Linear) else 1
             tree = graph.axes[layer.bias][0]
             found.append(Point(layer.name, tree, layer.weight, layer.bias, axis))
@@ -77,14 +77,24 @@ def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     """
     found, left = [], samples
     for inputs, _ in batches(data, model, purpose='features="activations"'):
-        sizes: list[int] = []
-        map_tensors(lambda t, s=sizes: s.append(len(t)) or t, inputs)
+        sizes = _lengths(inputs)
         if len(set(sizes)) == 1 and sizes[0] > left:
             inputs = map_tensors(lambda t, n=left: t[:n], inputs)
         found.append(inputs)
         left -= sizes[0] if sizes else 1
         if left <= 0:
             break
+    return found
+
+
+def _lengths(inputs: Any) -> list[int]:
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(len(tensor) if tensor.dim() else 0)
+        return tensor
+
+    map_tensors(note, inputs)
     return found
 
 
@@ -101,13 +111,15 @@ def observing(
     model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
+
+    def hook(point: Point) -> Callable[..., Any]:
+        return lambda _module, _args, output: see(point, output)
+
     handles = []
     try:
         for point in watched:
             module = model.get_submodule(point.name)
-            handles.append(
-                module.register_forward_hook(lambda _module, _args, out, p=point: see(p, out))
-            )
+            handles.append(module.register_forward_hook(hook(point)))
         yield
     finally:
         for handle in handles:

@@ -19,6 +19,7 @@ from intrafuse.batches import batches
 from intrafuse.errors import IntrafuseError
 from intrafuse.fusing.members import Member
 from intrafuse.fusing.observe import Point, observing, points, run
+from intrafuse.merge import MergeMap
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
@@ -64,8 +65,11 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
             )
         flat = lines.flatten(0, -2).double()
         mean, variance = flat.mean(0), flat.var(0, correction=0)
-        old = sums.get(point.bias, [0.0, 0.0, 0.0])
-        sums[point.bias] = [a + b for a, b in zip(old, (1.0, mean, variance), strict=True)]
+        parts = [torch.ones(()).to(mean), mean, variance]
+        old = sums.get(point.bias)
+        sums[point.bias] = (
+            parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+        )
         gain, shift = _correction(mean, variance, *targets[point.bias])
         return (lines * gain.to(lines) + shift.to(lines)).movedim(-1, point.axis)
 
@@ -93,13 +97,13 @@ def analytic_restore(fused: Weights, members: Sequence[Member], *, rescale: bool
     """
     parts = [(member.share, member.aligned()) for member in members]
     for name, layer in fused.graph.layers.items():
-        if not all(name in part.statistics for _, part in parts):
-            continue
+        if any(
+            len(_statistics(p, name)) != p.state[name].shape[layer.output_axis] for _, p in parts
+        ):
+            continue  # nothing was told, or not of a grouped transposed convolution
         mean = torch.stack([w * p.statistics[name][0].double() for w, p in parts]).sum(0)
         spread = torch.stack([w * p.statistics[name][1].double() for w, p in parts])
         rows = [p.state[name].movedim(layer.output_axis, 0).flatten(1).double() for _, p in parts]
-        if len(rows[0]) != len(mean):  # a grouped transposed convolution
-            continue
         unit = torch.nn.functional.normalize(torch.stack(rows), dim=2)
         cosine = torch.einsum("koi,loi->klo", unit, unit).clamp_min(0)
         found = torch.einsum("ko,lo,klo->o", spread, spread, cosine).sqrt()
@@ -109,6 +113,10 @@ def analytic_restore(fused: Weights, members: Sequence[Member], *, rescale: bool
             fused.rescale(name, gain, (1 - gain) * mean)
             found = target
         fused.statistics[name] = mean.float(), found.float()
+
+
+def _statistics(weights: Weights, name: str) -> Tensor:
+    return weights.statistics.get(name, (torch.zeros(0),))[0]
 
 
 def _correction(
@@ -153,7 +161,7 @@ def _targets(members: Sequence[Member], data: Iterable) -> Told:
 def _moved(member: Member, bias: str, line: Tensor) -> Tensor:
     part = Weights(member.weights.graph, {bias: line})
     for step in member.maps:
-        part.merge(step)
+        part.merge(MergeMap(step.group, step.encode, step.decode, step.carry, step.keep))
     return part.state[bias]
 
 
