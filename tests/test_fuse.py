@@ -216,3 +216,13 @@ def test_weights_that_are_not_finite_are_refused():
     bad[0].weight.data[0, 0] = float("nan")
     with pytest.raises(IntrafuseError, match="finite"):
         intrafuse.fuse([linear(), bad], X)
+
+
+@pytest.mark.parametrize("name", ["grouped", "separable", "option-a", "twice"])
+def test_moments_with_repair_run_on_every_coupling(name):
+    (a, x), (b, _) = build(name), build(name, 1)
+    data = [torch.randn(32, *x.shape[1:])]
+    how = dict(method="moment", features="activations", data=data, width=0.25)
+    fused = intrafuse.fuse([a, b], x, repair="batchnorm", **how)
+    assert torch.isfinite(outputs(fused.model, x)).all()
+    assert all(w[-1] == int(0.75 * w[0]) for w in fused.report.widths.values())

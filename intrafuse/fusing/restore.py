@@ -64,7 +64,7 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
                 "repair needs several samples in every batch", value=count, layer=point.name
             )
         flat = lines.flatten(0, -2).double()
-        mean, variance = flat.mean(0), flat.var(0, correction=0)
+        mean, variance = flat.mean(0).cpu(), flat.var(0, correction=0).cpu()
         parts = [torch.ones(()).to(mean), mean, variance]
         old = sums.get(point.bias)
         sums[point.bias] = (
@@ -131,8 +131,8 @@ def _correction(
 def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> None:
     if point.is_layer:
         weights.rescale(point.weight, gain, shift)
-        if point.weight in weights.statistics:
-            mean, spread = weights.statistics[point.weight]
+        mean, spread = weights.statistics.pop(point.weight, (gain[:0], gain[:0]))
+        if len(mean) == len(gain):  # those of a grouped transposed convolution follow no merge
             moved = mean * gain.to(mean) + shift.to(mean)
             weights.statistics[point.weight] = moved, spread * gain.to(spread).abs()
         return
