@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from intrafuse.checkpoint import load, save
     from intrafuse.context import Context
     from intrafuse.errors import IntrafuseError
+    from intrafuse.fuse import Fused, FusionReport, fuse
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
     from intrafuse.merge import MergeMap
     from intrafuse.moments.synthetic import synthesise
@@ -25,12 +26,15 @@ __all__ = [
     "ChannelGroup",
     "Context",
     "Figures",
+    "Fused",
+    "FusionReport",
     "IntrafuseError",
     "MergeMap",
     "Plan",
     "Pruned",
     "Report",
     "fold_batchnorm",
+    "fuse",
     "load",
     "plan",
     "prune",
@@ -48,6 +52,7 @@ _HOMES = {
     "checkpoint": ("load", "save"),
     "context": ("Context",),
     "errors": ("IntrafuseError",),
+    "fuse": ("Fused", "FusionReport", "fuse"),
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),
     "merge": ("MergeMap",),
     "moments.synthetic": ("synthesise",),

@@ -276,7 +276,7 @@ def test_bad_usage_exits_with_2(arguments):
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["inspect", "prune", "compare", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "prune", "compare", "evaluate", "fuse", "demo"])
 def test_every_command_has_the_common_options(command):
     result = run(command, "--help")
     assert result.exit_code == 0

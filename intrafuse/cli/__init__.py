@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import intrafuse
-from intrafuse.cli import compare, demo, evaluate, inspect, prune
+from intrafuse.cli import compare, demo, evaluate, fuse, inspect, prune
 from intrafuse.cli.options import add_command
 
 __all__ = ["app", "main"]
@@ -41,7 +41,11 @@ def _about(
     """Make a trained neural network smaller without its data."""
 
 
-for _command in (inspect.inspect, prune.prune, compare.compare, evaluate.evaluate, demo.demo):
+_COMMANDS = (
+    *(inspect.inspect, prune.prune, compare.compare),
+    *(fuse.fuse, evaluate.evaluate, demo.demo),
+)
+for _command in _COMMANDS:
     add_command(app, _command)
 
 

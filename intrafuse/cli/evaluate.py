@@ -20,7 +20,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `prune --out` saved.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `prune` or `fuse` saved.")],
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The network before pruning, if not of the zoo."),

@@ -1,0 +1,240 @@
+"""`intrafuse fuse`: several trained networks into one, and save it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
+from intrafuse.errors import IntrafuseError
+
+if TYPE_CHECKING:
+    from intrafuse.data import Images
+    from intrafuse.fuse import Fused
+    from intrafuse.zoo import ResolvedModel
+
+__all__ = ["fuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Name the architecture, and the files of the networks."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
+        ),
+    ]
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Of one network, as safetensors, or DIR; repeatable."),
+    ] = None
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Outputs of the networks.")] = None
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
+    ] = None
+
+    def resolve(self, device: str) -> list[ResolvedModel]:
+        """Build the networks on a device."""
+        if len(self.weights or ()) < 2:
+            raise IntrafuseError(
+                "fusion needs the weights of two networks or more",
+                value=[str(path) for path in self.weights or ()],
+                usage=True,
+                remedy="give --weights once for each network",
+            )
+        return [self._one(path, device) for path in self.weights or ()]
+
+    def _one(self, path: Path, device: str) -> ResolvedModel:
+        from intrafuse.checkpoint import load
+
+        known = {"num_classes": self.num_classes, "input_shape": self.input_shape}
+        folder = path.is_dir()
+        options = ModelOptions(model=self.model, weights=None if folder else path, **known)
+        resolved = options.resolve(device)
+        if folder:
+            load(path, resolved.model)
+        return resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseOptions:
+    """Say how to fuse."""
+
+    method: Annotated[str, typer.Option(help="ot, assignment or moment.")] = "ot"
+    features: Annotated[
+        str, typer.Option(help="What is compared: weights, or activations on --data.")
+    ] = "weights"
+    samples: Annotated[int, typer.Option(min=1, help="Inputs that activations are seen on.")] = 200
+    shares: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="What each network counts, such as 2,1.")
+    ] = None
+    reference: Annotated[
+        int, typer.Option(min=0, help="Which network gives order and widths; 0 is the first.")
+    ] = 0
+    width: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of channels to remove at last.")
+    ] = None
+    regularisation: Annotated[
+        float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
+    ] = None
+    repair: Annotated[
+        str | None,
+        typer.Option(help="Statistics: batchnorm (by --data), synthetic or analytic."),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Give the keyword arguments of `intrafuse.fuse`."""
+        return {
+            "method": self.method,
+            "features": self.features,
+            "samples": self.samples,
+            "weights": None if self.shares is None else numbers("--shares", self.shares, float),
+            "reference": self.reference,
+            "width": "first" if self.width is None else self.width,
+            "regularisation": self.regularisation,
+            "repair": self.repair,
+        }
+
+
+def fuse(
+    networks: NetworkOptions,
+    options: FuseOptions = FuseOptions(),
+    data: DataOptions = DataOptions(),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to save the network in.")
+    ] = None,
+    common: Common = Common(),
+) -> None:
+    """Fuse networks that were trained apart into one, and save it."""
+    settings = options.settings()
+    common.start()
+    import intrafuse
+    from intrafuse.checkpoint import usable
+
+    if out is not None:
+        usable(out)
+    resolved = networks.resolve(common.device)
+    files = [str(path) for path in networks.weights or ()]
+    if out is not None and Path(files[min(options.reference, len(files) - 1)]).is_dir():
+        raise IntrafuseError(
+            "a network that is saved takes its widths from a file of weights",
+            value=files,
+            usage=True,
+            remedy="choose another --reference",
+        )
+    test = None if data.data is None else data.images(data.data, "test", data.limit)
+    with progress() as advance:
+        fused = intrafuse.fuse(
+            [network.model for network in resolved],
+            resolved[0].example_inputs,
+            data=data.batches(data.data, common),
+            seed=common.seed,
+            progress=partial(advance, "aligning"),
+            **settings,
+        )
+        figures = _measure(resolved, fused, test, data.batch_size, common.device, advance)
+    if out is not None:
+        _save(out, fused, networks, resolved, options.reference, figures)
+    write_json(common, _data(networks.model, files, fused, figures, out))
+    _show(common, files, resolved, fused, figures)
+    if out is not None:
+        show_note(f"saved in {out}")
+
+
+def _measure(
+    resolved: list[ResolvedModel],
+    fused: Fused,
+    test: Images | None,
+    batch_size: int,
+    device: str,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Measure the accuracy of every network and of the fused one, where there is data."""
+    from intrafuse.evaluate import accuracy
+
+    if test is None:
+        return {}
+    found = []
+    for number, network in enumerate([*(r.model for r in resolved), fused.model]):
+        name = f"accuracy of network {number + 1}" if number < len(resolved) else "accuracy"
+        bar = partial(advance, name)
+        found.append(accuracy(network, test, batch_size=batch_size, device=device, progress=bar))
+    return {
+        "data": test.name,
+        "images": len(test),
+        "accuracy_of_networks": found[:-1],
+        "accuracy": found[-1],
+    }
+
+
+def _save(
+    out: Path,
+    fused: Fused,
+    networks: NetworkOptions,
+    resolved: list[ResolvedModel],
+    reference: int,
+    figures: dict[str, Any],
+) -> None:
+    from intrafuse.checkpoint import save
+    from intrafuse.zoo import file_sha256
+
+    paths = networks.weights or ()
+    save(
+        out,
+        fused.model,
+        architecture=networks.model,
+        arguments=resolved[0].arguments,
+        source_sha256=file_sha256(paths[reference]),
+        figures=figures,
+        plan=fused.plan,
+    )
+
+
+def _show(
+    common: Common,
+    files: list[str],
+    resolved: list[ResolvedModel],
+    fused: Fused,
+    figures: dict[str, Any],
+) -> None:
+    models = [*(network.model for network in resolved), fused.model]
+    percents = [*figures.get("accuracy_of_networks", ()), figures.get("accuracy")]
+    shares = [*(f"{share:.3f}" for share in fused.report.shares), ""]
+    rows = []
+    for i, (name, model) in enumerate(zip([*files, "fused"], models, strict=True)):
+        params = sum(parameter.numel() for parameter in model.parameters())
+        row = [name, shares[i], f"{params:,}"]
+        rows.append([*row, f"{percents[i]:.2f}"] if figures else row)
+    header = ["network", "weight", "parameters", *(["accuracy"] if figures else [])]
+    title = f"Fused by {fused.report.method} in {fused.report.seconds:.2f} s"
+    show_table(common, title, header, rows, numbers=(1, 2, 3))
+
+
+def _data(
+    name: str, files: list[str], fused: Fused, figures: dict[str, Any], out: Path | None
+) -> dict[str, Any]:
+    report = fused.report
+    return {
+        "model": name,
+        "networks": files,
+        "method": report.method,
+        "features": report.features,
+        "repair": report.repair,
+        "reference": report.reference,
+        "weights": list(report.shares),
+        "widths": {group: list(widths) for group, widths in report.widths.items()},
+        "distances": {group: list(values) for group, values in report.distances.items()},
+        "sweeps": list(report.sweeps),
+        "params": sum(parameter.numel() for parameter in fused.model.parameters()),
+        "seconds": report.seconds,
+        "figures": figures,
+        "out": None if out is None else str(out),
+    }

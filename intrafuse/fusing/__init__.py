@@ -1,0 +1,1 @@
+"""Fusing several networks: matching graphs, alignment, stacking and restoring statistics."""

@@ -1,0 +1,109 @@
+"""What a fusion refuses before it computes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+from torch import nn
+
+from intrafuse.errors import IntrafuseError
+
+__all__ = [
+    "check_choices",
+    "check_data",
+    "check_networks",
+    "check_reference",
+    "check_regularisation",
+    "scaled_shares",
+]
+
+
+def check_networks(models: object) -> list[nn.Module]:
+    """Return the networks, two or more."""
+    if isinstance(models, nn.Module | str) or not isinstance(models, Iterable):
+        raise IntrafuseError(
+            "fusion takes a list of networks",
+            value=type(models).__name__,
+            usage=True,
+            remedy="fuse([a, b], example_inputs)",
+        )
+    networks = list(models)
+    for model in networks:
+        if not isinstance(model, nn.Module):
+            raise IntrafuseError(
+                "a network must be a torch.nn.Module", value=type(model).__name__, usage=True
+            )
+    if len(networks) < 2:
+        raise IntrafuseError("fusion needs two networks or more", value=len(networks), usage=True)
+    return networks
+
+
+def check_choices(**chosen: tuple[Any, Any]) -> None:
+    """Refuse a setting, given as (value, its Literal type), with an unknown value."""
+    for setting, (value, kind) in chosen.items():
+        names = get_args(kind)
+        if value not in names and not (setting == "repair" and value is None):
+            known = ", ".join(names) + (", or None" if setting == "repair" else "")
+            raise IntrafuseError(f"{setting} must be one of {known}", value=value, usage=True)
+
+
+def check_reference(reference: int, networks: int) -> int:
+    """Return the index of the reference, counted from the first network."""
+    if type(reference) is not int or not -networks <= reference < networks:
+        raise IntrafuseError(
+            f"reference must be the index of one of {networks} networks",
+            value=reference,
+            usage=True,
+        )
+    return reference % networks
+
+
+def check_regularisation(regularisation: float | None) -> None:
+    """Refuse a regularisation that is negative or not finite."""
+    if regularisation is not None and not 0 <= regularisation < math.inf:
+        raise IntrafuseError(
+            "entropic regularisation must be finite and not negative",
+            value=regularisation,
+            usage=True,
+        )
+
+
+def check_data(data: object, features: str, repair: str | None, samples: int) -> None:
+    """Refuse missing data before anything is computed."""
+    needs = {
+        'features="activations"': features == "activations",
+        "repair of batch norm": repair == "batchnorm",
+    }
+    for purpose, needed in needs.items():
+        if needed and data is None:
+            raise IntrafuseError(
+                f"{purpose} needs unlabelled data",
+                usage=True,
+                remedy="give data=, batches of inputs (on the command line --data)",
+            )
+    if isinstance(data, Iterator):
+        raise IntrafuseError(
+            "data must be readable more than once: a list of batches or a loader",
+            value=type(data).__name__,
+            remedy="list(batches)",
+        )
+    if not (type(samples) is int and samples > 0):
+        raise IntrafuseError("samples must be a whole number above 0", value=samples, usage=True)
+
+
+def scaled_shares(weights: Sequence[float] | None, networks: int) -> tuple[float, ...]:
+    """Scale the networks' weights to sum to one."""
+    if weights is None:
+        return (1 / networks,) * networks
+    given = [float(weight) for weight in weights]
+    if len(given) != networks:
+        raise IntrafuseError(
+            f"weights must be {networks} numbers, one for each network", value=given, usage=True
+        )
+    if not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
+        raise IntrafuseError(
+            "weights must be finite, not negative, and not all zero", value=given, usage=True
+        )
+    return tuple(weight / sum(given) for weight in given)

@@ -1,0 +1,64 @@
+"""The networks that are fused, and their weighted mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.merge import MergeMap
+from intrafuse.weights import Weights
+
+__all__ = ["Member", "combine"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One of the networks that are fused.
+
+    Attributes:
+        model: the module.
+        weights: its tensors, batch norm folded.
+        maps: how its channels become the reference's; none for the reference.
+        share: its weight w_k.
+    """
+
+    model: nn.Module
+    weights: Weights
+    maps: tuple[MergeMap, ...]
+    share: float
+
+    def aligned(self) -> Weights:
+        """Return its tensors with channels in the reference's places."""
+        aligned = self.weights.snapshot()
+        for step in self.maps:
+            aligned.merge(step)
+        return aligned
+
+
+def combine(members: Sequence[Member], reference: Weights) -> Weights:
+    """Average the aligned tensors of all networks.
+
+    What the trace does not know, and what is no floating-point number, is the reference's.
+    """
+    fused = reference.snapshot()
+    parts: list[tuple[float, Mapping[str, Tensor]]] = [
+        (member.share, member.aligned().state) for member in members
+    ]
+    for name in sorted(fused.graph.axes):
+        present = [(share, state[name]) for share, state in parts if name in state]
+        if not present and name in fused.state:  # a bias that only the reference has
+            fused.state[name] = torch.zeros_like(fused.state[name])
+        if not present:
+            continue
+        tensor = present[0][1]
+        if not tensor.is_floating_point():
+            continue
+        exact = torch.promote_types(tensor.dtype, torch.float32)
+        device = reference.state.get(name, tensor).device
+        total = sum(share * t.to(device, exact) for share, t in present)
+        assert isinstance(total, Tensor)
+        fused.state[name] = total.to(tensor.dtype)
+    return fused

@@ -1,0 +1,177 @@
+"""What the layers of a network put out on unlabelled inputs, channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.batches import batches, map_tensors
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import Tree, leaves, locate
+from intrafuse.graph.blocks import positions
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.trace import as_arguments, evaluating
+
+__all__ = ["Point", "activations", "observing", "points", "run", "take"]
+
+LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+POSITIONS = 8_192  # samples times positions that are kept of each call of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A module whose outputs can be watched.
+
+    Attributes:
+        name: the module's path.
+        tree: which channels its outputs hold.
+        weight, bias: its parameters.
+        axis: of the outputs, on which the channels lie.
+        is_layer: whether it is a convolution or linear map; else it is a norm.
+    """
+
+    name: str
+    tree: Tree
+    weight: str
+    bias: str
+    axis: int
+    is_layer: bool = True
+
+
+def points(graph: ChannelGraph, model: nn.Module, *, norms: bool = False) -> list[Point]:
+    """List the layers that write prunable channels, in the order of execution.
+
+    Args:
+        graph: of the model.
+        model: a layer that is no module of torch.nn cannot be watched, and is left out.
+        norms: list batch norms too, where nothing folded them into a layer.
+    """
+    free = {group.id for group in graph.groups}
+    found = []
+    for layer in graph.layers.values():
+        module = model.get_submodule(layer.name)
+        if isinstance(module, LAYERS) and layer.bias is not None and layer.bias in graph.axes:
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            tree = graph.axes[layer.bias][0]
+            found.append(Point(layer.name, tree, layer.weight, layer.bias, axis))
+    for norm in graph.own_norms if norms else ():
+        if norm.layer is None and norm.weight is not None and norm.bias is not None:
+            tree = graph.axes[norm.mean][0]
+            found.append(Point(norm.name, tree, norm.weight, norm.bias, 1, False))
+    return [point for point in found if free.intersection(leaves(point.tree))]
+
+
+def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
+    """Take the first samples of the data, in batches.
+
+    Raises:
+        IntrafuseError: there is no data, or it is not made of batches.
+    """
+    found, left = [], samples
+    for inputs, _ in batches(data, model, purpose='features="activations"'):
+        sizes = _lengths(inputs)
+        if len(set(sizes)) == 1 and sizes[0] > left:
+            inputs = map_tensors(lambda t, n=left: t[:n], inputs)
+        found.append(inputs)
+        left -= sizes[0] if sizes else 1
+        if left <= 0:
+            break
+    return found
+
+
+def _lengths(inputs: Any) -> list[int]:
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(len(tensor) if tensor.dim() else 0)
+        return tensor
+
+    map_tensors(note, inputs)
+    return found
+
+
+def run(model: nn.Module, inputs: Iterable) -> None:
+    """Run a network in evaluation mode on batches, for what its hooks see."""
+    with evaluating(model), torch.no_grad():
+        for batch in inputs:
+            args, kwargs = as_arguments(batch)
+            model(*args, **kwargs)
+
+
+@contextmanager
+def observing(
+    model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
+
+    def hook(point: Point) -> Callable[..., Any]:
+        return lambda _module, _args, output: see(point, output)
+
+    handles = []
+    try:
+        for point in watched:
+            module = model.get_submodule(point.name)
+            handles.append(module.register_forward_hook(hook(point)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activations(
+    graph: ChannelGraph, model: nn.Module, inputs: Sequence[Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Observe the channels of every group before their activation function.
+
+    Args:
+        graph: of the model.
+        model: with batch norm folded, so that layers put out what the activation function reads.
+        inputs: batches; positions are drawn at random, the same in every network.
+
+    Returns:
+        {group: {layer: (channels, values)}}, one entry for each layer that writes the group.
+
+    Raises:
+        IntrafuseError: an activation is not finite, or a group has no layer that can be watched.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    watched = points(graph, model)
+
+    def keep(point: Point, output: Tensor) -> None:
+        lines = output.detach().movedim(point.axis, -1).flatten(0, -2)
+        if len(lines) > POSITIONS // len(inputs):
+            generator = torch.Generator().manual_seed(len(lines))
+            chosen = torch.randperm(len(lines), generator=generator)
+            lines = lines[chosen[: max(1, POSITIONS // len(inputs))].sort().values.to(lines.device)]
+        seen.setdefault(point.name, []).append(lines.cpu())
+
+    with observing(model, watched, keep):
+        run(model, inputs)
+    found: dict[str, dict[str, Tensor]] = {group.name: {} for group in graph.groups}
+    for point in watched:
+        if point.name not in seen:
+            continue
+        lines = torch.cat(seen.pop(point.name))
+        if not torch.isfinite(lines).all():
+            raise IntrafuseError("activations must be finite on the data", layer=point.name)
+        for group in graph.groups:
+            blocks = locate(point.tree, group.id, graph.sizes)
+            if blocks:
+                where = torch.from_numpy(positions(blocks, group.size))
+                found[group.name][point.name] = lines[:, where].transpose(0, 1).flatten(1)
+    for name, rows in found.items():
+        if not rows:
+            raise IntrafuseError(
+                "the activations of a group cannot be observed: no module of torch.nn writes it",
+                layer=name,
+                remedy='use features="weights"',
+            )
+    return found

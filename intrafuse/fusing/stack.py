@@ -1,0 +1,162 @@
+"""Put the channels of several networks side by side in one wide network: their union.
+
+Its layers are blocks on a diagonal, so that each network goes on computing what it computed; what
+writes channels that must keep their size (the outputs) adds them up, each with its weight. The
+union of classifiers computes the weighted mean of their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intrafuse.budget import measure
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph import ExampleInputs
+from intrafuse.graph.axes import Sum, Tree, tree_size
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.methods.moment import Moment
+from intrafuse.plan import Plan
+from intrafuse.weights import Weights
+
+__all__ = ["shrink", "stack"]
+
+Sizes = Mapping[int, int]
+
+
+def stack(graph: ChannelGraph, networks: Sequence[Weights], shares: Sequence[float]) -> Weights:
+    """Build the tensors of the union of several networks.
+
+    Args:
+        graph: of the reference, whose atoms name those of all.
+        networks: the tensors of each network, of the same structure.
+        shares: the weight of each network.
+
+    Returns:
+        Tensors whose groups hold the channels of all networks, one after the other.
+
+    Raises:
+        IntrafuseError: a tensor writes channels and is read as the outputs are (tied weights).
+    """
+    names = [group.name for group in graph.groups]
+    widths = [{n: net.graph.by_name[n].size for n in names} for net in networks]
+    total = {name: sum(width[name] for width in widths) for name in names}
+    union = Weights(graph, {})
+    union.sizes = graph.resized(total)
+    written = _written(graph)
+    for name in sorted(graph.axes):
+        present = [(k, net.state[name]) for k, net in enumerate(networks) if name in net.state]
+        if not present or not present[0][1].is_floating_point():
+            continue
+        tensor = present[0][1].new_zeros(graph.shape(name, union.sizes))
+        for k, part in present:
+            before = {n: sum(width[n] for width in widths[:k]) for n in names}
+            offsets = {graph.by_name[n].id: start for n, start in before.items()}
+            sizes = graph.resized(widths[k])
+            trees = graph.axes[name]
+            where = [torch.from_numpy(_places(t, sizes, union.sizes, offsets)) for t in trees]
+            scaled = _scaled(part.to(tensor), trees, written.get(name), sizes, offsets, shares[k])
+            if where:
+                index = torch.meshgrid(*where, indexing="ij")
+                tensor.index_put_(tuple(i.to(tensor.device) for i in index), scaled, True)
+            else:
+                tensor += scaled
+        union.state[name] = tensor
+    return union
+
+
+def shrink(
+    model: nn.Module,
+    weights: Weights,
+    widths: Mapping[str, int],
+    method: Moment,
+    example_inputs: ExampleInputs,
+    data: Sequence | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Reduce groups to given widths by matching moments, from input to output.
+
+    Args:
+        model: the module that holds the tensors.
+        weights: its tensors, batch norm folded and its statistics noted; they are merged.
+        widths: channels to keep, by group name; groups that have as many stay.
+        method: how.
+        example_inputs, data, seed: for the method.
+
+    Returns:
+        The plan that was carried out.
+    """
+    graph = weights.graph
+    before = measure(graph, graph.sizes, weights.counted())
+    context = Context(weights, weights.snapshot(), model, example_inputs, data, seed)
+    maps = []
+    for group in graph.groups:
+        width = widths[group.name]
+        if width < group.size:
+            scores = torch.cat([weights.rows(group, s) for s in weights.present(group.writers)], 1)
+            step = method(group, scores.float().norm(dim=1), width, context).check()
+            weights.merge(step)
+            maps.append(step)
+    after = measure(graph, weights.sizes, weights.counted())
+    settings = {"method": {"name": method.name}, "seed": seed}
+    return Plan(graph, tuple(maps), False, settings, before, after)
+
+
+def _written(graph: ChannelGraph) -> dict[str, int]:
+    """Find the axis of each parameter on which it writes or carries prunable channels."""
+    found: dict[str, int] = {}
+    reads = {slot.parameter for group in graph.groups for slot in group.readers}
+    for group in graph.groups:
+        for slot in group.writers + group.carriers:
+            found[slot.parameter] = slot.axis
+    for name in sorted(reads & found.keys()):
+        layer = graph.layers.get(name)
+        if layer is not None and found[name] == layer.input_axis:
+            raise IntrafuseError(
+                "networks whose outputs share a weight with their inputs cannot be stacked",
+                layer=layer.name,
+                remedy='use method="ot"',
+            )
+    return found
+
+
+def _scaled(
+    part: Tensor, trees: tuple[Tree, ...], axis: int | None, sizes: Sizes, free: Sizes, share: float
+) -> Tensor:
+    """Multiply what all networks write to the same places by the weight of this one."""
+    if axis is None:
+        return part * share
+    own = torch.from_numpy(_is_own(trees[axis], sizes, free))
+    factor = torch.where(own, 1.0, share).to(part)
+    return part * factor.view([-1 if i == axis else 1 for i in range(part.dim())])
+
+
+def _places(tree: Tree, sizes: Sizes, union: Sizes, offsets: Sizes) -> np.ndarray:
+    """Find where each position along an axis of one network lies in the union."""
+    if isinstance(tree, int):
+        return np.arange(sizes[tree]) + offsets.get(tree, 0)
+    if isinstance(tree, Sum):
+        starts = np.cumsum([0, *(tree_size(part, union) for part in tree.parts)])
+        parts = [_places(part, sizes, union, offsets) for part in tree.parts]
+        return np.concatenate([start + p for start, p in zip(starts, parts, strict=False)])
+    found = np.zeros(1, dtype=np.int64)
+    for factor in tree.factors:
+        inner = _places(factor, sizes, union, offsets)
+        found = (found[:, None] * tree_size(factor, union) + inner).ravel()
+    return found
+
+
+def _is_own(tree: Tree, sizes: Sizes, free: Sizes) -> np.ndarray:
+    """Tell which positions along an axis belong to prunable channels."""
+    if isinstance(tree, int):
+        return np.full(sizes[tree], tree in free)
+    if isinstance(tree, Sum):
+        return np.concatenate([_is_own(part, sizes, free) for part in tree.parts])
+    found = np.zeros(1, dtype=bool)
+    for factor in tree.factors:
+        found = (found[:, None] | _is_own(factor, sizes, free)).ravel()
+    return found

@@ -1,0 +1,109 @@
+"""`intrafuse fuse`: what it finds, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import intrafuse
+from intrafuse.cli import app
+from intrafuse.data import load_data
+from intrafuse.evaluate import accuracy
+from intrafuse.zoo import load_weights, resolve_model
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Train two multilayer perceptrons from different starts."""
+    found, data = [], load_data("digits", split="train")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = resolve_model("mlp").model
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for epoch in range(3):
+            for images, labels in data.batches(64, shuffle=True, seed=epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        found.append(tmp_path_factory.mktemp("weights") / f"{seed}.safetensors")
+        save_file(model.state_dict(), found[-1])
+    return found
+
+
+def given(files: list[Path]) -> list[object]:
+    return ["fuse", "mlp", "--weights", files[0], "--weights", files[1]]
+
+
+@pytest.mark.parametrize("method", ["ot", "assignment", "moment"])
+def test_fuse_saves_what_evaluate_measures(files, method, tmp_path):
+    out = tmp_path / "out"
+    how = ["--method", method, "--features", "activations", "--repair", "batchnorm"]
+    result = run(*given(files), *how, "--data", "digits", "--out", out, "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["weights"] == [0.5, 0.5] and found["out"] == str(out)
+    models = [resolve_model("mlp") for _ in files]
+    for path, resolved in zip(files, models, strict=True):
+        load_weights(resolved.model, path)
+    expected = [accuracy(resolved.model, load_data("digits")) for resolved in models]
+    assert found["figures"]["accuracy_of_networks"] == expected
+    plain = models[0].model
+    for one, other in zip(plain.parameters(), models[1].model.parameters(), strict=True):
+        one.data = (one.data + other.data) / 2
+    assert found["figures"]["accuracy"] > accuracy(plain, load_data("digits")) + 10
+    measured = json.loads(run("evaluate", out, "--data", "digits", "--json", "-").stdout)
+    assert measured["accuracy"] == found["figures"]["accuracy"]
+    assert measured["params"] == found["params"]
+
+
+def test_a_folder_counts_as_weights_and_width_shrinks_the_result(files, tmp_path):
+    narrow, out = tmp_path / "narrow", tmp_path / "out"
+    source = ["mlp", "--weights", files[0], "--channels", 0.5]
+    assert run("prune", *source, "--out", narrow).exit_code == 0
+    arguments = ["fuse", "mlp", "--weights", files[0], "--weights", narrow]
+    result = run(*arguments, "--shares", "3,1", "--width", 0.25, "--out", out, "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["weights"] == [0.75, 0.25]
+    assert all(w[1] == w[0] // 2 and w[2] == w[0] * 3 // 4 for w in found["widths"].values())
+    width = found["widths"]["layers.1"][2]
+    assert intrafuse.load(out).layers[1].out_features == width
+
+
+def test_without_data_the_table_shows_sizes(files):
+    result = run(*given(files))
+    assert result.exit_code == 0 and "fused" in result.stdout and "accuracy" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--features", "activations"], 2, "needs unlabelled data"),
+        (["--repair", "batchnorm"], 2, "needs unlabelled data"),
+        (["--method", "mean"], 2, "method must be one of ot, assignment, moment"),
+        (["--shares", "1,-1"], 2, "not negative"),
+        (["--shares", "1,1,1"], 2, "weights must be 2 numbers"),
+        (["--reference", 2], 2, "reference must be the index"),
+    ],
+)
+def test_bad_input_is_one_line(files, arguments, code, message):
+    result = run(*given(files), *arguments)
+    assert result.exit_code == code and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_one_network_and_another_architecture_are_refused(files):
+    result = run(*given(files)[:4])
+    assert result.exit_code == 2 and "two networks or more" in result.stderr
+    result = run("fuse", "digits_resnet", "--weights", files[0], "--weights", files[1])
+    assert result.exit_code == 1 and "missing" in result.stderr
