@@ -340,8 +340,10 @@ def test_an_interrupt_is_quiet(tmp_path):
     (tmp_path / "mynet.py").write_text(FACTORY)
     command = [*MAIN, "inspect", "mynet:slow"]
     child = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a suite that a shell runs in the background inherits an ignored interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 50
         while not (tmp_path / "started").exists():
