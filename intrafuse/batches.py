@@ -29,7 +29,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def batches(
-    data: Any, model: nn.Module, *, purpose: str, limit: int | None = None
+    data: Any, model: nn.Module, *, purpose: str, limit: int | None = None, instead: str = ""
 ) -> Iterator[tuple[Any, Any]]:
     """Iterate over (inputs, labels or None) on the model's device.
 
@@ -39,6 +39,7 @@ def batches(
         model: what will read them.
         purpose: what needs the data, for the errors.
         limit: number of batches.
+        instead: what serves without data, for the error where there is none.
 
     Raises:
         IntrafuseError: there is no data, it is not made of batches, or it is empty.
@@ -47,7 +48,7 @@ def batches(
     [torch.Size([2, 3])]
     """
     if data is None:
-        raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE, usage=True)
+        raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE + instead, usage=True)
     if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
         kind = type(data).__name__
         raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)

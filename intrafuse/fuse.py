@@ -14,7 +14,6 @@ from intrafuse.batchnorm import fold_norms
 from intrafuse.errors import IntrafuseError
 from intrafuse.fusing.align import align
 from intrafuse.fusing.checks import (
-    check_choices,
     check_data,
     check_networks,
     check_reference,
@@ -29,6 +28,7 @@ from intrafuse.fusing.stack import shrink, stack
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.methods.moment import Moment
+from intrafuse.methods.settings import check_choice
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.plan import Plan
 from intrafuse.report.tables import text_table
@@ -157,9 +157,9 @@ def fuse(
     """
     started = time.perf_counter()
     models = check_networks(models)
-    check_choices(
-        features=(features, Features), method=(method, FusionMethod), repair=(repair, FusionRepair)
-    )
+    check_choice("features", features, Features)
+    check_choice("method", method, FusionMethod)
+    check_choice("repair", repair, FusionRepair, optional=True)
     check_data(data, features, repair, samples)
     check_regularisation(regularisation)
     shares = scaled_shares(weights, len(models))

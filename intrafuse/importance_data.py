@@ -158,7 +158,13 @@ def refusing(metric: str) -> Iterator[None]:
 
 def _batches(context: Context, metric: str, limit: int | None = None) -> Iterator[tuple[Any, Any]]:
     """Iterate over (inputs, labels or None); see `intrafuse.batches`."""
-    return batches(context.data, context.model, purpose=f'importance "{metric}"', limit=limit)
+    return batches(
+        context.data,
+        context.model,
+        purpose=f'importance "{metric}"',
+        limit=limit,
+        instead=', or choose an importance that needs none, such as "l1"',
+    )
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from intrafuse.graph.groups import ChannelGroup
 from intrafuse.importance import Importance, score
 from intrafuse.merge import MergeMap
 from intrafuse.methods import Method, resolve_method
+from intrafuse.methods.settings import check_choice
 from intrafuse.moments.damage import damage_by_width
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
-from intrafuse.repair import REPAIRS, Repair, analytic_repair, reestimate_batchnorm
+from intrafuse.repair import Repair, analytic_repair, reestimate_batchnorm
 from intrafuse.report.tables import text_table
 from intrafuse.verify import check_code
 from intrafuse.weights import Weights
@@ -239,10 +240,7 @@ def prune(
     Linear(in_features=4, out_features=4, bias=True)
     """
     started = time.perf_counter()
-    if repair not in (None, *REPAIRS):
-        raise IntrafuseError(
-            f"repair must be one of {', '.join(REPAIRS)}, or None", value=repair, usage=True
-        )
+    check_choice("repair", repair, Repair, optional=True)
     if repair == "batchnorm" and data is None:
         raise IntrafuseError(
             "repair of batch norm needs unlabelled data",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,13 @@ from intrafuse.moments.sources import MomentSource
 from intrafuse.plan import Plan
 from intrafuse.surgery import place
 
-__all__ = ["REPAIRS", "Repair", "analytic_repair", "reestimate_batchnorm"]
+__all__ = ["Repair", "analytic_repair", "reestimate_batchnorm"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
     "batch, also in the last one"
 )
 Repair = Literal["analytic", "batchnorm", "synthetic"]
-REPAIRS = get_args(Repair)
 
 
 def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.options import (
+    Common,
+    DataOptions,
+    InputShape,
+    ModelName,
+    ModelOptions,
+    NumClasses,
+    numbers,
+)
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
 from intrafuse.errors import IntrafuseError
 
@@ -25,21 +33,13 @@ __all__ = ["fuse"]
 class NetworkOptions:
     """Name the architecture, and the files of the networks."""
 
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
-        ),
-    ]
+    model: ModelName
     weights: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Of one network, as safetensors, or DIR; repeatable."),
     ] = None
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Outputs of the networks.")] = None
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
-    ] = None
+    num_classes: NumClasses = None
+    input_shape: InputShape = None
 
     def resolve(self, device: str) -> list[ResolvedModel]:
         """Build the networks on a device."""

@@ -130,24 +130,29 @@ class Common:
             ) from error
 
 
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
+    ),
+]
+NumClasses = Annotated[int | None, typer.Option(min=1, help="Outputs of the network.")]
+InputShape = Annotated[
+    str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Name a network, and fill it with weights."""
 
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
-        ),
-    ]
+    model: ModelName
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Its weights, as safetensors.")
     ] = None
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Outputs of the network.")] = None
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
-    ] = None
+    num_classes: NumClasses = None
+    input_shape: InputShape = None
 
     @property
     def arguments(self) -> dict[str, Any]:

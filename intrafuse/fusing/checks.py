@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, get_args
 
 from torch import nn
 
 from intrafuse.errors import IntrafuseError
 
 __all__ = [
-    "check_choices",
     "check_data",
     "check_networks",
     "check_reference",
@@ -38,15 +36,6 @@ def check_networks(models: object) -> list[nn.Module]:
     if len(networks) < 2:
         raise IntrafuseError("fusion needs two networks or more", value=len(networks), usage=True)
     return networks
-
-
-def check_choices(**chosen: tuple[Any, Any]) -> None:
-    """Refuse a setting, given as (value, its Literal type), with an unknown value."""
-    for setting, (value, kind) in chosen.items():
-        names = get_args(kind)
-        if value not in names and not (setting == "repair" and value is None):
-            known = ", ".join(names) + (", or None" if setting == "repair" else "")
-            raise IntrafuseError(f"{setting} must be one of {known}", value=value, usage=True)
 
 
 def check_reference(reference: int, networks: int) -> int:

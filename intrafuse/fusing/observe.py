@@ -16,13 +16,10 @@ from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.moments.calibrate import LAYERS
 
 __all__ = ["Point", "activations", "observing", "points", "run", "take"]
 
-LAYERS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 POSITIONS = 8_192  # samples times positions that are kept of each call of a layer
 
 

@@ -7,7 +7,19 @@ from typing import Any, get_args
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["check_choices"]
+__all__ = ["check_choice", "check_choices"]
+
+
+def check_choice(setting: str, value: object, allowed: Any, *, optional: bool = False) -> None:
+    """Refuse a value that is not among those of a Literal type; `optional` allows None as well.
+
+    Raises:
+        IntrafuseError: names the setting and what it may be.
+    """
+    known = get_args(allowed)
+    if value not in known and not (optional and value is None):
+        rule = f"{setting} must be one of {', '.join(known)}" + (", or None" if optional else "")
+        raise IntrafuseError(rule, value=value, usage=True)
 
 
 def check_choices(method: object, choices: Mapping[str, Any]) -> None:
@@ -17,7 +29,4 @@ def check_choices(method: object, choices: Mapping[str, Any]) -> None:
         IntrafuseError: names the setting and what it may be.
     """
     for setting, allowed in choices.items():
-        value, known = getattr(method, setting), get_args(allowed)
-        if value not in known:
-            rule = f"{setting} must be one of {', '.join(known)}"
-            raise IntrafuseError(rule, value=value, usage=True)
+        check_choice(setting, getattr(method, setting), allowed)

@@ -18,7 +18,7 @@ from intrafuse.moments.readers import Reading, reader_taps
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
-__all__ = ["Calibration"]
+__all__ = ["LAYERS", "Calibration"]
 
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,

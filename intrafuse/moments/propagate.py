@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Tree, tree_size
-from intrafuse.graph.rules import operator_name
+from intrafuse.graph.rules import entering, operator_name
 from intrafuse.weights import Weights
 
 __all__ = ["Moments", "Origin", "Propagation", "register"]
@@ -67,15 +67,7 @@ RULES: dict[str, Rule] = {}
 
 def register(*operators: str) -> Callable[[Rule], Rule]:
     """Register the moment rule of one or more ATen operators."""
-
-    def add(rule: Rule) -> Rule:
-        for name in operators:
-            if name in RULES:
-                raise ValueError(f"operator {name} already has a moment rule")
-            RULES[name] = rule
-        return rule
-
-    return add
+    return entering(RULES, operators, "moment rule")
 
 
 class Propagation:

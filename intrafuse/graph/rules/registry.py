@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.fx import Node
@@ -19,10 +19,20 @@ from torch.fx import Node
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
 
-__all__ = ["RULES", "LockError", "Scope", "arguments", "location", "operator_name", "register"]
+__all__ = [
+    "RULES",
+    "LockError",
+    "Scope",
+    "arguments",
+    "entering",
+    "location",
+    "operator_name",
+    "register",
+]
 
 Axes = list[Tree]
 Rule = Callable[["Scope", Node], Any]
+AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
 
 
@@ -32,12 +42,19 @@ class LockError(Exception):
 
 def register(*operators: str) -> Callable[[Rule], Rule]:
     """Register a rule for one or more ATen operators."""
+    return entering(RULES, operators, "rule")
 
-    def add(rule: Rule) -> Rule:
+
+def entering(
+    rules: dict[str, AnyRule], operators: Sequence[str], kind: str
+) -> Callable[[AnyRule], AnyRule]:
+    """Make the decorator that enters a rule for some operators, each of which has one at most."""
+
+    def add(rule: AnyRule) -> AnyRule:
         for name in operators:
-            if name in RULES:
-                raise ValueError(f"operator {name} already has a rule")
-            RULES[name] = rule
+            if name in rules:
+                raise ValueError(f"operator {name} already has a {kind}")
+            rules[name] = rule
         return rule
 
     return add
