@@ -1,10 +1,12 @@
 """Growth of planning time with the width of one group, at 50 % of its channels.
 
     .venv/bin/python benchmarks/width.py [--widths 512,1024,2048,4096] [--methods moment]
+    .venv/bin/python benchmarks/width.py --methods "fuse ot,fuse assignment,fuse moment"
 
 The network is linear, batch norm, ReLU, linear, all of n channels, with random weights. Prints
-the seconds for trace, plan and surgery, the ratio to the width before, and the ratio to one
-float64 matrix solve of n equations with n right-hand sides in the same run.
+the seconds for trace, plan and surgery (or for fusing two such networks), the ratio to the width
+before, and the ratio to one float64 matrix solve of n equations with n right-hand sides in the
+same run.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import nn
 import intrafuse
 
 
-def network(n: int) -> nn.Module:
-    torch.manual_seed(n)
+def network(n: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(n + seed)
     norm = nn.BatchNorm1d(n)
     nn.init.normal_(norm.bias, std=0.3)
     return nn.Sequential(nn.Linear(64, n), norm, nn.ReLU(), nn.Linear(n, n)).eval()
@@ -32,6 +34,14 @@ def solve_seconds(n: int) -> float:
     return time.perf_counter() - started
 
 
+def work(method: str, n: int) -> None:
+    model, x = network(n), torch.zeros(2, 64)
+    if method.startswith("fuse "):
+        intrafuse.fuse([model, network(n, 1)], x, method=method.removeprefix("fuse "))
+    else:
+        intrafuse.prune(model, x, channels=0.5, method=method, include=["0"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--widths", default="512,1024,2048,4096")
@@ -39,20 +49,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    intrafuse.prune(network(32), torch.zeros(2, 64), channels=0.5, method="auto")  # warm up
-    print(f"{'method':14} {'width':>6} {'seconds':>8} {'/ before':>9} {'/ solve':>8}")
+    for method in options.methods.split(","):
+        work(method, 32)  # warm up
+    print(f"{'method':16} {'width':>6} {'seconds':>8} {'/ before':>9} {'/ solve':>8}")
     for method in options.methods.split(","):
         before = None
         for n in map(int, options.widths.split(",")):
-            model = network(n)
             unit = solve_seconds(n)
             started = time.perf_counter()
-            intrafuse.prune(
-                model, torch.zeros(2, 64), channels=0.5, method=method, include=["0"]
-            )  # fmt: skip
+            work(method, n)
             seconds = time.perf_counter() - started
             grown = "" if before is None else f"{seconds / before:.1f}"
-            print(f"{method:14} {n:6} {seconds:8.2f} {grown:>9} {seconds / unit:8.1f}", flush=True)
+            print(f"{method:16} {n:6} {seconds:8.2f} {grown:>9} {seconds / unit:8.1f}", flush=True)
             before = seconds
 
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from intrafuse.checkpoint import load, save
-from intrafuse.data import Images, load_data
+from intrafuse.data import load_data
 from intrafuse.evaluate.compare import Comparison, Row, compare
 from intrafuse.prune import Pruned, prune
-from intrafuse.zoo import ResolvedModel, resolve_model
+from intrafuse.training import PRESETS, train
+from intrafuse.zoo import resolve_model
 
 __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
 ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
-EPOCHS, BATCH, RATE = 8, 64, 0.1
+TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64, "augment": "none"})
 Progress = Callable[[str, int, int], None]
 
 
@@ -46,7 +46,7 @@ def run_demo(
     out: str | Path,
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int = TRAINING.epochs,
     shares: Sequence[float] = SHARES,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -65,10 +65,13 @@ def run_demo(
         IntrafuseError: a folder cannot be written.
     """
     report = progress or (lambda what, done, total: None)
-    train, test = (load_data("digits", split=split) for split in ("train", "test"))
+    images, test = (load_data("digits", split=split) for split in ("train", "test"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = _train(train, seed, epochs, device, report)
+        network = resolve_model(NETWORK, **ARGUMENTS)
+        settings = TRAINING.model_copy(update={"epochs": epochs})
+        steps = partial(report, "training")
+        train(network.model, images, settings, seed=seed, device=device, progress=steps)
     example = tuple(tensor.to(device) for tensor in network.example_inputs)
     out = Path(out)
     keeping = partial(save, architecture=NETWORK, arguments=ARGUMENTS)
@@ -92,29 +95,8 @@ def run_demo(
         prune=partial(prune, seed=seed),
         progress=partial(report, "pruning"),
     )
-    images = test.unlabelled(64, seed=seed).to(device)
+    some = test.unlabelled(64, seed=seed).to(device)
     with torch.inference_mode():
-        again = load(folders[-1]).to(device)(images)
-        same = torch.equal(again, last[0].model.eval()(images))
+        again = load(folders[-1]).to(device)(some)
+        same = torch.equal(again, last[0].model.eval()(some))
     return Demo(comparison, tuple(folders), folders[-1], same)
-
-
-def _train(data: Images, seed: int, epochs: int, device: str, progress: Progress) -> ResolvedModel:
-    """Train a new network; the learning rate rises and falls once (Smith, arXiv 1708.07120)."""
-    network = resolve_model(NETWORK, **ARGUMENTS)
-    model = network.model.to(device).train()
-    steps = epochs * -(-len(data) // BATCH)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    done = 0
-    for epoch in range(epochs):
-        order = seed * epochs + epoch
-        for images, labels in data.batches(BATCH, shuffle=True, seed=order, device=device):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
-            progress("training", done, steps)
-    model.eval()
-    return network

@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.graph.groups import ChannelGroup
 from intrafuse.importance import Importance, score
-from intrafuse.merge import MergeMap
+from intrafuse.merging import merge_groups
 from intrafuse.methods import Method, resolve_method
 from intrafuse.methods.settings import check_choice
 from intrafuse.moments.damage import damage_by_width
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
-from intrafuse.repair import Repair, analytic_repair, reestimate_batchnorm
+from intrafuse.repair import Repair, reestimate_batchnorm
 from intrafuse.report.tables import text_table
 from intrafuse.verify import check_code
 from intrafuse.weights import Weights
@@ -183,7 +182,7 @@ def plan(
     scores = {group.name: score(group, context, importance) for group in groups}
     damage = damage_by_width(groups, _folded(weights)) if scope == "predicted" else None
     widths = choose_widths(graph, groups, scores, budget, figures, damage)
-    maps = _merge(chosen, groups, scores, widths, context, repair)
+    maps = merge_groups(chosen, groups, scores, widths, context, repair=repair)
     settings = {
         "method": _describe(chosen),
         "importance": importance if isinstance(importance, str) else _name(importance),
@@ -286,36 +285,6 @@ def prune(
         made.notes,
     )
     return Pruned(smaller, made, report)
-
-
-def _merge(
-    method: Method,
-    groups: Sequence[ChannelGroup],
-    scores: Mapping[str, Tensor],
-    widths: Mapping[str, int],
-    context: Context,
-    repair: Literal["analytic"] | None,
-) -> tuple[MergeMap, ...]:
-    """Make and apply the map of each group that shrinks, in the order that the method wants."""
-    forward = getattr(method, "order", "backward") == "forward"
-    ordered = groups if forward else list(reversed(groups))
-    shrinking = [group for group in ordered if widths[group.name] < group.size]
-    maps = []
-    for done, group in enumerate(shrinking):
-        step = method(group, scores[group.name], widths[group.name], context).check()
-        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
-            raise IntrafuseError(
-                f"a method must return the map of {group.size} to {widths[group.name]} channels",
-                value=(step.group, step.size, step.width),
-                layer=group.name,
-            )
-        if repair == "analytic":
-            step = analytic_repair(step, group, context)
-        context.weights.merge(step)
-        maps.append(step)
-        if context.progress is not None:
-            context.progress(done + 1, len(shrinking))
-    return tuple(maps)
 
 
 def _folded(weights: Weights) -> Weights:

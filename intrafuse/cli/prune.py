@@ -218,7 +218,7 @@ def _show(common: Common, pruned: Pruned, figures: dict[str, Any]) -> None:
 
 def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
     plan, report = pruned.plan, pruned.report
-    sizes = {group.name: group.size for group in plan.graph.groups}
+    sizes = plan.graph.widths
     return {
         "model": name,
         "method": plan.settings["method"],

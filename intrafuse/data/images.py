@@ -5,6 +5,7 @@ Also the small helpers that the loaders share. Pillow and pyarrow come with the 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ class Images:
         """
         if n < 1:
             raise IntrafuseError("the number of images must be at least 1", value=n)
-        return self._select(torch.arange(min(n, len(self))))
+        return self.subset(torch.arange(min(n, len(self))))
 
     def unlabelled(self, n: int, *, seed: int = 0) -> Tensor:
         """Draw n different images at random, or all where there are fewer, for calibration.
@@ -209,13 +210,19 @@ class Images:
             raise IntrafuseError("the number of images must be at least 1", value=n)
         return self._normalised(self._shuffled(seed)[:n], "cpu")
 
-    def _shuffled(self, seed: int) -> Tensor:
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-
-    def _select(self, index: Tensor) -> Images:
+    def subset(self, index: Tensor) -> Images:
+        """Keep the images at these positions (int64, (n,)), in this order."""
         images = self.images
         images = images.subset(index) if isinstance(images, ImageFiles) else images[index]
         return replace(self, images=images, labels=self.labels[index])
+
+    def digest(self) -> str:
+        """Tell data sets apart: a hash of name, order of labels, and normalisation."""
+        told = f"{self.name} {self.mean} {self.std} {tuple(self.images.shape)}".encode()
+        return hashlib.sha256(told + self.labels.numpy().tobytes()).hexdigest()
+
+    def _shuffled(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
     def _normalised(self, index: Tensor, device: str | torch.device) -> Tensor:
         pixels = self.images[index].to(device).float().div_(255)

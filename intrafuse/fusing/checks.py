@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Literal
 
 from torch import nn
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGraph
 
 __all__ = [
+    "Width",
     "check_data",
     "check_networks",
     "check_reference",
     "check_regularisation",
     "scaled_shares",
+    "wanted_widths",
 ]
+
+Width = Literal["first"] | float | Mapping[str, int]
 
 
 def check_networks(models: object) -> list[nn.Module]:
@@ -96,3 +103,36 @@ def scaled_shares(weights: Sequence[float] | None, networks: int) -> tuple[float
             "weights must be finite, not negative, and not all zero", value=given, usage=True
         )
     return tuple(weight / sum(given) for weight in given)
+
+
+def wanted_widths(
+    width: Width, graphs: Sequence[ChannelGraph], reference: ChannelGraph, method: str
+) -> dict[str, int]:
+    """Decide how many channels each group shall have, by name."""
+    sizes = dict(reference.widths)
+    if isinstance(width, Mapping):
+        for name, wanted in width.items():
+            if name not in sizes:
+                near = get_close_matches(str(name), sizes, n=3, cutoff=0.3) or sorted(sizes)[:3]
+                raise IntrafuseError(
+                    "width names no channel group",
+                    value=name,
+                    usage=True,
+                    remedy=f"near matches: {', '.join(near)}",
+                )
+            most = sizes[name]
+            if method == "moment":
+                most = sum(graph.by_name[name].size for graph in graphs)
+            if type(wanted) is not int or not 1 <= wanted <= most:
+                rule = f"width must be a whole number from 1 to {most}"
+                raise IntrafuseError(rule, value=wanted, layer=name, usage=True)
+        return {**sizes, **width}
+    if width == "first":
+        return sizes
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 <= width < 1:
+        raise IntrafuseError(
+            'width must be "first", a share to remove in [0, 1), or channels by group',
+            value=width,
+            usage=True,
+        )
+    return {name: max(1, int(size * (1 - width) + 1e-9)) for name, size in sizes.items()}

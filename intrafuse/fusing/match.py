@@ -31,7 +31,7 @@ def require_same_structure(reference: ChannelGraph, graph: ChannelGraph, number:
         _compare(own, other, graph, number)
         if own.size != other.size:
             raise _differs(own.name, number, f"must keep {own.size} channels", other.size)
-    sizes = graph.resized({group.name: group.size for group in reference.groups})
+    sizes = graph.resized(reference.widths)
     for name in sorted(reference.axes.keys() | graph.axes.keys()):
         if name not in graph.axes or name not in reference.axes:
             missing = "lacks a parameter of" if name not in graph.axes else "has one more than"

@@ -19,6 +19,8 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.axes import Sum, Tree, tree_size
 from intrafuse.graph.groups import ChannelGraph
+from intrafuse.importance import score
+from intrafuse.merging import merge_groups
 from intrafuse.methods.moment import Moment
 from intrafuse.plan import Plan
 from intrafuse.weights import Weights
@@ -93,17 +95,11 @@ def shrink(
     graph = weights.graph
     before = measure(graph, graph.sizes, weights.counted())
     context = Context(weights, weights.snapshot(), model, example_inputs, data, seed)
-    maps = []
-    for group in graph.groups:
-        width = widths[group.name]
-        if width < group.size:
-            scores = torch.cat([weights.rows(group, s) for s in weights.present(group.writers)], 1)
-            step = method(group, scores.float().norm(dim=1), width, context).check()
-            weights.merge(step)
-            maps.append(step)
+    scores = {group.name: score(group, context, "l2") for group in graph.groups}
+    maps = merge_groups(method, graph.groups, scores, widths, context)
     after = measure(graph, weights.sizes, weights.counted())
     settings = {"method": {"name": method.name}, "seed": seed}
-    return Plan(graph, tuple(maps), False, settings, before, after)
+    return Plan(graph, maps, False, settings, before, after)
 
 
 def _written(graph: ChannelGraph) -> dict[str, int]:

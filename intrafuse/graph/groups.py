@@ -178,6 +178,11 @@ class ChannelGraph:
         return {group.name: group for group in self.groups}
 
     @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """The traced number of channels of each prunable group, by name."""
+        return {group.name: group.size for group in self.groups}
+
+    @cached_property
     def own_norms(self) -> tuple[Norm, ...]:
         """The norms that share no tensor with another: each can be given values of its own."""
         uses = Counter(name for norm in self.norms for name in norm.tensors)

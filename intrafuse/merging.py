@@ -1,0 +1,63 @@
+"""Make and apply the merge map of each group that shrinks: what pruning and fusion share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from intrafuse.context import Context
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.merge import MergeMap
+from intrafuse.methods import Method
+from intrafuse.repair import analytic_repair
+
+__all__ = ["merge_groups"]
+
+
+def merge_groups(
+    method: Method,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    context: Context,
+    *,
+    repair: Literal["analytic"] | None = None,
+) -> tuple[MergeMap, ...]:
+    """Reduce groups to given widths, in the order that the method wants.
+
+    Args:
+        method: scores and width to merge map.
+        groups: from input to output; those that have their width already stay.
+        scores: importance of the channels, by group name.
+        widths: channels to keep, by group name.
+        context: its weights are merged; its progress is called with (groups done, groups in all).
+        repair: `analytic` adds gains and shifts to every map.
+
+    Returns:
+        The maps in the order in which they were applied.
+
+    Raises:
+        IntrafuseError: the method returned a map of other sizes.
+    """
+    forward = getattr(method, "order", "backward") == "forward"
+    ordered = groups if forward else list(reversed(groups))
+    shrinking = [group for group in ordered if widths[group.name] < group.size]
+    maps = []
+    for done, group in enumerate(shrinking):
+        step = method(group, scores[group.name], widths[group.name], context).check()
+        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
+            raise IntrafuseError(
+                f"a method must return the map of {group.size} to {widths[group.name]} channels",
+                value=(step.group, step.size, step.width),
+                layer=group.name,
+            )
+        if repair == "analytic":
+            step = analytic_repair(step, group, context)
+        context.weights.merge(step)
+        maps.append(step)
+        if context.progress is not None:
+            context.progress(done + 1, len(shrinking))
+    return tuple(maps)
