@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from intrafuse.checkpoint import load, save
     from intrafuse.context import Context
     from intrafuse.errors import IntrafuseError
+    from intrafuse.factorize import Factorized, Recipe, factorize
     from intrafuse.fuse import Fused, FusionReport, fuse
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
     from intrafuse.merge import MergeMap
@@ -25,6 +26,7 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "Context",
+    "Factorized",
     "Figures",
     "Fused",
     "FusionReport",
@@ -32,7 +34,9 @@ __all__ = [
     "MergeMap",
     "Plan",
     "Pruned",
+    "Recipe",
     "Report",
+    "factorize",
     "fold_batchnorm",
     "fuse",
     "load",
@@ -52,6 +56,7 @@ _HOMES = {
     "checkpoint": ("load", "save"),
     "context": ("Context",),
     "errors": ("IntrafuseError",),
+    "factorize": ("Factorized", "Recipe", "factorize"),
     "fuse": ("Fused", "FusionReport", "fuse"),
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),
     "merge": ("MergeMap",),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import intrafuse
-from intrafuse.cli import compare, demo, evaluate, fuse, inspect, prune
+from intrafuse.cli import compare, demo, evaluate, factorize, fuse, inspect, prune
 from intrafuse.cli.options import add_command
 
 __all__ = ["app", "main"]
@@ -43,7 +43,7 @@ def _about(
 
 _COMMANDS = (
     *(inspect.inspect, prune.prune, compare.compare),
-    *(fuse.fuse, evaluate.evaluate, demo.demo),
+    *(fuse.fuse, factorize.factorize, evaluate.evaluate, demo.demo),
 )
 for _command in _COMMANDS:
     add_command(app, _command)

@@ -1,0 +1,116 @@
+"""What a factorised training took and gave: records of its stages, bytes moved, a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.factorize.stages import Record
+from intrafuse.files import replacing
+from intrafuse.report.tables import text_table
+
+__all__ = ["RESULT", "Result", "read_result", "write_result"]
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a factorised training took and gave.
+
+    Attributes:
+        scheme: whole, paf or fap.
+        workers: `local` or `ray`; None where there are none.
+        parallel: workers at once.
+        threads: of each worker, and where the networks are fused.
+        records: of all stages, in order of their parts.
+        sent, received: bytes from and to where the networks are fused; what was sent is recipe
+            and positions, what was received are networks.
+        wall: seconds of the call that finished the run.
+    """
+
+    scheme: str
+    workers: str | None
+    parallel: int
+    threads: int
+    records: tuple[Record, ...]
+    sent: int
+    received: int
+    wall: float
+
+    @property
+    def seconds(self) -> float:
+        """Time with one machine for each part: the slowest part, and then the joint stages."""
+        return max(self.parts.values(), default=0.0) + sum(
+            record.seconds for record in self.records if record.part == 0
+        )
+
+    @property
+    def parts(self) -> dict[int, float]:
+        """Seconds of every part."""
+        found: dict[int, float] = {}
+        for record in self.records:
+            if record.part:
+                found[record.part] = found.get(record.part, 0.0) + record.seconds
+        return found
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy of the network at the end, in percent."""
+        return self.records[-1].accuracy if self.records else None
+
+    def data(self) -> dict[str, Any]:
+        """Return everything as JSON data."""
+        stages = [{**asdict(record), "seconds": record.seconds} for record in self.records]
+        figures = {"seconds": self.seconds, "accuracy": self.accuracy}
+        return {**asdict(self), "records": stages, **figures}
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows of a table of stages."""
+        header = ["stage", "part", "images", "epochs", "seconds", "params", "before", "accuracy"]
+        rows = [
+            [
+                *(r.name, str(r.part or "all"), f"{r.images:,}", str(r.epochs)),
+                *(f"{r.seconds:.1f}", f"{r.params:,}"),
+                *("" if value is None else f"{value:.2f}" for value in (r.before, r.accuracy)),
+            ]
+            for r in self.records
+        ]
+        return header, rows
+
+    def __str__(self) -> str:
+        header, rows = self.table()
+        title = f"{self.scheme}: {self.seconds:.1f} s, {self.received:,} bytes received"
+        return text_table(title, header, rows, numbers=range(2, len(header)))
+
+
+def write_result(result: Result, recipe: Mapping[str, Any], folder: Path) -> None:
+    """Write the records and the recipe to `result.json`."""
+    with replacing(folder / RESULT) as temporary:
+        text = json.dumps({**result.data(), "recipe": dict(recipe)}, indent=1)
+        temporary.write_text(text + "\n", "utf-8")
+
+
+def read_result(folder: Path) -> Result:
+    """Read `result.json` of a folder.
+
+    Raises:
+        IntrafuseError: there is none, or it is broken.
+    """
+    try:
+        found = json.loads((folder / RESULT).read_text("utf-8"))
+        for stage in found["records"]:
+            del stage["seconds"]
+        records = tuple(Record(**stage) for stage in found["records"])
+        known = {name: found[name] for name in Result.__dataclass_fields__}
+        return Result(**{**known, "records": records})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise IntrafuseError(
+            f"no finished run: {RESULT} cannot be read ({error})",
+            value=str(folder),
+            remedy="run the same recipe in this folder again",
+        ) from error

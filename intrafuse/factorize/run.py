@@ -1,0 +1,251 @@
+"""Factorised training from one recipe: split, train in parallel, prune and fuse."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from intrafuse.data import Images, load_data
+from intrafuse.errors import IntrafuseError
+from intrafuse.factorize.cluster import run_ray
+from intrafuse.factorize.local import run_local
+from intrafuse.factorize.recipe import Recipe, read_recipe, write_recipe
+from intrafuse.factorize.result import Result, write_result
+from intrafuse.factorize.splits import split, write_positions
+from intrafuse.factorize.stages import Line, Network, Record, Report, load_network, read_records
+from intrafuse.factorize.timeline import draw_timeline
+from intrafuse.factorize.worker import POSITIONS, TASK, Task, last_stage
+from intrafuse.files import replacing, replacing_folder
+from intrafuse.fuse import fuse
+from intrafuse.methods.settings import check_choice
+
+__all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
+
+RECIPE, NETWORK, PARTS, TIMELINE = "recipe.yaml", "network", "parts", "timeline.png"
+REPAIRED = 500  # images that the statistics of layers are estimated on
+Workers = Literal["local", "ray"]
+
+
+@dataclass(frozen=True, eq=False)
+class Factorized:
+    """What a factorised training gave.
+
+    Attributes:
+        model: the small network.
+        result: what every stage took and gave.
+        folder: where everything lies.
+    """
+
+    model: nn.Module
+    result: Result
+    folder: Path
+
+
+def factorize(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    workers: Workers = "local",
+    address: str | None = None,
+    parallel: int | None = None,
+    threads: int | None = None,
+    retries: int = 1,
+    device: str = "cpu",
+    progress: Report | None = None,
+) -> Factorized:
+    """Train networks on parts of the data in parallel, and make one small network of them.
+
+    Theus et al., "Towards Meta-Pruning via Optimal Transport", section 6 and appendix D. The
+    workers share nothing: each gets the recipe and the positions of its images, and gives back a
+    network. Called again with the same recipe and folder, a run goes on where it was stopped;
+    the network does not depend on that (bit for bit on a CPU with the same numbers of threads).
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; new, or of a run of the same recipe.
+        workers: `local` processes, or `ray` tasks.
+        address: of a Ray cluster; by default one is started here, unless Ray runs already.
+        parallel: workers at once; by default one for each part, but no more than cores.
+        threads: of each worker; by default the cores are divided among them. Where networks are
+            fused, and for `whole`, PyTorch's own number counts.
+        retries: how often a worker that failed is started again.
+        device: where to compute.
+        progress: called with (stage, steps done, steps in all).
+
+    Returns:
+        The network, and a record of all stages. In the folder: `recipe.yaml`, `network` (for
+        `intrafuse.load`), `result.json`, the positions and stages of every part, and with
+        matplotlib `timeline.png`.
+
+    Raises:
+        IntrafuseError: the folder is that of another run, a worker failed for good (what others
+            finished is kept), or a stage fails.
+
+    >>> import tempfile
+    >>> short = {"epochs": 1}
+    >>> recipe = Recipe(scheme="whole", model="mlp", training=short, pruned=short, fused=short)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = factorize(recipe, folder)
+    >>> [record.name for record in found.result.records]
+    ['trained', 'pruned-1', 'tuned']
+    """
+    check_choice("workers", workers, Workers)
+    for name, value in (("parallel", parallel), ("threads", threads), ("retries + 1", retries + 1)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise IntrafuseError(f"{name} must be a whole number above 0", value=value, usage=True)
+    started = time.time()
+    folder = _open(Path(out).expanduser(), recipe)
+    run = _Run(recipe, folder, device, progress or (lambda name, done, total: None))
+    if recipe.scheme == "whole":
+        network = run.whole()
+    else:
+        run.prepare(parallel, threads)
+        run.work(workers, address, retries)
+        network = run.joint()
+    result = Result(
+        recipe.scheme,
+        None if recipe.scheme == "whole" else workers,
+        run.parallel,
+        run.threads,
+        tuple(run.records),
+        *run.moved(),
+        time.time() - started,
+    )
+    with replacing_folder(folder / NETWORK) as temporary:
+        shutil.copytree(folder / run.records[-1].name, temporary, dirs_exist_ok=True)
+    write_result(result, recipe.model_dump(mode="json"), folder)
+    if find_spec("matplotlib") is not None:
+        draw_timeline({recipe.scheme: result}, folder / TIMELINE)
+    return Factorized(network.model, result, folder)
+
+
+def _open(folder: Path, recipe: Recipe) -> Path:
+    """Make the folder of a run, or find it to be that of the same recipe."""
+    known = folder / RECIPE
+    if known.exists():
+        if read_recipe(known) != recipe:
+            raise IntrafuseError(
+                "the folder holds a run of another recipe",
+                value=str(folder),
+                remedy=f"choose another folder, or go on with --recipe {known}",
+                usage=True,
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise IntrafuseError(
+            "the output must be a new folder, or that of a run", value=str(folder), usage=True
+        )
+    else:
+        write_recipe(recipe, known)
+    return folder
+
+
+@dataclass(eq=False)
+class _Run:
+    """A run on its way: which folders belong to it, and what is known of its stages."""
+
+    recipe: Recipe
+    folder: Path
+    device: str
+    report: Report
+    records: list[Record] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    parallel: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker."""
+        return self.tasks[0].threads if self.tasks else torch.get_num_threads()
+
+    def whole(self) -> Network:
+        """Train, prune and fine-tune on all data."""
+        line = self._line(load_data(self.recipe.data, split="train"))
+        line.records = self.records
+        network = line.pruned(line.trained())
+        return line.stage("tuned", lambda: network, self.recipe.fused)
+
+    def prepare(self, parallel: int | None, threads: int | None) -> None:
+        """Split the data, and give every worker a folder with its task."""
+        splits, root = self.recipe.splits, self.folder / PARTS
+        if splits.scheme == "places":
+            parts: Sequence[Any] = [None] * len(splits.files)
+        else:
+            labels = load_data(self.recipe.data, split="train").labels
+            parts = split(splits, labels, seed=self.recipe.seed)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.parallel = min(parallel or cores or 1, len(parts))
+        threads = threads or max(1, (cores or 1) // self.parallel)
+        for number, positions in enumerate(parts, 1):
+            folder = root / str(number)
+            task = Task(recipe=self.recipe, part=number, threads=threads, device=self.device)
+            with replacing(folder / TASK) as temporary:
+                temporary.write_text(task.model_dump_json(), "utf-8")
+            if positions is not None:
+                write_positions(positions, folder / POSITIONS)
+            self.folders.append(folder)
+            self.tasks.append(task)
+
+    def work(self, workers: Workers, address: str | None, retries: int) -> None:
+        """Run all workers."""
+        how: Any = {"parallel": self.parallel, "retries": retries, "report": self.report}
+        if workers == "ray":
+            failed = run_ray(self.folders, self.tasks, address=address, **how)
+        else:
+            failed = run_local(self.folders, self.tasks, **how)
+        if failed:
+            told = "; ".join(f"part {one.part}: {one.reason}" for one in failed)
+            raise IntrafuseError(
+                f"{len(failed)} of {len(self.tasks)} workers failed: {told}",
+                remedy="call again with the same recipe and folder: what is done is kept",
+            )
+        for folder in self.folders:
+            self.records += read_records(folder / last_stage(self.recipe))
+
+    def joint(self) -> Network:
+        """Fuse the workers' networks, and fine-tune and prune the result as the scheme says."""
+        recipe = self.recipe
+        line = self._line(load_data(recipe.data, split="train") if recipe.open else None)
+        line.records = self.records
+        network = line.stage("fused", lambda: self._fused(line), recipe.fused)
+        return line.pruned(network) if recipe.scheme == "fap" else network
+
+    def _fused(self, line: Line) -> Network:
+        how, last = self.recipe.fusing, last_stage(self.recipe)
+        found = [load_network(folder / last, line.resolve().model) for folder in self.folders]
+        features, repair = how.features, how.repair
+        if features == "auto":
+            features = "activations" if self.recipe.open else "weights"
+        if repair == "auto":
+            repair = "batchnorm" if self.recipe.open else "analytic"
+        made = fuse(
+            [network.model.to(self.device) for network in found],
+            line.resolve().example_inputs,
+            features=features,
+            samples=how.samples,
+            method=how.method,
+            repair=None if repair == "none" else repair,
+            data=line.some(max(REPAIRED, how.samples)),
+            seed=self.recipe.seed,
+        )
+        return Network(made.model, made.plan or found[0].plan)
+
+    def _line(self, data: Images | None) -> Line:
+        test = load_data(self.recipe.data)
+        return Line(self.folder, self.recipe, 0, data, test, self.device, self.report)
+
+    def moved(self) -> tuple[int, int]:
+        """Count the bytes that were sent to all workers, and received from them."""
+        sent = [folder / name for folder in self.folders for name in (TASK, POSITIONS)]
+        last = [folder / last_stage(self.recipe) for folder in self.folders]
+        received = [path for folder in last for path in folder.iterdir()]
+        sizes = [sum(p.stat().st_size for p in paths if p.exists()) for paths in (sent, received)]
+        return sizes[0], sizes[1]

@@ -1,0 +1,235 @@
+"""The stages of a training, one after another: each is kept in a folder, and done only once.
+
+A stage makes a network (new, pruned or fused), trains it, and saves it with a record of what it
+took. What was saved is loaded when the stage is asked for again; a training that was stopped goes
+on from its last epoch; a broken folder is made anew. All of it depends on recipe and seed alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from intrafuse.checkpoint import MANIFEST, PLAN, load, save
+from intrafuse.data import Images
+from intrafuse.errors import IntrafuseError
+from intrafuse.evaluate import accuracy
+from intrafuse.factorize.recipe import Recipe
+from intrafuse.manifest import Manifest
+from intrafuse.plan import Plan
+from intrafuse.prune import prune
+from intrafuse.training import Training, train
+from intrafuse.zoo import ResolvedModel, resolve_model
+
+__all__ = ["Line", "Network", "Record", "load_network", "read_records"]
+
+Report = Callable[[str, int, int], None]
+CALIBRATION, BATCH = 512, 64  # images that importance, moments and repair may see, and in a batch
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one stage took and gave.
+
+    Attributes:
+        name: of the stage: `trained`, `pruned-1`, `fused`, ...
+        part: of the data, from 1; 0 where the stage is no worker's.
+        start, end: in seconds since 1970; of the attempt that finished it.
+        making: seconds for pruning or fusing, without training.
+        epochs, images: of the training.
+        params: parameters of the network.
+        before, accuracy: in percent on the test images, before the training and after it; None
+            where there are none, and before a network has been trained at all.
+    """
+
+    name: str
+    part: int
+    start: float
+    end: float
+    making: float
+    epochs: int
+    images: int
+    params: int
+    before: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network between two stages, and the plan that gave it its shapes."""
+
+    model: nn.Module
+    plan: Plan | None = None
+
+
+@dataclass(eq=False)
+class Line:
+    """Stages in one folder, on one part of the data.
+
+    Attributes:
+        folder: where each stage has a folder of its name.
+        recipe: what to do.
+        part: number of the part, from 1; 0 for all data.
+        data: training images; None where no training is asked for.
+        test: images that accuracy is measured on, or None.
+        device: where to compute.
+        report: called with (stage, steps done, steps in all).
+        records: of the stages so far.
+    """
+
+    folder: Path
+    recipe: Recipe
+    part: int
+    data: Images | None
+    test: Images | None
+    device: str = "cpu"
+    report: Report = lambda name, done, total: None
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        """The seed of this part."""
+        return self.recipe.seed + self.part
+
+    def trained(self) -> Network:
+        """Train a new network."""
+
+        def make() -> Network:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                return Network(self.resolve().model)
+
+        return self.stage("trained", make, self.recipe.training)
+
+    def pruned(self, network: Network) -> Network:
+        """Prune a network in the steps of the recipe, each with its fine-tuning."""
+        for step in range(self.recipe.pruning.steps):
+            make = partial(self._smaller, network)
+            network = self.stage(f"pruned-{step + 1}", make, self.recipe.pruned)
+        return network
+
+    def _smaller(self, network: Network) -> Network:
+        how = self.recipe.pruning
+        made = prune(
+            network.model,
+            self.resolve().example_inputs,
+            channels=how.share,
+            method=how.method,
+            importance=how.importance,
+            exclude=how.exclude,
+            data=self.some(CALIBRATION),
+            seed=self.seed,
+        )
+        return Network(made.model, made.plan)
+
+    def resolve(self) -> ResolvedModel:
+        """Build a new network of the recipe's architecture, for the data's images."""
+        shape = None if self.data is None else self.data.input_shape
+        found = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
+        example = tuple(tensor.to(self.device) for tensor in found.example_inputs)
+        return replace(found, model=found.model.to(self.device), example_inputs=example)
+
+    def some(self, images: int) -> list[Any] | None:
+        """Draw batches of so many training images, where these may be read."""
+        if self.data is None:
+            return None
+        batches = self.data.batches(BATCH, shuffle=True, seed=self.seed, device=self.device)
+        return list(islice(batches, -(-images // BATCH)))
+
+    def stage(self, name: str, make: Callable[[], Network], training: Training) -> Network:
+        """Return the network of a stage: a kept one, or a new one that is kept then.
+
+        Args:
+            name: of the stage and of its folder.
+            make: gives the network that is trained.
+            training: how.
+        """
+        folder = self.folder / name
+        kept = self._kept(folder)
+        if kept is not None:
+            return kept
+        shutil.rmtree(folder, ignore_errors=True)  # broken: it is made anew
+        start = time.time()
+        self.report(name, 0, 1)
+        network = make()
+        model = network.model
+        making = time.time() - start
+        before = None if name == "trained" else self.accuracy(model)
+        state = folder.with_suffix(".state")
+        if training.epochs and self.data is not None:
+            steps = partial(self.report, name)
+            how: Any = {"seed": self.seed, "device": self.device, "state": state}
+            train(model, self.data, training, progress=steps, **how)
+        record = Record(
+            name,
+            self.part,
+            start,
+            time.time(),
+            making,
+            training.epochs,
+            0 if self.data is None else len(self.data),
+            sum(parameter.numel() for parameter in model.parameters()),
+            before,
+            self.accuracy(model),
+        )
+        records = [*self.records, record]
+        save(
+            folder,
+            model,
+            architecture=self.recipe.model,
+            arguments=self.recipe.arguments,
+            figures={"accuracy": record.accuracy, "stages": [asdict(each) for each in records]},
+            plan=network.plan,
+        )
+        state.unlink(missing_ok=True)
+        self.records.append(record)
+        return Network(model.eval(), network.plan)
+
+    def _kept(self, folder: Path) -> Network | None:
+        """Load the network of a stage that is done, and its record."""
+        if not folder.exists():
+            return None
+        try:
+            network = load_network(folder, self.resolve().model)
+            self.records.append(read_records(folder)[-1])
+        except IntrafuseError:
+            return None
+        return network
+
+    def accuracy(self, model: nn.Module) -> float | None:
+        """Measure the accuracy on the test images, where there are any."""
+        return None if self.test is None else accuracy(model, self.test, device=self.device)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read the records of a kept stage and of those before it.
+
+    Raises:
+        IntrafuseError: the folder is broken, or no stage's.
+    """
+    stages: Any = Manifest.read(folder / MANIFEST).figures.get("stages")
+    try:
+        return [Record(**stage) for stage in stages]
+    except TypeError as error:
+        raise IntrafuseError("the folder tells of no stages", value=str(folder)) from error
+
+
+def load_network(folder: Path, model: nn.Module) -> Network:
+    """Load what a stage kept into a new network of the architecture."""
+    model = load(folder, model)
+    plan = Plan.load(folder / PLAN) if (folder / PLAN).exists() else None
+    return Network(model, plan)
