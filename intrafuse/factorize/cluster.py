@@ -83,6 +83,7 @@ def run_ray(
         ray.init(address=address, log_to_driver=False, logging_level="error", **size)
     try:
         board = ray.remote(num_cpus=0)(_Board).remote()
+        ray.get(board.read.remote())  # it stands before anybody writes
         # A crash and an exception of the worker's code both start it again.
         remote = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=True)(_remote)
         waiting = {}

@@ -113,7 +113,7 @@ def _epoch(
             progress(epoch * steps + step + 1, settings.epochs * steps)
     if not torch.isfinite(loss):
         raise IntrafuseError(
-            "the loss must stay finite", value=float(loss), layer=f"epoch {epoch + 1}",
+            "the loss must stay finite", value=loss.item(), layer=f"epoch {epoch + 1}",
             remedy="a lower learning rate",
         )  # fmt: skip
 
