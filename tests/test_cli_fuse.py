@@ -107,3 +107,14 @@ def test_one_network_and_another_architecture_are_refused(files):
     assert result.exit_code == 2 and "two networks or more" in result.stderr
     result = run("fuse", "digits_resnet", "--weights", files[0], "--weights", files[1])
     assert result.exit_code == 1 and "missing" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["ot", "moment"])
+def test_a_saved_pruned_network_may_be_the_reference(files, method, tmp_path):
+    small, out = tmp_path / "small", tmp_path / "out"
+    pruned = run("prune", "mlp", "--weights", files[0], "--channels", 0.5, "--out", small)
+    assert pruned.exit_code == 0, pruned.output
+    both = ["fuse", "mlp", "--weights", small, "--weights", files[1]]
+    result = run(*both, "--method", method, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert intrafuse.load(out).layers[1].out_features == 64

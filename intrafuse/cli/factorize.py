@@ -130,6 +130,20 @@ class RecipeOptions:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingCommon(Common):
+    """Take what every command takes, and by default a GPU where there is one."""
+
+    device: Annotated[
+        str, typer.Option(help="Where to compute; auto: a GPU where a worker finds one.")
+    ] = "auto"
+
+    def require_device(self) -> None:
+        """Refuse a device that cannot be used; `auto` can."""
+        if self.device != "auto":
+            super().require_device()
+
+
 def factorize(
     options: RecipeOptions,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run; kept on failure.")],
@@ -146,7 +160,7 @@ def factorize(
     retries: Annotated[
         int, typer.Option(min=0, help="How often a worker that failed is started again.")
     ] = 1,
-    common: Common = Common(),
+    common: TrainingCommon = TrainingCommon(),
 ) -> None:
     """Train on parts of the data in parallel, and make one small network of the results."""
     common.start()

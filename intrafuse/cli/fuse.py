@@ -123,13 +123,6 @@ def fuse(
         usable(out)
     resolved = networks.resolve(common.device)
     files = [str(path) for path in networks.weights or ()]
-    if out is not None and Path(files[min(options.reference, len(files) - 1)]).is_dir():
-        raise IntrafuseError(
-            "a network that is saved takes its widths from a file of weights",
-            value=files,
-            usage=True,
-            remedy="choose another --reference",
-        )
     test = None if data.data is None else data.images(data.data, "test", data.limit)
     with progress() as advance:
         fused = intrafuse.fuse(
@@ -183,18 +176,23 @@ def _save(
     reference: int,
     figures: dict[str, Any],
 ) -> None:
-    from intrafuse.checkpoint import save
+    from intrafuse.checkpoint import PLAN, WEIGHTS, save
+    from intrafuse.plan import Plan
     from intrafuse.zoo import file_sha256
 
-    paths = networks.weights or ()
+    source, plan = (networks.weights or ())[reference], fused.plan
+    if source.is_dir():  # its widths are not the architecture's where a plan made it smaller
+        if plan is None and (source / PLAN).exists():
+            plan = Plan.load(source / PLAN)
+        source = source / WEIGHTS
     save(
         out,
         fused.model,
         architecture=networks.model,
         arguments=resolved[0].arguments,
-        source_sha256=file_sha256(paths[reference]),
+        source_sha256=file_sha256(source),
         figures=figures,
-        plan=fused.plan,
+        plan=plan,
     )
 
 

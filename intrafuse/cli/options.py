@@ -114,6 +114,12 @@ class Common:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
+        self.require_device()
+
+    def require_device(self) -> None:
+        """Refuse a device that cannot be used."""
+        import torch
+
         try:
             device = torch.device(self.device)
         except RuntimeError as error:

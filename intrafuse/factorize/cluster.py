@@ -11,6 +11,7 @@ from typing import Any
 
 from intrafuse.data import import_extra
 from intrafuse.factorize.local import Failure
+from intrafuse.factorize.stages import is_whole
 from intrafuse.factorize.worker import POSITIONS, TASK, Report, Task, last_stage, throttled, work
 from intrafuse.files import replacing_folder
 
@@ -88,7 +89,7 @@ def run_ray(
         remote = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=True)(_remote)
         waiting = {}
         for folder, task in zip(folders, tasks, strict=True):
-            if (folder / last_stage(task.recipe)).exists():
+            if is_whole(folder / last_stage(task.recipe)):
                 continue
             names = [name for name in (TASK, POSITIONS) if (folder / name).exists()]
             sent = {name: (folder / name).read_bytes() for name in names}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.worker import PROGRESS, Report, Task
 
 __all__ = ["LOG", "Failure", "run_local"]
@@ -70,14 +71,19 @@ def run_local(
 
 def _start(folder: Path, task: Task) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
-    with open(folder / LOG, "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "intrafuse.factorize.worker", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+    try:
+        with open(folder / LOG, "a", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "intrafuse.factorize.worker", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+    except OSError as error:
+        raise IntrafuseError(
+            f"a worker cannot be started: {error.strerror}", value=str(folder)
+        ) from error
 
 
 def _show(folder: Path, task: Task, report: Report) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafuse.data import Images, load_data
 from intrafuse.errors import IntrafuseError
@@ -26,7 +26,10 @@ from intrafuse.factorize.timeline import draw_timeline
 from intrafuse.factorize.worker import POSITIONS, TASK, Task, last_stage
 from intrafuse.files import replacing, replacing_folder
 from intrafuse.fuse import fuse
+from intrafuse.methods import resolve_method
 from intrafuse.methods.settings import check_choice
+from intrafuse.training import pick_device
+from intrafuse.zoo import resolve_model
 
 __all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
 
@@ -59,7 +62,7 @@ def factorize(
     parallel: int | None = None,
     threads: int | None = None,
     retries: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Report | None = None,
 ) -> Factorized:
     """Train networks on parts of the data in parallel, and make one small network of them.
@@ -78,7 +81,7 @@ def factorize(
         threads: of each worker; by default the cores are divided among them. Where networks are
             fused, and for `whole`, PyTorch's own number counts.
         retries: how often a worker that failed is started again.
-        device: where to compute.
+        device: where to compute; by default each worker takes a GPU where it finds one.
         progress: called with (stage, steps done, steps in all).
 
     Returns:
@@ -103,8 +106,10 @@ def factorize(
         if value is not None and (type(value) is not int or value < 1):
             raise IntrafuseError(f"{name} must be a whole number above 0", value=value, usage=True)
     started = time.time()
-    folder = _open(Path(out).expanduser(), recipe)
+    folder = Path(out).expanduser()
     run = _Run(recipe, folder, device, progress or (lambda name, done, total: None))
+    run.check()
+    _open(folder, recipe)
     if recipe.scheme == "whole":
         network = run.whole()
     else:
@@ -128,7 +133,7 @@ def factorize(
     return Factorized(network.model, result, folder)
 
 
-def _open(folder: Path, recipe: Recipe) -> Path:
+def _open(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a run, or find it to be that of the same recipe."""
     known = folder / RECIPE
     if known.exists():
@@ -145,7 +150,6 @@ def _open(folder: Path, recipe: Recipe) -> Path:
         )
     else:
         write_recipe(recipe, known)
-    return folder
 
 
 @dataclass(eq=False)
@@ -160,6 +164,20 @@ class _Run:
     folders: list[Path] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     parallel: int = 1
+    test: Images | None = None
+    parts: Sequence[Tensor | None] = ()
+
+    def check(self) -> None:
+        """Load, build and split what the recipe names, before anything is written."""
+        recipe = self.recipe
+        self.test = load_data(recipe.data)
+        resolve_model(recipe.model, input_shape=self.test.input_shape, **recipe.arguments)
+        resolve_method(recipe.pruning.method)
+        if recipe.splits.scheme == "places":
+            self.parts = [None] * len(recipe.splits.files)
+        elif recipe.scheme != "whole":
+            labels = load_data(recipe.data, split="train").labels
+            self.parts = split(recipe.splits, labels, seed=recipe.seed)
 
     @property
     def threads(self) -> int:
@@ -174,18 +192,12 @@ class _Run:
         return line.stage("tuned", lambda: network, self.recipe.fused)
 
     def prepare(self, parallel: int | None, threads: int | None) -> None:
-        """Split the data, and give every worker a folder with its task."""
-        splits, root = self.recipe.splits, self.folder / PARTS
-        if splits.scheme == "places":
-            parts: Sequence[Any] = [None] * len(splits.files)
-        else:
-            labels = load_data(self.recipe.data, split="train").labels
-            parts = split(splits, labels, seed=self.recipe.seed)
+        """Give every worker a folder with its task."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.parallel = min(parallel or cores or 1, len(parts))
+        self.parallel = min(parallel or cores or 1, len(self.parts))
         threads = threads or max(1, (cores or 1) // self.parallel)
-        for number, positions in enumerate(parts, 1):
-            folder = root / str(number)
+        for number, positions in enumerate(self.parts, 1):
+            folder = self.folder / PARTS / str(number)
             task = Task(recipe=self.recipe, part=number, threads=threads, device=self.device)
             with replacing(folder / TASK) as temporary:
                 temporary.write_text(task.model_dump_json(), "utf-8")
@@ -227,7 +239,7 @@ class _Run:
         if repair == "auto":
             repair = "batchnorm" if self.recipe.open else "analytic"
         made = fuse(
-            [network.model.to(self.device) for network in found],
+            [network.model.to(line.device) for network in found],
             line.resolve().example_inputs,
             features=features,
             samples=how.samples,
@@ -239,8 +251,8 @@ class _Run:
         return Network(made.model, made.plan or found[0].plan)
 
     def _line(self, data: Images | None) -> Line:
-        test = load_data(self.recipe.data)
-        return Line(self.folder, self.recipe, 0, data, test, self.device, self.report)
+        device = str(pick_device(self.device))
+        return Line(self.folder, self.recipe, 0, data, self.test, device, self.report)
 
     def moved(self) -> tuple[int, int]:
         """Count the bytes that were sent to all workers, and received from them."""

@@ -28,9 +28,9 @@ from intrafuse.manifest import Manifest
 from intrafuse.plan import Plan
 from intrafuse.prune import prune
 from intrafuse.training import Training, train
-from intrafuse.zoo import ResolvedModel, resolve_model
+from intrafuse.zoo import ResolvedModel, file_sha256, resolve_model
 
-__all__ = ["Line", "Network", "Record", "load_network", "read_records"]
+__all__ = ["Line", "Network", "Record", "is_whole", "load_network", "read_records"]
 
 Report = Callable[[str, int, int], None]
 CALIBRATION, BATCH = 512, 64  # images that importance, moments and repair may see, and in a batch
@@ -138,7 +138,8 @@ class Line:
 
     def resolve(self) -> ResolvedModel:
         """Build a new network of the recipe's architecture, for the data's images."""
-        shape = None if self.data is None else self.data.input_shape
+        images = self.data or self.test
+        shape = None if images is None else images.input_shape
         found = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
         example = tuple(tensor.to(self.device) for tensor in found.example_inputs)
         return replace(found, model=found.model.to(self.device), example_inputs=example)
@@ -213,6 +214,15 @@ class Line:
     def accuracy(self, model: nn.Module) -> float | None:
         """Measure the accuracy on the test images, where there are any."""
         return None if self.test is None else accuracy(model, self.test, device=self.device)
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a stage is kept, with every file as it was written."""
+    try:
+        files = Manifest.read(folder / MANIFEST).files
+        return all(file_sha256(folder / name) == digest for name, digest in files.items())
+    except (IntrafuseError, OSError):
+        return False
 
 
 def read_records(folder: Path) -> list[Record]:

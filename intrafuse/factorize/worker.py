@@ -24,6 +24,7 @@ from intrafuse.factorize.recipe import Recipe
 from intrafuse.factorize.splits import read_positions
 from intrafuse.factorize.stages import Line, Report
 from intrafuse.files import replacing
+from intrafuse.training import pick_device
 
 __all__ = ["POSITIONS", "PROGRESS", "TASK", "Task", "last_stage", "work"]
 
@@ -38,7 +39,7 @@ class Task(BaseModel):
         recipe: of the whole training.
         part: number of the part, from 1.
         threads: of PyTorch.
-        device: where to compute.
+        device: where to compute; `auto` is resolved where the worker runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +74,7 @@ def work(folder: Path, report: Report) -> Path:
     else:
         data, test = load_data(recipe.data, split="train"), load_data(recipe.data)
         data = data.subset(torch.from_numpy(read_positions(folder / POSITIONS)))
-    line = Line(folder, recipe, task.part, data, test, task.device, report)
+    line = Line(folder, recipe, task.part, data, test, str(pick_device(task.device)), report)
     network = line.trained()
     if recipe.scheme == "paf":
         line.pruned(network)

@@ -16,10 +16,21 @@ from intrafuse.training.augment import crop_flip
 from intrafuse.training.settings import Training
 from intrafuse.training.state import read_state, write_state
 
-__all__ = ["train"]
+__all__ = ["pick_device", "train"]
 
 STRIDE = 1_000_003  # a prime between the seeds of epochs, so that those of two trainings differ
 Progress = Callable[[int, int], None]
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Resolve `auto`: a GPU where PyTorch can use one, else the CPU.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
@@ -43,7 +54,8 @@ def train(
         data: labelled images.
         settings: how.
         seed: of everything random.
-        device: where to compute; the model is moved there and stays.
+        device: where to compute; the model is moved there and stays. `auto` takes a GPU where
+            there is one.
         state: file that the training writes after each epoch, and resumes from where it exists
             and tells of the same training. None keeps nothing.
         progress: called with (steps done, steps in all).
@@ -58,7 +70,7 @@ def train(
     >>> from intrafuse.zoo import resolve_model
     >>> _ = train(resolve_model("mlp").model, load_data("digits", limit=64), Training(epochs=1))
     """
-    device = torch.device(device)
+    device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(),
