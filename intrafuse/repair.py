@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafuse.batches import batches, fitting
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import locate
+from intrafuse.graph.axes import Tree, locate
 from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.trace import as_arguments, evaluating
@@ -23,7 +23,7 @@ from intrafuse.moments.sources import MomentSource
 from intrafuse.plan import Plan
 from intrafuse.surgery import place
 
-__all__ = ["Repair", "analytic_repair", "reestimate_batchnorm"]
+__all__ = ["Repair", "analytic_repair", "merged_output", "reestimate_batchnorm"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
@@ -154,11 +154,13 @@ def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure mean and variance (channels,) of each norm's output, merged as the plan says."""
     sums: dict[str, list[Tensor]] = {}
+    layers = {norm.mean: norm.layer for norm in plan.graph.norms}
     handles = []
 
     def measure(mean: str):
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            merged = _merge_output(plan, mean, output.double())
+            layer = layers[mean]
+            merged = merged_output(plan, plan.graph.axes[mean][0], layer, output.double())
             dims = [d for d in range(merged.dim()) if d != 1]
             count = torch.tensor(float(merged.numel() // merged.shape[1]))
             parts = [count, merged.sum(dims), (merged * merged).sum(dims)]
@@ -183,10 +185,18 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
     }
 
 
-def _merge_output(plan: Plan, mean: str, output: Tensor) -> Tensor:
-    """Apply the plan to a norm's output (batch, channels, ...): encode, then gain and shift."""
-    tree = plan.graph.axes[mean][0]
-    layer = next(norm.layer for norm in plan.graph.norms if norm.mean == mean)
+def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:
+    """Apply a plan to what a layer or norm of the original puts out.
+
+    Args:
+        plan: its maps encode, then scale and shift.
+        tree: which channels the outputs hold.
+        layer: name of the weight that wrote them, or None.
+        output: (batch, channels, ...).
+
+    Returns:
+        What the pruned network should put out there.
+    """
     sizes = dict(plan.graph.sizes)
     for step in plan.maps:
         group = plan.graph.by_name[step.group]

@@ -175,30 +175,30 @@ class Line:
             steps = partial(self.report, name)
             how: Any = {"seed": self.seed, "device": self.device, "state": state}
             train(model, self.data, training, progress=steps, **how)
+        end = time.time()
         record = Record(
-            name,
-            self.part,
-            start,
-            time.time(),
-            making,
-            training.epochs,
-            0 if self.data is None else len(self.data),
-            sum(parameter.numel() for parameter in model.parameters()),
-            before,
-            self.accuracy(model),
+            *(name, self.part, start, end, making, training.epochs),
+            images=0 if self.data is None else len(self.data),
+            params=sum(parameter.numel() for parameter in model.parameters()),
+            before=before,
+            accuracy=self.accuracy(model),
         )
-        records = [*self.records, record]
+        self._keep(folder, network, record)
+        state.unlink(missing_ok=True)
+        return Network(model.eval(), network.plan)
+
+    def _keep(self, folder: Path, network: Network, record: Record) -> None:
+        """Save the network of a stage with the records of this stage and those before it."""
+        stages = [asdict(each) for each in (*self.records, record)]
         save(
             folder,
-            model,
+            network.model,
             architecture=self.recipe.model,
             arguments=self.recipe.arguments,
-            figures={"accuracy": record.accuracy, "stages": [asdict(each) for each in records]},
+            figures={"accuracy": record.accuracy, "stages": stages},
             plan=network.plan,
         )
-        state.unlink(missing_ok=True)
         self.records.append(record)
-        return Network(model.eval(), network.plan)
 
     def _kept(self, folder: Path) -> Network | None:
         """Load the network of a stage that is done, and its record."""
