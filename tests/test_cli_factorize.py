@@ -48,10 +48,27 @@ def test_a_preset_serves_all_trainings():
 def test_options_change_a_recipe_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("scheme: paf\nmodel: mlp\nseed: 3\ntraining: paper\nsplits: {folds: 6}\n")
-    made = RecipeOptions(scheme="fap", recipe=file, split="k-fold", epochs=7).build(0)
+    made = RecipeOptions(scheme="fap", recipe=file, split="k-fold", epochs=7).build(None)
     assert (made.scheme, made.model, made.seed) == ("fap", "mlp", 3)
     assert made.training == PRESETS["paper"].model_copy(update={"epochs": 7})
     assert (made.splits.scheme, made.splits.folds) == ("k-fold", 6)
+
+
+def test_options_change_defaults_of_what_a_recipe_file_leaves_out(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("scheme: paf\nmodel: mlp\n")
+    made = RecipeOptions(scheme="paf", recipe=file, epochs=7).build(None)
+    assert made.training == PRESETS["short"].model_copy(update={"epochs": 7})
+
+
+@pytest.mark.parametrize(("given", "seed"), [((), 3), (("--seed", 0), 0)])
+def test_a_seed_of_0_changes_that_of_a_recipe_file(given, seed, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    never = "{epochs: 0}"
+    text = f"seed: 3\ntraining: {never}\npruned: {never}\nfused: {never}\n"
+    file.write_text(f"scheme: whole\nmodel: mlp\n{text}")
+    result = run("whole", "--recipe", file, "--out", tmp_path / "run", "--json", "-", *given)
+    assert json.loads(result.stdout)["recipe"]["seed"] == seed
 
 
 def test_a_run_is_shown_and_evaluate_reads_it(tmp_path):
@@ -81,6 +98,8 @@ def test_a_run_is_shown_and_evaluate_reads_it(tmp_path):
         (["paf", "mlp", "--data", "nothing"], "unknown data set"),
         (["whole", "no_such"], "no_such"),
         (["fap", "mlp", "--method", "best"], "best"),
+        (["fap", "mlp", "--importance", "l3"], "unknown importance"),
+        (["fap", "mlp", "--overlap", 0.2], "belongs to the scheme overlapping"),
         (["fap", "mlp", "--split", "files", "--file", "a", "--file", "b"], "positions"),
     ],
 )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import intrafuse
 from intrafuse.cli import app
+from intrafuse.cli.fuse import NetworkOptions
 from intrafuse.data import load_data
 from intrafuse.evaluate import accuracy
 from intrafuse.zoo import load_weights, resolve_model
@@ -118,3 +119,19 @@ def test_a_saved_pruned_network_may_be_the_reference(files, method, tmp_path):
     result = run(*both, "--method", method, "--out", out)
     assert result.exit_code == 0, result.output
     assert intrafuse.load(out).layers[1].out_features == 64
+
+
+def test_a_model_that_is_one_module_serves_for_every_file(tmp_path, monkeypatch):
+    code = (
+        "from torch import nn\nbuilt = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))"
+    )
+    (tmp_path / "users_fused.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for i, file in enumerate(files):
+        torch.manual_seed(i)
+        save_file(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).state_dict(), file)
+    name = "users_fused:built"
+    options = NetworkOptions(model=name, weights=files, input_shape="4")
+    first, second = (resolved.model[0].weight for resolved in options.resolve("cpu"))
+    assert not torch.equal(first, second)

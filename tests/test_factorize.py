@@ -24,6 +24,7 @@ from intrafuse.evaluate import accuracy
 from intrafuse.factorize import read_recipe
 from intrafuse.factorize.recipe import make_recipe
 from intrafuse.factorize.result import read_result
+from intrafuse.factorize.stages import Line
 from intrafuse.factorize.timeline import draw_timeline
 
 TRAINING = {"epochs": 4, "batch": 32, "rate": 0.1, "schedule": "one-cycle"}
@@ -83,6 +84,7 @@ def test_a_recipe_survives_its_file(tmp_path):
              "fusing": {"repair": "batchnorm"}},
             "cannot be read to fuse",
         ),
+        ({"scheme": "paf", "model": "mlp", "arguments": {"input_shape": [1, 8, 8]}}, "arguments"),
     ],
 )  # fmt: skip
 def test_wrong_recipes_are_refused_by_the_field(settings, rule):
@@ -196,6 +198,80 @@ def test_another_recipe_or_other_files_in_the_folder_are_refused(undisturbed, tm
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("change", [{"epochs": 5}, {"rate": 0.05}])
+def test_a_recipe_file_that_was_edited_after_the_run_is_refused(undisturbed, change, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed["paf"].folder, folder)
+    edited = recipe("paf", training={**TRAINING, **change})
+    (folder / "recipe.yaml").write_text(edited.model_dump_json())
+    with pytest.raises(IntrafuseError, match="another recipe"):
+        intrafuse.factorize(edited, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"pruning": {"importance": "l3"}}, "unknown importance"),
+        ({"pruning": {"exclude": ["nope*"]}}, "exclude"),
+        ({"arguments": {"num_classes": 5}}, "10 logits"),
+        ({"arguments": {"in_channels": 3}}, "images of shape"),
+        (
+            {"private": True, "fused": {"epochs": 0}, "pruned": {"epochs": 0},
+             "pruning": {"importance": "taylor"}},
+            "needs data",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_fail_after_the_training_is_refused_before(changes, rule, tmp_path):
+    with pytest.raises(IntrafuseError, match=rule):
+        intrafuse.factorize(recipe("fap", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"device": "gpu"}, {"retries": None}, {"parallel": 0}])
+def test_wrong_settings_of_a_run_are_refused_before_it(settings, tmp_path):
+    with pytest.raises(IntrafuseError, match=next(iter(settings))):
+        intrafuse.factorize(recipe("whole"), tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["long" * 100, "nul\0"])
+def test_a_folder_that_cannot_be_read_is_refused(name, tmp_path):
+    with pytest.raises(IntrafuseError, match="cannot be read"):
+        intrafuse.factorize(recipe("whole"), tmp_path / name)
+
+
+def test_something_else_than_a_recipe_is_refused(tmp_path):
+    with pytest.raises(IntrafuseError, match="read_recipe"):
+        intrafuse.factorize("recipe.yaml", tmp_path / "run")  # type: ignore[arg-type]
+
+
+MODULE = """
+from torch import nn
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+built = make()
+"""
+
+
+def test_workers_find_the_modules_of_their_driver(tmp_path, monkeypatch):
+    (tmp_path / "users_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = recipe("fap", model="users_module:make", arguments={})
+    assert intrafuse.factorize(made, tmp_path / "run", retries=0).model[1].out_features == 8
+
+
+def test_a_model_that_is_one_module_stays_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "users_built.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = recipe("whole", model="users_built:built", arguments={})
+    run = intrafuse.factorize(made, tmp_path / "run")
+    assert run.model[1].out_features == 8
+    built = sys.modules["users_built"].built
+    assert built[1].out_features == 16
+    assert Line(tmp_path, made, 0, None, load_data("digits")).resolve().model is not built
+
+
 def test_a_worker_that_fails_is_reported_with_its_log(tmp_path):
     made = recipe("fap", training={**TRAINING, "rate": 1e30})
     with pytest.raises(IntrafuseError, match=r"2 of 2 workers failed.*loss must stay finite.*log"):
@@ -296,6 +372,13 @@ def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
 
 
 # --- Ray ----------------------------------------------------------------------------------------
+
+
+def test_a_ray_cluster_that_cannot_be_reached_is_said(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    how = {"workers": "ray", "address": "no-such-scheme://127.0.0.1:1"}
+    with pytest.raises(IntrafuseError, match="Ray cannot be reached"):
+        intrafuse.factorize(recipe("paf"), tmp_path / "run", **how)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_dirichlet_parts_cover_everything_and_are_skewed_by_alpha():
 
 @pytest.mark.parametrize("scheme", ["disjoint", "k-fold", "overlapping", "dirichlet"])
 def test_the_seed_alone_decides(scheme):
-    splits = Splits(scheme=scheme, folds=2, overlap=0.1)
+    splits = Splits(scheme=scheme, folds=2, overlap=0.1 if scheme == "overlapping" else 0)
     first, again, other = (members(split(splits, LABELS, seed=s)) for s in (1, 1, 2))
     assert first == again and first != other
 
@@ -94,6 +94,11 @@ def test_an_array_file_must_hold_whole_numbers_and_nothing_pickled(tmp_path):
         read_positions(tmp_path / "absent.npy")
 
 
+def test_more_folds_than_images_are_refused_before_they_are_made():
+    with pytest.raises(IntrafuseError, match="1000 images"):
+        split(Splits(folds=10**12), LABELS)
+
+
 def test_a_part_without_images_is_refused():
     with pytest.raises(IntrafuseError, match="no image"):
         split(Splits(folds=5), torch.zeros(3, dtype=torch.int64))
@@ -109,6 +114,9 @@ def test_a_part_without_images_is_refused():
         {"scheme": "files", "files": ("a",)},
         {"overlap": 1.0},
         {"alpha": 0.0},
+        {"overlap": 0.2},
+        {"alpha": 0.1},
+        {"scheme": "overlapping", "folds": 2, "overlap": 0.6},
     ],
 )
 def test_wrong_settings_are_refused(wrong):

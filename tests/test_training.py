@@ -147,6 +147,12 @@ def test_a_loss_that_is_not_finite_is_said():
         train(network("mlp"), load_data("digits", limit=200), Training(epochs=3, rate=1e30))
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused(device):
+    with pytest.raises(IntrafuseError, match="device"):
+        train(network(), load_data("digits", limit=64), SHORT, device=device)
+
+
 def test_bfloat16_keeps_float32_weights():
     model = train(
         network(), load_data("digits", limit=64), Training(epochs=1, precision="bfloat16")

@@ -38,7 +38,7 @@ class RecipeOptions:
     ] = None
     folds: Annotated[int | None, typer.Option(help="Into how many subsets; 2 by default.")] = None
     overlap: Annotated[
-        float | None, typer.Option(help="Share of each part that others hold too.")
+        float | None, typer.Option(help="Share of each part drawn from the others.")
     ] = None
     alpha: Annotated[float | None, typer.Option(help="Of --split dirichlet.")] = None
     file: Annotated[
@@ -70,8 +70,8 @@ class RecipeOptions:
         str | None, typer.Option(help="auto, none, batchnorm, synthetic or analytic.")
     ] = None
 
-    def build(self, seed: int) -> Recipe:
-        """Make the recipe."""
+    def build(self, seed: int | None) -> Recipe:
+        """Make the recipe; without a seed it is the file's, or 0."""
         from intrafuse.factorize.recipe import make_recipe, read_recipe
 
         stages = self._stages()
@@ -96,12 +96,12 @@ class RecipeOptions:
             },
             "fusing": {"method": self.fusion, "features": self.features, "repair": self.repair},
         }
-        given = _given(chosen)
+        given = _given({**chosen, "seed": seed})
         if self.recipe is not None:
-            return read_recipe(self.recipe, {**given, **({"seed": seed} if seed else {})})
+            return read_recipe(self.recipe, given)
         if self.model is None:
             raise IntrafuseError("a MODEL is needed, or a --recipe that names one", usage=True)
-        return make_recipe({**given, "seed": seed})
+        return make_recipe(given)
 
     def _stages(self) -> dict[str, Any]:
         """Give the settings of the three trainings, where options change them."""
@@ -132,8 +132,11 @@ class RecipeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCommon(Common):
-    """Take what every command takes, and by default a GPU where there is one."""
+    """Take what every command takes, by default a GPU where there is one and the recipe's seed."""
 
+    seed: Annotated[  # type: ignore[assignment] - None leaves that of a recipe file
+        int | None, typer.Option(min=0, max=2**31 - 1, help="Seed everything random; 0.")
+    ] = None
     device: Annotated[
         str, typer.Option(help="Where to compute; auto: a GPU where a worker finds one.")
     ] = "auto"

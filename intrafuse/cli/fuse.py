@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,7 @@ class NetworkOptions:
         folder = path.is_dir()
         options = ModelOptions(model=self.model, weights=None if folder else path, **known)
         resolved = options.resolve(device)
+        resolved = replace(resolved, model=deepcopy(resolved.model))  # MODEL may name one module
         if folder:
             load(path, resolved.model)
         return resolved

@@ -113,27 +113,14 @@ class Common:
         set_logs(all=logging.CRITICAL)  # what fails is said in one line
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.seed or 0)
         self.require_device()
 
     def require_device(self) -> None:
         """Refuse a device that cannot be used."""
-        import torch
+        from intrafuse.device import require_device
 
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise IntrafuseError(
-                "unknown device", value=self.device, remedy="try cpu or cuda", usage=True
-            ) from error
-        try:
-            torch.zeros(1, device=device).cpu()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise IntrafuseError(
-                f"the device cannot be used ({str(error).splitlines()[0]})",
-                value=self.device,
-                remedy="try cpu",
-            ) from error
+        require_device(self.device)
 
 
 ModelName = Annotated[

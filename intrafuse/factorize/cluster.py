@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intrafuse.data import import_extra
+from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.local import Failure
 from intrafuse.factorize.stages import is_whole
 from intrafuse.factorize.worker import POSITIONS, TASK, Report, Task, last_stage, throttled, work
@@ -75,13 +76,13 @@ def run_ray(
         report: called with (stage and worker, steps done, steps in all).
 
     Raises:
-        IntrafuseError: Ray is not installed.
+        IntrafuseError: Ray is not installed, or cannot be reached or started.
     """
     ray = import_extra("ray", "ray")
     own = not ray.is_initialized()
     if own:
         size = {} if address else {"num_cpus": parallel, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="error", **size)
+        _connect(ray, address, size)
     try:
         board = ray.remote(num_cpus=0)(_Board).remote()
         ray.get(board.read.remote())  # it stands before anybody writes
@@ -98,6 +99,17 @@ def run_ray(
     finally:
         if own:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, size: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", **size)
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        raise IntrafuseError(
+            f"Ray cannot be reached or started ({' '.join(str(error).split())})",
+            value=address,
+            remedy="start the cluster (ray start --head) and give its address",
+        ) from error
 
 
 def _run_name(folder: Path, sent: dict[str, bytes]) -> str:

@@ -70,11 +70,14 @@ def run_local(
 
 
 def _start(folder: Path, task: Task) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
+    # The worker finds the modules that this process finds, and in the same order.
+    path = os.pathsep.join(os.path.abspath(place) for place in sys.path)
+    threads = str(task.threads)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
     try:
         with open(folder / LOG, "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "intrafuse.factorize.worker", str(folder)],
+                [sys.executable, "-P", "-m", "intrafuse.factorize.worker", str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

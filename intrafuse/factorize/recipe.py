@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class Splits(_Settings):
             arXiv 1909.06335). `files`: positions from files. `places`: every worker reads a data
             set of its own.
         folds: k.
-        overlap: share of every part that other parts hold too.
+        overlap: share of every part that is drawn from the other parts.
         alpha: of the Dirichlet distribution; the smaller, the more uneven.
         files: of positions, .npy or text with one in a line, for each part; or for `places` the
             SPEC of each data set, as its worker sees it.
@@ -62,6 +63,12 @@ class Splits(_Settings):
             raise ValueError("files belong to the schemes files and places, which need them")
         if self.files and len(self.files) < 2:
             raise ValueError("two parts or more are needed")
+        if self.overlap and self.scheme != "overlapping":
+            raise ValueError("overlap belongs to the scheme overlapping")
+        if self.overlap > 1 - 1 / self.folds:
+            raise ValueError(f"overlap can be {1 - 1 / self.folds:.3g} at most with these folds")
+        if self.alpha != 0.5 and self.scheme != "dirichlet":
+            raise ValueError("alpha belongs to the scheme dirichlet")
         return self
 
 
@@ -145,6 +152,14 @@ class Recipe(_Settings):
             raise ValueError(f"no preset {value!r}; there are {', '.join(PRESETS)}")
         return PRESETS[value]
 
+    @field_validator("arguments")
+    @classmethod
+    def _of_factory(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in ("input_shape", "name"):
+            if name in value:
+                raise ValueError(f"{name} is no argument of a factory: model and data decide it")
+        return value
+
     @model_validator(mode="after")
     def _closed(self) -> Recipe:
         joint = {"paf": (self.fused,), "fap": (self.fused, self.pruned), "whole": ()}
@@ -164,6 +179,11 @@ class Recipe(_Settings):
     def open(self) -> bool:
         """Whether the data may be read where networks are fused."""
         return not self.private and self.splits.scheme != "places"
+
+    @property
+    def digest(self) -> str:
+        """A hash of all settings, by which a kept network tells what recipe made it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def make_recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -202,7 +222,13 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
         raise IntrafuseError(f"the recipe cannot be read: {text}", value=str(path)) from error
     if not isinstance(found, dict):
         raise IntrafuseError("a recipe is a mapping of settings", value=str(path))
-    return make_recipe(_merged(found, changes or {}))
+    changes = changes or {}
+    defaults = {
+        name: field.default.model_dump()
+        for name, field in Recipe.model_fields.items()
+        if name in changes and isinstance(field.default, BaseModel)
+    }
+    return make_recipe(_merged({**defaults, **found}, changes))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

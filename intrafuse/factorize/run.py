@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from intrafuse.checkpoint import MANIFEST
 from intrafuse.data import Images, load_data
 from intrafuse.errors import IntrafuseError
+from intrafuse.evaluate import accuracy
 from intrafuse.factorize.cluster import run_ray
 from intrafuse.factorize.local import run_local
 from intrafuse.factorize.recipe import Recipe, read_recipe, write_recipe
@@ -26,15 +29,17 @@ from intrafuse.factorize.timeline import draw_timeline
 from intrafuse.factorize.worker import POSITIONS, TASK, Task, last_stage
 from intrafuse.files import replacing, replacing_folder
 from intrafuse.fuse import fuse
+from intrafuse.manifest import Manifest
 from intrafuse.methods import resolve_method
 from intrafuse.methods.settings import check_choice
+from intrafuse.prune import plan
 from intrafuse.training import pick_device
-from intrafuse.zoo import resolve_model
 
 __all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
 
 RECIPE, NETWORK, PARTS, TIMELINE = "recipe.yaml", "network", "parts", "timeline.png"
 REPAIRED = 500  # images that the statistics of layers are estimated on
+TRIED = 8  # test images that a random network is run and pruned with, before all
 Workers = Literal["local", "ray"]
 
 
@@ -102,9 +107,13 @@ def factorize(
     ['trained', 'pruned-1', 'tuned']
     """
     check_choice("workers", workers, Workers)
-    for name, value in (("parallel", parallel), ("threads", threads), ("retries + 1", retries + 1)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise IntrafuseError(f"{name} must be a whole number above 0", value=value, usage=True)
+    if not isinstance(recipe, Recipe):
+        remedy = "use make_recipe or read_recipe of intrafuse.factorize"
+        raise IntrafuseError("a Recipe is needed", value=recipe, remedy=remedy, usage=True)
+    for name, value in (("parallel", parallel), ("threads", threads)):
+        if value is not None:
+            _check_count(name, value, 1)
+    _check_count("retries", retries, 0)
     started = time.time()
     folder = Path(out).expanduser()
     run = _Run(recipe, folder, device, progress or (lambda name, done, total: None))
@@ -133,15 +142,23 @@ def factorize(
     return Factorized(network.model, result, folder)
 
 
+def _check_count(name: str, value: int, least: int) -> None:
+    if type(value) is int and value >= least:
+        return
+    raise IntrafuseError(
+        f"{name} must be a whole number of {least} or more", value=value, usage=True
+    )
+
+
 def _open(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a run, or find it to be that of the same recipe."""
     known = folder / RECIPE
-    if known.exists():
-        if read_recipe(known) != recipe:
+    if _is_there(known):
+        if read_recipe(known) != recipe or _made_otherwise(folder, recipe):
             raise IntrafuseError(
                 "the folder holds a run of another recipe",
                 value=str(folder),
-                remedy=f"choose another folder, or go on with --recipe {known}",
+                remedy=f"choose another folder, or go on with --recipe {known} as it was",
                 usage=True,
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -150,6 +167,30 @@ def _open(folder: Path, recipe: Recipe) -> None:
         )
     else:
         write_recipe(recipe, known)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
+        raise IntrafuseError(
+            f"the output cannot be read: {getattr(error, 'strerror', None) or error}",
+            value=str(path.parent),
+            remedy="choose another folder",
+        ) from error
+    return True
+
+
+def _made_otherwise(folder: Path, recipe: Recipe) -> bool:
+    """Tell whether a kept stage says that another recipe made it: its file was edited."""
+    for place in (folder, *sorted((folder / PARTS).glob("*"))):
+        for manifest in sorted(place.glob(f"*/{MANIFEST}")):
+            with suppress(IntrafuseError):  # broken: it is made anew
+                if Manifest.read(manifest).figures.get("recipe") not in (None, recipe.digest):
+                    return True
+    return False
 
 
 @dataclass(eq=False)
@@ -168,16 +209,33 @@ class _Run:
     parts: Sequence[Tensor | None] = ()
 
     def check(self) -> None:
-        """Load, build and split what the recipe names, before anything is written."""
+        """Load, build, try and split what the recipe names, before anything is written."""
         recipe = self.recipe
+        pick_device(self.device)
         self.test = load_data(recipe.data)
-        resolve_model(recipe.model, input_shape=self.test.input_shape, **recipe.arguments)
-        resolve_method(recipe.pruning.method)
+        self._try(self.test.take(TRIED))
         if recipe.splits.scheme == "places":
             self.parts = [None] * len(recipe.splits.files)
         elif recipe.scheme != "whole":
             labels = load_data(recipe.data, split="train").labels
             self.parts = split(recipe.splits, labels, seed=recipe.seed)
+
+    def _try(self, images: Images) -> None:
+        """Run and prune a random network: what is refused here would be after the training."""
+        how = self.recipe.pruning
+        resolve_method(how.method)
+        found = Line(self.folder, self.recipe, 0, images, None).resolve()
+        accuracy(found.model, images)
+        readable = self.recipe.open or self.recipe.scheme == "paf"
+        plan(
+            found.model,
+            found.example_inputs,
+            channels=how.share,
+            method="select",
+            importance=how.importance,
+            exclude=how.exclude,
+            data=list(images.batches()) if readable else None,
+        )
 
     @property
     def threads(self) -> int:

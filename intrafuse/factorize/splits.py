@@ -34,6 +34,12 @@ def split(splits: Splits, labels: Tensor, *, seed: int = 0) -> list[Tensor]:
     [[1, 2, 4], [0, 3]]
     """
     random = np.random.default_rng(seed)
+    if splits.folds > len(labels):
+        raise IntrafuseError(
+            f"{len(labels)} images in more folds: a part of the data holds no image",
+            value=splits.folds,
+            remedy="fewer folds",
+        )
     if splits.scheme == "files":
         parts = [read_positions(Path(file)) for file in splits.files]
     elif splits.scheme == "dirichlet":

@@ -7,6 +7,7 @@ on from its last epoch; a broken folder is made anew. All of it depends on recip
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable
@@ -142,7 +143,8 @@ class Line:
         shape = None if images is None else images.input_shape
         found = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
         example = tuple(tensor.to(self.device) for tensor in found.example_inputs)
-        return replace(found, model=found.model.to(self.device), example_inputs=example)
+        model = copy.deepcopy(found.model)  # MODEL may name one module, not a factory
+        return replace(found, model=model.to(self.device), example_inputs=example)
 
     def some(self, images: int) -> list[Any] | None:
         """Draw batches of so many training images, where these may be read."""
@@ -195,7 +197,11 @@ class Line:
             network.model,
             architecture=self.recipe.model,
             arguments=self.recipe.arguments,
-            figures={"accuracy": record.accuracy, "stages": stages},
+            figures={
+                "accuracy": record.accuracy,
+                "stages": stages,
+                "recipe": self.recipe.digest,
+            },
             plan=network.plan,
         )
         self.records.append(record)
@@ -204,8 +210,9 @@ class Line:
         """Load the network of a stage that is done, and its record."""
         if not folder.exists():
             return None
+        model = self.resolve().model  # where this fails, the folder is not to blame, and stays
         try:
-            network = load_network(folder, self.resolve().model)
+            network = load_network(folder, model)
             self.records.append(read_records(folder)[-1])
         except IntrafuseError:
             return None

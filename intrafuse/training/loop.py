@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from intrafuse.data import Images
+from intrafuse.device import require_device
 from intrafuse.errors import IntrafuseError
 from intrafuse.training.augment import crop_flip
 from intrafuse.training.settings import Training
@@ -25,11 +26,14 @@ Progress = Callable[[int, int], None]
 def pick_device(device: str | torch.device) -> torch.device:
     """Resolve `auto`: a GPU where PyTorch can use one, else the CPU.
 
+    Raises:
+        IntrafuseError: another device is asked for, which cannot be used.
+
     >>> pick_device("cpu")
     device(type='cpu')
     """
     if device != "auto":
-        return torch.device(device)
+        return require_device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,0 +1,35 @@
+"""Refuse a device that cannot be used, before anything is computed on it."""
+
+from __future__ import annotations
+
+import torch
+
+from intrafuse.errors import IntrafuseError
+
+__all__ = ["require_device"]
+
+
+def require_device(name: str | torch.device) -> torch.device:
+    """Resolve the name of a device, and put a tensor there.
+
+    Raises:
+        IntrafuseError: the name is unknown, or the device cannot be used.
+
+    >>> require_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise IntrafuseError(
+            "unknown device", value=name, remedy="try cpu or cuda", usage=True
+        ) from error
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise IntrafuseError(
+            f"the device cannot be used ({str(error).splitlines()[0]})",
+            value=str(name),
+            remedy="try cpu",
+        ) from error
+    return device
