@@ -11,6 +11,7 @@ on it (networks that are only trained, and fused before they are pruned). Everyt
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from statistics import mean
 import torch
 
 import intrafuse
+from intrafuse.checkpoint import MANIFEST
 from intrafuse.factorize.recipe import Recipe, make_recipe, write_recipe
 from intrafuse.factorize.result import Result
 from intrafuse.factorize.timeline import draw_timeline
@@ -57,6 +59,10 @@ def borrow(made: Recipe, target: Path, others: list[Path]) -> None:
             for stage in UNPRUNED if same_scheme else UNPRUNED[:1]:
                 if (folder / stage).is_dir() and not (into / stage).exists():
                     shutil.copytree(folder / stage, into / stage)
+                    path = into / stage / MANIFEST
+                    manifest = json.loads(path.read_text())
+                    manifest["figures"].pop("recipe", None)  # it would not be taken for this one's
+                    path.write_text(json.dumps(manifest))
 
 
 def run(options: argparse.Namespace, *key) -> Result:

@@ -21,7 +21,7 @@ __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
 ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
-TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64, "augment": "none"})
+TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64})
 Progress = Callable[[str, int, int], None]
 
 

@@ -299,7 +299,7 @@ def workers(folder: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"intrafuse.factorize.worker" in words and str(folder).encode() in b" ".join(words):
+        if b"intrafuse.factorize" in words and str(folder).encode() in b" ".join(words):
             found.append(int(path.parent.name))
     return found
 

@@ -158,3 +158,17 @@ def test_bfloat16_keeps_float32_weights():
         network(), load_data("digits", limit=64), Training(epochs=1, precision="bfloat16")
     )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("augment", "shape", "expected"),
+    [
+        ("none", (3, 32, 32), False),
+        ("auto", (3, 32, 32), True),
+        ("auto", (1, 8, 8), False),
+        ("auto", (3, 8, 8), False),
+        ("crop-flip", (1, 8, 8), True),
+    ],
+)
+def test_automatic_augmentation_leaves_digits_alone(augment, shape, expected):
+    assert Training(augment=augment).augments(shape) is expected

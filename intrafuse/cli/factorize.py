@@ -56,7 +56,7 @@ class RecipeOptions:
         str | None,
         typer.Option(metavar="N[,N]", help="After a pruning, and after the fusion."),
     ] = None
-    augment: Annotated[str | None, typer.Option(help="none or crop-flip.")] = None
+    augment: Annotated[str | None, typer.Option(help="none, crop-flip or auto.")] = None
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
     channels: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Share of channels to remove; 0.5.")

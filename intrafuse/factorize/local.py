@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ __all__ = ["LOG", "Failure", "run_local"]
 LOG = "log.txt"
 POLL = 0.2  # seconds
 LINES = 3  # of a log that an error shows
+FULL = 2**16  # bytes that are free on a disk that counts as full
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _start(folder: Path, task: Task) -> subprocess.Popen:
     try:
         with open(folder / LOG, "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "intrafuse.factorize.worker", str(folder)],
+                [sys.executable, "-P", "-m", "intrafuse.factorize", str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -104,4 +106,6 @@ def _reason(folder: Path, code: int) -> str:
         lines = (folder / LOG).read_text("utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
+    if shutil.disk_usage(folder).free < FULL:  # the log may have found no place either
+        ended += ", No space left on device"
     return f"{ended}: {' '.join(lines[-LINES:]) or 'no message'} (log: {folder / LOG})"

@@ -1,7 +1,7 @@
 """One worker: it gets a recipe and the positions of its images, and leaves a checkpoint folder.
 
 Nothing else passes between workers, or between a worker and whoever started it. Run as
-`python -m intrafuse.factorize.worker FOLDER`, a worker reads FOLDER/task.json, and stops as soon as
+`python -m intrafuse.factorize FOLDER`, a worker reads FOLDER/task.json, and stops as soon as
 its standard input is closed, so that it does not outlive who started it.
 """
 
@@ -26,7 +26,7 @@ from intrafuse.factorize.stages import Line, Report
 from intrafuse.files import replacing
 from intrafuse.training import pick_device
 
-__all__ = ["POSITIONS", "PROGRESS", "TASK", "Task", "last_stage", "work"]
+__all__ = ["POSITIONS", "PROGRESS", "TASK", "Task", "last_stage", "main", "work"]
 
 TASK, POSITIONS, PROGRESS = "task.json", "positions.npy", "progress.json"
 PAUSE = 0.5  # seconds between two reports
@@ -106,7 +106,8 @@ def _stop_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _main() -> None:
+def main() -> None:
+    """Work in the folder that the command line names."""
     _stop_with_parent()
     folder = Path(sys.argv[1])
 
@@ -119,7 +120,3 @@ def _main() -> None:
     except IntrafuseError as error:
         print(f"intrafuse: error: {error}", file=sys.stderr)  # noqa: T201 - the worker's log
         sys.exit(2 if error.usage else 1)
-
-
-if __name__ == "__main__":
-    _main()

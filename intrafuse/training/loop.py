@@ -116,7 +116,7 @@ def _epoch(
             group["lr"] = rate
         if len(labels) == 1 and step:
             break  # batch norm needs two
-        if settings.augment == "crop-flip":
+        if settings.augments(data.input_shape):
             images = crop_flip(images, generator)
         images = images.to(memory_format=torch.channels_last)
         optimizer.zero_grad()

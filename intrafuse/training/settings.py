@@ -22,7 +22,8 @@ class Training(BaseModel):
             (Theus et al., appendix A); `one-cycle` rises to the rate and falls to zero, which
             serves short trainings better (Smith and Topin, arXiv 1708.07120).
         halve_every: epochs.
-        augment: `crop-flip` shifts images by up to 4 pixels and mirrors them at random.
+        augment: `crop-flip` shifts images by up to 4 pixels and mirrors them at random; `auto` does
+            so for colour images of 16 pixels or more (digits must not be mirrored).
         precision: `bfloat16` computes the layers in bfloat16 and keeps float32 weights; `auto`
             does so on GPUs that can.
 
@@ -39,8 +40,13 @@ class Training(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     schedule: Literal["halving", "one-cycle"] = "halving"
     halve_every: int = Field(default=30, ge=1)
-    augment: Literal["none", "crop-flip"] = "none"
+    augment: Literal["none", "auto", "crop-flip"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def augments(self, shape: tuple[int, int, int]) -> bool:
+        """Tell whether images (channels, height, width) are shifted and mirrored."""
+        colour = shape[0] == 3 and min(shape[1:]) >= 16
+        return self.augment == "crop-flip" or (self.augment == "auto" and colour)
 
     def rate_at(self, epoch: float, epochs: int) -> float:
         """Tell the learning rate.
@@ -61,11 +67,9 @@ class Training(BaseModel):
 PRESETS = {
     "paper": Training(epochs=300),
     "paper-finetune": Training(epochs=200, rate=0.01),
-    "short": Training(
-        epochs=10, rate=0.1, weight_decay=5e-4, schedule="one-cycle", augment="crop-flip"
-    ),
+    "short": Training(epochs=10, rate=0.1, weight_decay=5e-4, schedule="one-cycle", augment="auto"),
     "short-finetune": Training(
-        epochs=2, rate=0.02, weight_decay=5e-4, schedule="one-cycle", augment="crop-flip"
+        epochs=2, rate=0.02, weight_decay=5e-4, schedule="one-cycle", augment="auto"
     ),
 }
 """Settings by name. `paper`: appendix A of Theus et al.; `short`: what a few epochs allow."""
