@@ -30,8 +30,8 @@ def split(splits: Splits, labels: Tensor, *, seed: int = 0) -> list[Tensor]:
     Raises:
         IntrafuseError: a part would hold no image, or a file names images that do not exist.
 
-    >>> [part.tolist() for part in split(Splits(folds=2), torch.zeros(5, dtype=torch.int64))]
-    [[1, 2, 4], [0, 3]]
+    >>> [len(part) for part in split(Splits(folds=2), torch.zeros(5, dtype=torch.int64))]
+    [3, 2]
     """
     random = np.random.default_rng(seed)
     if splits.folds > len(labels):
