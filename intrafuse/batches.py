@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["batches", "fitting", "map_tensors"]
+__all__ = ["batches", "fitting", "map_tensors", "require_rereadable"]
 
 ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
@@ -70,6 +70,20 @@ def batches(
         raise IntrafuseError(
             "data gave no batch",
             remedy="give a list or a loader, which can be read more than once, not an iterator",
+        )
+
+
+def require_rereadable(data: object) -> None:
+    """Refuse data that can be read once only.
+
+    Raises:
+        IntrafuseError: it is an iterator.
+    """
+    if isinstance(data, Iterator):
+        raise IntrafuseError(
+            "data must be readable more than once: a list of batches or a loader",
+            value=type(data).__name__,
+            remedy="list(batches)",
         )
 
 

@@ -1,4 +1,4 @@
-"""Refuse a device that cannot be used, before anything is computed on it."""
+"""Choose a device, and refuse one that cannot be used before anything is computed on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import torch
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["require_device"]
+__all__ = ["pick_device", "require_device"]
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Resolve `auto`: a GPU where PyTorch can use one, else the CPU.
+
+    Raises:
+        IntrafuseError: another device is asked for, which cannot be used.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    if device != "auto":
+        return require_device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_device(name: str | torch.device) -> torch.device:

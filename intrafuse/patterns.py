@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 
-__all__ = ["choose_groups", "matches", "require_matches"]
+__all__ = ["choose_groups", "matches", "near_matches", "require_matches"]
 
 
 def matches(group: ChannelGroup, pattern: str) -> bool:
@@ -38,13 +38,18 @@ def require_matches(patterns: Sequence[str], graph: ChannelGraph, argument: str)
     names = sorted({name for group in groups for name in (group.name, *group.layers)})
     for pattern in patterns:
         if not any(matches(group, pattern) for group in groups):
-            near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise IntrafuseError(
                 f"a pattern in {argument} matches no channel group",
                 value=pattern,
                 usage=True,
-                remedy=f"near matches: {', '.join(near)}",
+                remedy=near_matches(pattern, names),
             )
+
+
+def near_matches(name: str, names: Sequence[str]) -> str:
+    """Word the remedy for a name that is not among sorted names."""
+    near = get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    return f"near matches: {', '.join(near)}"
 
 
 def choose_groups(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from intrafuse.batches import require_rereadable
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
 from intrafuse.context import Context
@@ -151,12 +152,7 @@ def plan(
         round_to=round_to,
         overrides=dict(overrides or {}),
     )
-    if isinstance(data, Iterator):
-        raise IntrafuseError(
-            "data must be readable more than once: a list of batches or a loader",
-            value=type(data).__name__,
-            remedy="list(batches)",
-        )
+    require_rereadable(data)
     if repair not in (None, "analytic"):
         raise IntrafuseError(
             "repair of a plan must be analytic, or None",

@@ -16,9 +16,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from networks import learn_digits
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from typer.testing import CliRunner
 
 import intrafuse
@@ -52,13 +52,7 @@ def figures(*arguments: object) -> dict:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a multilayer perceptron that knows some digits."""
     torch.manual_seed(0)
-    model, data = resolve_model("mlp").model, load_data("digits", split="train")
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for epoch in range(3):
-        for images, labels in data.batches(64, shuffle=True, seed=epoch):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+    model = learn_digits(resolve_model("mlp").model)
     path = tmp_path_factory.mktemp("weights") / "mlp.safetensors"
     save_file(model.state_dict(), path)
     return path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import learn_digits
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -26,16 +27,10 @@ def run(*arguments: object):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Train two multilayer perceptrons from different starts."""
-    found, data = [], load_data("digits", split="train")
+    found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = resolve_model("mlp").model
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for epoch in range(3):
-            for images, labels in data.batches(64, shuffle=True, seed=epoch):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(images), labels).backward()
-                optimizer.step()
+        model = learn_digits(resolve_model("mlp").model)
         found.append(tmp_path_factory.mktemp("weights") / f"{seed}.safetensors")
         save_file(model.state_dict(), found[-1])
     return found

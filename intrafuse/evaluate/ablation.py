@@ -11,11 +11,9 @@ from torch import nn
 
 from intrafuse.data import Images
 from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate.accuracy import accuracy
-from intrafuse.graph import ExampleInputs, trace
+from intrafuse.evaluate.sensitivity import each_group_alone
+from intrafuse.graph import ExampleInputs
 from intrafuse.methods import IntraFusion
-from intrafuse.patterns import choose_groups
-from intrafuse.prune import prune
 
 __all__ = ["MARGINALS", "NORMALISATIONS", "ORDERS", "TARGETS", "Ablation", "ablation"]
 
@@ -94,21 +92,13 @@ def ablation(
     """
     if len(settings) < 2:
         raise IntrafuseError("an ablation compares two settings or more", value=len(settings))
-    groups = choose_groups(trace(model, example_inputs), include, exclude)
-    found: dict[str, list[float]] = {name: [] for name in settings}
-    total = len(settings) * len(groups) * len(shares)
-    for name, arguments in settings.items():
-        for group in groups:
-            for share in shares:
-                pruned = prune(
-                    model,
-                    example_inputs,
-                    channels=share,
-                    include=[group.name],
-                    seed=seed,
-                    **arguments,
-                )
-                found[name].append(accuracy(pruned.model, data, device=device))
-                if progress is not None:
-                    progress(sum(map(len, found.values())), total)
-    return Ablation.of(found)
+    common: Any = {"include": include, "exclude": exclude, "seed": seed, "device": device}
+    found = each_group_alone(
+        model, example_inputs, data, settings, shares=shares, progress=progress, **common
+    )
+    return Ablation.of(
+        {
+            name: [value for by_name in found.values() for value in by_name[name]]
+            for name in settings
+        }
+    )

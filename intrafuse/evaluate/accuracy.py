@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from intrafuse.data import Images
 from intrafuse.errors import IntrafuseError
+from intrafuse.graph.trace import evaluating
 
 __all__ = ["accuracy"]
 
@@ -47,7 +47,7 @@ def accuracy(
     """
     _check_device(model, torch.device(device))
     correct = done = 0
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for images, labels in data.batches(batch_size, device=device):
             logits = _logits(model, images, data)
             correct += int((logits.argmax(1) == labels).sum())
@@ -63,17 +63,6 @@ def _check_device(model: nn.Module, device: torch.device) -> None:
         raise IntrafuseError(
             "the model is on another device", value=str(place), remedy=f'device="{place}"'
         )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _logits(model: nn.Module, images: Tensor, data: Images) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -126,7 +126,7 @@ def layer_divergence(
         a, b = seen[point.name].pop(0), output.movedim(point.axis, 1).double()
         sums[point.name] += _terms(a, b).cpu()
 
-    for batch in _inputs(data, batch_size, device):
+    for batch, _ in data.batches(batch_size, device=device):
         with observing(original, watched, keep):
             run(original, [batch])
         with observing(pruned, watched, compare):
@@ -158,8 +158,3 @@ def _terms(a: Tensor, b: Tensor) -> Tensor:
 def _ratios(total: Tensor) -> tuple[float, float]:
     apart, first, second = total.tolist()
     return apart / max(first, 1e-300), second / max(first, 1e-300)
-
-
-def _inputs(data: Images, batch_size: int, device: str | torch.device) -> Iterator[Tensor]:
-    for images, _ in data.batches(batch_size, device=device):
-        yield images

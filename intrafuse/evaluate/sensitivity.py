@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from intrafuse.graph import ExampleInputs, trace
 from intrafuse.patterns import choose_groups
 from intrafuse.prune import prune
 
-__all__ = ["GroupSensitivity", "Sensitivity", "sensitivity"]
+__all__ = ["GroupSensitivity", "Sensitivity", "each_group_alone", "sensitivity"]
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -90,25 +90,66 @@ def sensitivity(
     Raises:
         IntrafuseError: as `prune` and `accuracy`.
     """
-    groups = choose_groups(trace(model, example_inputs), include, exclude)
-    total = len(groups) * len(methods) * len(shares) + 1
-    done = 0
 
-    def measure(network: nn.Module) -> float:
-        nonlocal done
-        found = accuracy(network, data, device=device)
-        done += 1
+    def advance(done: int, total: int) -> None:
         if progress is not None:
-            progress(done, total)
-        return found
+            progress(done, total + 1)  # one more for the original
 
-    original = measure(model)
-    rows = []
-    for group in groups:
-        for method in methods:
-            smaller = partial(
-                prune, model, example_inputs, method=method, include=[group.name], seed=seed
-            )
-            found = tuple(measure(smaller(channels=share).model) for share in shares)
-            rows.append(GroupSensitivity(group.name, method, found))
+    settings = {method: {"method": method} for method in methods}
+    common: Any = {"include": include, "exclude": exclude, "seed": seed, "device": device}
+    found = each_group_alone(
+        model, example_inputs, data, settings, shares=shares, progress=advance, **common
+    )
+    rows = [
+        GroupSensitivity(group, method, accuracies)
+        for group, by_method in found.items()
+        for method, accuracies in by_method.items()
+    ]
+    original = accuracy(model, data, device=device)
+    advance(len(rows) * len(shares) + 1, len(rows) * len(shares))
     return Sensitivity(original, tuple(shares), tuple(rows))
+
+
+def each_group_alone(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    data: Images,
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    shares: Sequence[float],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Prune one group at a time under every setting, and measure each network.
+
+    Args:
+        settings: arguments of `prune` by name.
+        model, example_inputs, data, shares, include, exclude, seed, device, progress: as for
+            `sensitivity`.
+
+    Returns:
+        {group: {setting: accuracy in percent for each share}}.
+
+    Raises:
+        IntrafuseError: as `prune` and `accuracy`.
+    """
+    groups = choose_groups(trace(model, example_inputs), include, exclude)
+    total = len(groups) * len(settings) * len(shares)
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    done = 0
+    for group in groups:
+        found[group.name] = {}
+        for name, arguments in settings.items():
+            accuracies = []
+            for share in shares:
+                common: Any = {"include": [group.name], "seed": seed, **arguments}
+                pruned = prune(model, example_inputs, channels=share, **common)
+                accuracies.append(accuracy(pruned.model, data, device=device))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            found[group.name][name] = tuple(accuracies)
+    return found

@@ -163,7 +163,7 @@ class Recipe(_Settings):
     @model_validator(mode="after")
     def _closed(self) -> Recipe:
         joint = {"paf": (self.fused,), "fap": (self.fused, self.pruned), "whole": ()}
-        if self.private or self.splits.scheme == "places":
+        if not self.open:
             if self.scheme == "whole":
                 raise ValueError("whole reads all the data in one place, which private forbids")
             if any(settings.epochs for settings in joint[self.scheme]):

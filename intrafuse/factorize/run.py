@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from intrafuse.checkpoint import MANIFEST
 from intrafuse.data import Images, load_data
+from intrafuse.device import pick_device
 from intrafuse.errors import IntrafuseError
 from intrafuse.evaluate import accuracy
 from intrafuse.factorize.cluster import run_ray
@@ -33,7 +35,6 @@ from intrafuse.manifest import Manifest
 from intrafuse.methods import resolve_method
 from intrafuse.methods.settings import check_choice
 from intrafuse.prune import plan
-from intrafuse.training import pick_device
 
 __all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
 
@@ -205,20 +206,27 @@ class _Run:
     folders: list[Path] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     parallel: int = 1
-    test: Images | None = None
     parts: Sequence[Tensor | None] = ()
+
+    @cached_property
+    def train(self) -> Images:
+        """All training images."""
+        return load_data(self.recipe.data, split="train")
+
+    @cached_property
+    def test(self) -> Images:
+        """The test images."""
+        return load_data(self.recipe.data)
 
     def check(self) -> None:
         """Load, build, try and split what the recipe names, before anything is written."""
         recipe = self.recipe
         pick_device(self.device)
-        self.test = load_data(recipe.data)
         self._try(self.test.take(TRIED))
         if recipe.splits.scheme == "places":
             self.parts = [None] * len(recipe.splits.files)
         elif recipe.scheme != "whole":
-            labels = load_data(recipe.data, split="train").labels
-            self.parts = split(recipe.splits, labels, seed=recipe.seed)
+            self.parts = split(recipe.splits, self.train.labels, seed=recipe.seed)
 
     def _try(self, images: Images) -> None:
         """Run and prune a random network: what is refused here would be after the training."""
@@ -244,8 +252,7 @@ class _Run:
 
     def whole(self) -> Network:
         """Train, prune and fine-tune on all data."""
-        line = self._line(load_data(self.recipe.data, split="train"))
-        line.records = self.records
+        line = self._line(self.train)
         network = line.pruned(line.trained())
         return line.stage("tuned", lambda: network, self.recipe.fused)
 
@@ -283,8 +290,7 @@ class _Run:
     def joint(self) -> Network:
         """Fuse the workers' networks, and fine-tune and prune the result as the scheme says."""
         recipe = self.recipe
-        line = self._line(load_data(recipe.data, split="train") if recipe.open else None)
-        line.records = self.records
+        line = self._line(self.train if recipe.open else None)
         network = line.stage("fused", lambda: self._fused(line), recipe.fused)
         return line.pruned(network) if recipe.scheme == "fap" else network
 
@@ -310,7 +316,8 @@ class _Run:
 
     def _line(self, data: Images | None) -> Line:
         device = str(pick_device(self.device))
-        return Line(self.folder, self.recipe, 0, data, self.test, device, self.report)
+        common = (self.test, device, self.report, self.records)
+        return Line(self.folder, self.recipe, 0, data, *common)
 
     def moved(self) -> tuple[int, int]:
         """Count the bytes that were sent to all workers, and received from them."""

@@ -19,12 +19,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from intrafuse.data import load_data
+from intrafuse.device import pick_device
 from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.recipe import Recipe
 from intrafuse.factorize.splits import read_positions
 from intrafuse.factorize.stages import Line, Report
 from intrafuse.files import replacing
-from intrafuse.training import pick_device
 
 __all__ = ["POSITIONS", "PROGRESS", "TASK", "Task", "last_stage", "main", "work"]
 

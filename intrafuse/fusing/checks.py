@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
 
+from intrafuse.batches import require_rereadable
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGraph
+from intrafuse.patterns import near_matches
 
 __all__ = [
     "Width",
@@ -79,12 +80,7 @@ def check_data(data: object, features: str, repair: str | None, samples: int) ->
                 usage=True,
                 remedy="give data=, batches of inputs (on the command line --data)",
             )
-    if isinstance(data, Iterator):
-        raise IntrafuseError(
-            "data must be readable more than once: a list of batches or a loader",
-            value=type(data).__name__,
-            remedy="list(batches)",
-        )
+    require_rereadable(data)
     if not (type(samples) is int and samples > 0):
         raise IntrafuseError("samples must be a whole number above 0", value=samples, usage=True)
 
@@ -113,12 +109,11 @@ def wanted_widths(
     if isinstance(width, Mapping):
         for name, wanted in width.items():
             if name not in sizes:
-                near = get_close_matches(str(name), sizes, n=3, cutoff=0.3) or sorted(sizes)[:3]
                 raise IntrafuseError(
                     "width names no channel group",
                     value=name,
                     usage=True,
-                    remedy=f"near matches: {', '.join(near)}",
+                    remedy=near_matches(str(name), sorted(sizes)),
                 )
             most = sizes[name]
             if method == "moment":

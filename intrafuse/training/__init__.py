@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intrafuse.training.loop import pick_device, train
+from intrafuse.training.loop import train
 from intrafuse.training.settings import PRESETS, Training
 
-__all__ = ["PRESETS", "Training", "pick_device", "train"]
+__all__ = ["PRESETS", "Training", "train"]

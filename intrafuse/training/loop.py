@@ -11,30 +11,16 @@ import torch
 from torch import nn
 
 from intrafuse.data import Images
-from intrafuse.device import require_device
+from intrafuse.device import pick_device
 from intrafuse.errors import IntrafuseError
 from intrafuse.training.augment import crop_flip
 from intrafuse.training.settings import Training
 from intrafuse.training.state import read_state, write_state
 
-__all__ = ["pick_device", "train"]
+__all__ = ["train"]
 
 STRIDE = 1_000_003  # a prime between the seeds of epochs, so that those of two trainings differ
 Progress = Callable[[int, int], None]
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """Resolve `auto`: a GPU where PyTorch can use one, else the CPU.
-
-    Raises:
-        IntrafuseError: another device is asked for, which cannot be used.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
-    """
-    if device != "auto":
-        return require_device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
