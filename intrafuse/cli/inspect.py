@@ -26,6 +26,7 @@ def inspect(model: ModelOptions, common: Common) -> None:
     groups = sorted(graph.groups, key=lambda group: group.index)
     write_json(
         common,
+        "inspection",
         {
             "model": model.model,
             **vars(figures),

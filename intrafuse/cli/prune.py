@@ -151,7 +151,7 @@ def prune(
         figures = _measure(resolved, pruned, test, data.batch_size, common.device, advance)
     if out is not None:
         _save(out, pruned, model, resolved, figures)
-    write_json(common, _data(model.model, pruned, figures, out))
+    write_json(common, "pruning", _data(model, pruned, figures, out))
     _show(common, pruned, figures)
     if out is not None:
         show_note(f"saved in {out}")
@@ -216,23 +216,13 @@ def _show(common: Common, pruned: Pruned, figures: dict[str, Any]) -> None:
         show_table(common, "Choices", header, rows, numbers=(2,))
 
 
-def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    plan, report = pruned.plan, pruned.report
-    sizes = plan.graph.widths
+def _data(
+    model: ModelOptions, pruned: Pruned, figures: dict[str, Any], out: Path | None
+) -> dict[str, Any]:
     return {
-        "model": name,
-        "method": plan.settings["method"],
-        "importance": plan.settings["importance"],
-        "budget": plan.settings["budget"],
-        "seed": plan.settings["seed"],
-        "before": vars(report.before),
-        "after": vars(report.after),
-        "removed": dict(report.reached),
-        "widths": {
-            group: {"before": sizes[group], "after": width} for group, width in plan.widths.items()
-        },
-        "notes": {group: dict(note) for group, note in report.notes.items()},
-        "seconds": report.seconds,
+        **model.record(),
+        **pruned.plan.as_data(),
+        "seconds": pruned.report.seconds,
         "figures": figures,
         "out": None if out is None else str(out),
     }

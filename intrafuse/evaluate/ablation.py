@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy.stats import kruskal
@@ -28,6 +28,15 @@ TARGETS = {
 }
 ORDERS = {f"p={p}": {"method": IntraFusion(p=p)} for p in (1, 2)}
 NORMALISATIONS = {n: {"method": IntraFusion(normalisation=n)} for n in ("paper", "barycentric")}
+METRICS = {n: {"importance": n} for n in ("l1", "l2", "linf", "lamp", "fpgm", "random")}
+"""Metrics of importance that need no data (C.4)."""
+SETTINGS = {
+    "marginals": MARGINALS,
+    "targets": TARGETS,
+    "orders": ORDERS,
+    "normalisations": NORMALISATIONS,
+    "metrics": METRICS,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,10 @@ class Ablation:
             return cls(samples, 0.0, 1.0)
         found = kruskal(*samples.values())
         return cls(samples, float(found.statistic), float(found.pvalue))
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        return asdict(self)
 
 
 def ablation(
