@@ -51,13 +51,14 @@ def pictures(record: Record) -> list[Picture]:
 
 def _draw(accuracies: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure(1.0 + 0.3 * len(accuracies))
-    line = {"color": ink()}
+    parts = ("boxprops", "medianprops", "whiskerprops", "capprops")
+    lines: dict[str, Any] = {name: {"color": ink()} for name in parts}  # one for each: they change
     drawn = axes.boxplot(
         list(accuracies.values()),
         orientation="horizontal",
         tick_labels=list(accuracies),
         patch_artist=True,
-        **dict.fromkeys(("boxprops", "medianprops", "whiskerprops", "capprops"), line),
+        **lines,
         flierprops={"marker": ".", "markeredgecolor": ink(), "markersize": 3},
     )
     for box in drawn["boxes"]:

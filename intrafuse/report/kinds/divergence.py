@@ -104,7 +104,8 @@ def _along(rows: Sequence[Record], percent: int) -> Picture:
     return Picture(
         f"layers-{percent}",
         f"Where the damage starts, {percent} % of the channels removed",
-        f"Squared error of the layers' outputs over their variance, from input to output. {told}.",
+        f"Squared error of the layers' outputs over their variance, from input to output; "
+        f"less than {LEAST} is drawn there. {told}.",
         lambda: _draw_layers(rows),
     )
 
@@ -123,7 +124,7 @@ def _draw_layers(rows: Sequence[Record]) -> Figure:
         axes.plot(places, ratios, markersize=3, linestyle=":", **how)
     axes.axhline(1, color=ink(), linewidth=0.6)
     names = [layer["layer"] for layer in rows[0]["layers"]]
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_ylabel("error (solid), variance ratio (dotted)")
     axes.set_yscale("log")
     figure.legend(loc="outside upper center", ncols=3)

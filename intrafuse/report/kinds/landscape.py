@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["pictures", "tables"]
 
 Record = Mapping[str, Any]
+LEVELS = 12  # of the contours
 
 
 def tables(record: Record) -> list[Table]:
@@ -46,12 +47,14 @@ def pictures(record: Record) -> list[Picture]:
 def _draw(record: Record) -> Figure:
     figure, axes = new_figure(3.6)
     values = record["values"]
-    drawn = axes.contourf(record["x"], record["y"], values, levels=12, cmap="viridis")
+    low, high = min(map(min, values)), max(map(max, values))
+    steps = [low + (high - low or 1) * i / LEVELS for i in range(LEVELS + 1)]
+    drawn = axes.contourf(record["x"], record["y"], values, levels=steps, cmap="viridis")
     lines = axes.contour(
-        record["x"], record["y"], values, levels=drawn.levels, colors="white", linewidths=0.3
+        record["x"], record["y"], values, levels=steps, colors="white", linewidths=0.3
     )
     lines.set_alpha(0.6)
-    figure.colorbar(drawn, ax=axes, label=record["measure"])
+    figure.colorbar(drawn, ax=axes, label=record["measure"], format="%.3g")
     for anchor, mark in zip(record["anchors"], "os^", strict=True):
         label = f"{anchor['name']} {anchor['value']:.1f}"
         axes.plot(

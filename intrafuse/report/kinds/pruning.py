@@ -11,7 +11,7 @@ from intrafuse.report.tables import Column, Table, share
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["pictures", "tables"]
+__all__ = ["pictures", "sizes", "tables"]
 
 Record = Mapping[str, Any]
 SIZES = {"channels": "channels", "params": "parameters", "macs": "MACs"}
@@ -21,15 +21,24 @@ MOST = 120  # groups in a picture
 
 def tables(record: Record) -> list[Table]:
     """List sizes and accuracy before and after, and the groups."""
+    return [sizes(record), _groups(record)]
+
+
+def sizes(record: Record) -> Table:
+    """List what was counted and measured, before and after."""
     rows: list[tuple[Any, ...]] = [
         (name, record["before"][kind], record["after"][kind], record["removed"][kind])
         for kind, name in SIZES.items()
     ]
+    took = record.get("latency")
+    if took:
+        before, after = (took[name]["median"] for name in ("before", "after"))
+        rows.append(("latency (ms)", before, after, 1 - after / before))
     figures = record.get("figures", {})
     if figures.get("accuracy") is not None:
         rows.append(("accuracy", figures.get("accuracy_before"), figures["accuracy"], None))
     columns = (Column(""), Column("before", _number), Column("after", _number))
-    return [Table("Size", (*columns, Column("removed", share)), tuple(rows)), _groups(record)]
+    return Table("Size", (*columns, Column("removed", share)), tuple(rows))
 
 
 def _number(value: float) -> str:

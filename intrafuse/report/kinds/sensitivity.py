@@ -74,7 +74,7 @@ def _draw(record: Record, rows: Sequence[Record]) -> Figure:
     for y, line in enumerate(lost):
         for x, points in enumerate(line):
             shade = "white" if points > worst / 2 else "black"
-            place = {"ha": "center", "va": "center", "fontsize": 6, "color": shade}
+            place = {"ha": "center", "va": "center", "fontsize": 7, "color": shade}
             axes.text(x + 0.5, y + 0.5, f"{points:.1f}", **place)
     shares = [f"{100 * share:g}" for share in record["shares"]]
     axes.set_xticks([x + 0.5 for x in range(len(shares))], shares)
