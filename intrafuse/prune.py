@@ -284,7 +284,11 @@ def prune(
     smaller = made.apply(model)
     if made.maps:
         check_code(smaller, made, example_inputs)
-    took = latencies({"before": model, "after": smaller}, example_inputs) if latency else {}
+    took = (
+        latencies({"before": model, "after": smaller}, example_inputs)
+        if latency is not None
+        else {}
+    )
     if repair == "synthetic":
         data = synthesise(model, example_inputs, seed=seed, progress=progress)
     if repair in ("batchnorm", "synthetic"):
