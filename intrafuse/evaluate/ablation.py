@@ -66,6 +66,17 @@ class Ablation:
         found = kruskal(*samples.values())
         return cls(samples, float(found.statistic), float(found.pvalue))
 
+    @classmethod
+    def pooled(cls, found: Sequence[Ablation]) -> Ablation:
+        """Test the same settings over several networks at once.
+
+        >>> one = Ablation.of({"a": [1, 2], "b": [3, 4]})
+        >>> Ablation.pooled([one, one]).accuracies["a"]
+        (1.0, 2.0, 1.0, 2.0)
+        """
+        names = found[0].accuracies
+        return cls.of({n: [value for one in found for value in one.accuracies[n]] for n in names})
+
     def as_data(self) -> dict[str, Any]:
         """Give the figures as JSON data."""
         return asdict(self)
