@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import OTHERS, Picture, new_figure
+from intrafuse.report.pictures import OTHERS, Picture, new_figure, shortened
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def _draw(bars: Mapping[str, float]) -> Figure:
     shades = [OTHERS[1][0]] * (len(bars) - 1) + [OTHERS[3][0]]
     drawn = axes.barh(range(len(bars)), list(bars.values()), color=shades)
     axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
-    names = [name if len(name) < 30 else f"…{name[-29:]}" for name in bars]
-    axes.set_yticks(range(len(bars)), names, fontsize=7)
+    axes.set_yticks(range(len(bars)), [shortened(name) for name in bars], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy (%)")
     return figure
