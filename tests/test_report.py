@@ -232,6 +232,13 @@ def test_odd_names_are_drawn(tmp_path, recwarn):
     assert "$x_1^{$ 层" in text and not recwarn.list
 
 
+def test_networks_of_one_name_are_all_drawn():
+    record = {**RECORDS["fusion"], "networks": ["a", "a"]}
+    (picture,) = KINDS["fusion"].pictures(record)
+    assert picture.alternative == "a 90.50, a 91.00, fused 88.75."
+    assert len(picture.draw().axes[0].patches) == 3
+
+
 def test_a_page_says_where_a_record_is_from(tmp_path):
     text = write_report([write(tmp_path, "cost")], tmp_path / "page.html").read_text("utf-8")
     assert f">From {tmp_path}/cost.json.<" in text
