@@ -242,6 +242,10 @@ def test_networks_of_one_name_are_all_drawn():
 def test_a_page_says_where_a_record_is_from(tmp_path):
     text = write_report([write(tmp_path, "cost")], tmp_path / "page.html").read_text("utf-8")
     assert f">From {tmp_path}/cost.json.<" in text
+    run = {**RECORDS["factorized"], "recipe": {"model": "mlp", "data": "digits"}}
+    write_record(tmp_path / "run" / "result.json", as_record("factorized", run))
+    text = write_report([tmp_path / "run"], tmp_path / "page.html").read_text("utf-8")
+    assert f">Network mlp, data digits, from {tmp_path}/run/result.json.<" in text
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])

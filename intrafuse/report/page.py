@@ -102,7 +102,9 @@ def _section(number: int, entry: Entry) -> _Section:
         drawn.append(_Drawn(key, picture.title, picture.alternative, svg))
     title = KINDS[entry.kind].title
     title = title if entry.name == entry.kind else f"{title}: {entry.name}"
-    known = {label: entry.record.get(key) for key, label in FACTS.items()}
+    recipe = entry.record.get("recipe")
+    told = {**(recipe if isinstance(recipe, dict) else {}), **entry.record}
+    known = {label: told.get(key) for key, label in FACTS.items()}
     known["weights"] = str(known["weights"] or "")[:12]
     facts = [f"{label} {value}" for label, value in known.items() if value]
     facts = ", ".join([*facts, f"from {entry.source}"])
