@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,8 @@ def latency(
         warm: calls before these.
 
     Raises:
-        IntrafuseError: fewer than four runs, which have no quartiles.
+        IntrafuseError: fewer than four runs, which have no quartiles, or inputs that the network
+            cannot take.
 
     >>> latency(nn.Linear(4, 2), torch.zeros(1, 4), runs=8).runs
     8
@@ -83,7 +85,7 @@ def latencies(
                 with evaluating(model):
                     _wait(device)
                     started = time.perf_counter()
-                    model(*args, **kwargs)
+                    _call(model, args, kwargs, name)
                     _wait(device)
                     if run >= 0:
                         times[name].append(1000 * (time.perf_counter() - started))
@@ -98,6 +100,15 @@ def device_of(model: nn.Module) -> torch.device:
 def _summary(times: list[float], device: torch.device) -> Latency:
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
     return Latency(median, lower, upper, len(times), torch.get_num_threads(), str(device))
+
+
+def _call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str) -> None:
+    try:
+        model(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # PyTorch's answer to a shape that does not fit
+        raise IntrafuseError(f"a network cannot take its inputs ({error})", value=name) from error
 
 
 def _wait(device: torch.device) -> None:

@@ -122,7 +122,12 @@ def test_cost_of_a_network_and_its_pruning(weights, tmp_path):
         ("sensitivity mlp --channels half", 2, "--channels takes numbers"),
         ("ablation mlp --setting weather", 2, "marginals, targets"),
         ("cost nothing", 2, "nothing"),
+        ("sensitivity mlp --exclude layers.* --limit 5", 1, "no channel group"),
+        ("ablation mlp --exclude layers.* --limit 5", 1, "no channel group"),
         ("cost mlp --runs 3", 2, "--runs"),
+        ("cost mlp --input-shape 3,32,32", 1, "cannot take its inputs"),
+        ("cost mlp resnet20", 1, "got 'resnet20'"),
+        ("cost mlp mlp", 2, "given once"),
     ],
 )
 def test_wrong_input(arguments, code, told):

@@ -64,6 +64,16 @@ def test_peak_memory_by_hand():
     assert peak_memory(inplace, torch.zeros(3, 4)) == 4 * 3 * 8
 
 
+def test_peak_memory_counts_what_is_shared_once():
+    class Net(nn.Module):
+        def forward(self, x):
+            a = x + 1
+            return a, {"view": a.view(-1)[::2]}, torch.eye(2).to_sparse()
+
+    # the sparse tensor itself is not counted, the one that it was made from is
+    assert 4 * 8 + 4 * 4 <= peak_memory(Net(), torch.zeros(2, 4)) < 4 * 8 + 4 * 4 + 64
+
+
 def test_networks_are_timed_in_turns():
     calls = []
     nets = {name: nn.Linear(2, 2) for name in "ab"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from networks import NETWORKS, build, outputs, same_state
@@ -92,8 +94,26 @@ def test_a_resumed_landscape_measures_nothing_twice(trained, tmp_path):
     finally:
         hook.remove()
     assert again == landscape(trained.model, chosen, DATA, points=3)
-    state.write_text("{")
-    assert again == landscape(trained.model, chosen, DATA, points=3, state=state)
+
+    with pytest.raises(IntrafuseError, match="another landscape"):
+        landscape(trained.model, chosen, DATA, points=2, state=state)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "cost"}'])
+def test_a_file_that_is_no_state_is_left_alone(trained, tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(IntrafuseError, match="state of a landscape cannot be read"):
+        landscape(trained.model, plans(trained), DATA, points=2, state=path)
+    assert path.read_text() == content
+
+
+def test_numbers_that_are_not_finite_are_refused(trained):
+    model = copy.deepcopy(trained.model)
+    with torch.no_grad():
+        model.linear.weight.fill_(3e38)
+    with pytest.raises(IntrafuseError, match="not finite"):
+        landscape(model, plans(trained), DATA, points=2)
 
 
 @pytest.mark.parametrize("points", [2, 3, 8, 21])

@@ -142,6 +142,7 @@ def test_a_network_is_not_shown_twice(saved):
     ("name", "content", "rule"),
     [
         ("a.json", "{", "no readable JSON"),
+        ("a.json", '{"kind": "cost", "rows": [NaN]}', "NaN is no number of JSON"),
         ("a.json", '{"kind": "comparison"}', "lacks what its kind has"),
         ("a.json", '{"kind": "comparison", "original": 3, "rows": []}', "lacks what its kind has"),
         ("b.json", '{"kind": "unheard of"}', "no record|none"),
@@ -162,6 +163,89 @@ def test_a_folder_without_records(tmp_path):
         read_entries([tmp_path])
     with pytest.raises(IntrafuseError, match="no such file"):
         read_entries([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize("out", ["small", "runs/small"])
+def test_a_network_is_not_shown_twice_from_elsewhere(saved, monkeypatch, tmp_path, out):
+    """Its folder is told as it was typed, perhaps in another folder than now."""
+    home = tmp_path / "home"
+    (home / out).parent.mkdir(parents=True)
+    saved.rename(home / out)
+    record = as_record("pruning", {**RECORDS["pruning"], "out": out})
+    write_record(home / "one.json", record)
+    monkeypatch.chdir("/")
+    (entry,) = read_entries([home])
+    assert entry.name == "one"
+
+
+def test_records_beside_a_saved_network_are_shown(saved):
+    record = {**RECORDS["pruning"], "out": str(saved)}
+    write_record(saved / "mine.json", as_record("pruning", record))
+    write(saved, "divergence")
+    assert [e.source.name for e in read_entries([saved])] == ["divergence.json", "mine.json"]
+    assert [e.source.name for e in read_entries([saved / "mine.json"])] == ["mine.json"]
+
+
+def test_records_are_named_by_their_files(tmp_path, monkeypatch, saved):
+    for name in "ab":
+        write_record(tmp_path / f"{name}.json", as_record("pruning", RECORDS["pruning"]))
+    monkeypatch.chdir(saved)
+    names = [e.name for e in read_entries(["../a.json", "../b.json", "."])]
+    assert sorted(names) == ["a", "b", "small"]
+    names = [path.name for path in draw_pictures([tmp_path], tmp_path / "out")]
+    assert sorted(names) == ["a-widths.png", "b-widths.png", "small-widths.png"]
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    write(tmp_path, "cost")
+    for name in ("one", "two", "three"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert len(read_entries([tmp_path])) == 1
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    write(tmp_path, "cost")
+    monkeypatch.setattr("pathlib.Path.iterdir", lambda path: open("/nowhere/at/all"))
+    with pytest.raises(IntrafuseError, match="cannot be read: No such file"):
+        read_entries([tmp_path])
+
+
+def test_a_record_that_cannot_be_drawn_is_named(tmp_path):
+    record = {**RECORDS["landscape"], "x": [0.0]}
+    write_record(tmp_path / "plane.json", as_record("landscape", record))
+    for act in (write_report, draw_pictures):
+        with pytest.raises(IntrafuseError, match=r"lacks what its kind has.*plane\.json"):
+            act([tmp_path], tmp_path / "out")
+
+
+def test_odd_names_are_drawn(tmp_path, recwarn):
+    name = "a $x_1^{$ 层 " + "features.denseblock4." * 9
+    sensitivity, layers = (
+        json.loads(json.dumps(RECORDS[k])) for k in ("sensitivity", "divergence")
+    )
+    sensitivity["rows"][0]["group"] = layers["rows"][0]["layers"][0]["layer"] = name
+    costs = json.loads(json.dumps(RECORDS["cost"]))
+    costs["rows"][1]["network"] = name
+    for kind, data in {"sensitivity": sensitivity, "divergence": layers, "cost": costs}.items():
+        write_record(tmp_path / f"{kind}.json", as_record(kind, data))
+    text = write_report([tmp_path], tmp_path / "page.html").read_text("utf-8")
+    assert "$x_1^{$ 层" in text and not recwarn.list
+
+
+def test_networks_of_one_name_are_all_drawn():
+    record = {**RECORDS["fusion"], "networks": ["a", "a"]}
+    (picture,) = KINDS["fusion"].pictures(record)
+    assert picture.alternative == "a 90.50, a 91.00, fused 88.75."
+    assert len(picture.draw().axes[0].patches) == 3
+
+
+def test_a_page_says_where_a_record_is_from(tmp_path):
+    text = write_report([write(tmp_path, "cost")], tmp_path / "page.html").read_text("utf-8")
+    assert f">From {tmp_path}/cost.json.<" in text
+    run = {**RECORDS["factorized"], "recipe": {"model": "mlp", "data": "digits"}}
+    write_record(tmp_path / "run" / "result.json", as_record("factorized", run))
+    text = write_report([tmp_path / "run"], tmp_path / "page.html").read_text("utf-8")
+    assert f">Network mlp, data digits, from {tmp_path}/run/result.json.<" in text
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])

@@ -124,6 +124,10 @@ def test_a_click_sorts_the_table_of_groups(opened):
     sizes = [row[2] for row in rows(page, GROUPS)]
     assert sizes == sorted(sizes, reverse=True)
     assert sorted(map(str, rows(page, GROUPS))) == sorted(map(str, before))
+    seconds = page.locator("section[data-kind=comparison] th button", has_text="seconds")
+    for _ in range(2):  # what is unknown goes last, both ways
+        seconds.click()
+        assert rows(page, "section[data-kind=comparison] table")[-1][0] == "unpruned"
     page.locator(GROUPS).locator("th button", has_text="group").click()
     names = [row[1] for row in rows(page, GROUPS)]
     assert names == sorted(names)
@@ -147,4 +151,6 @@ def test_print_shows_whole_tables_and_no_buttons(opened):
         ".scroll", "all => all.filter(x => x.scrollHeight > x.clientHeight + 1).length"
     )
     assert hidden == 0
+    assert page.locator("section > details > pre").first.is_visible()  # the recipe
+    assert not page.locator("figure summary").first.is_visible()
     assert page.pdf(format="A4").startswith(b"%PDF")

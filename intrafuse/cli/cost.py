@@ -37,6 +37,8 @@ def cost(
     common: Common = Common(),
 ) -> None:
     """Measure parameters, MACs, bytes, peak memory and latency on the device at hand."""
+    if len(set(networks)) < len(networks):
+        raise IntrafuseError("each NETWORK is given once", value=" ".join(networks), usage=True)
     common.start()
     import torch
 

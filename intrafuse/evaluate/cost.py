@@ -46,7 +46,7 @@ def cost(model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, war
         warm: calls before these.
 
     Raises:
-        IntrafuseError: fewer than four runs, which have no quartiles.
+        IntrafuseError: as for `latency`.
 
     >>> import torch
     >>> cost(nn.Linear(4, 2), torch.zeros(1, 4), runs=4).macs

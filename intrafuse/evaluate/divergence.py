@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.data import Images
+from intrafuse.errors import IntrafuseError
 from intrafuse.fusing.observe import Point, observing, points, run
 from intrafuse.graph.trace import evaluating
 from intrafuse.methods.settings import check_choice
@@ -50,7 +51,7 @@ def divergence(
         float64, (N,), in the order of the images.
 
     Raises:
-        IntrafuseError: an unknown kind.
+        IntrafuseError: an unknown kind, or outputs that are not finite.
 
     >>> from intrafuse.data import load_data
     >>> from intrafuse.zoo import resolve_model
@@ -69,6 +70,8 @@ def divergence(
                 apart = (a.softmax(1) - b.softmax(1)).norm(dim=1)
             else:
                 apart = (a - b).norm(dim=1)
+            if not apart.isfinite().all():
+                raise IntrafuseError("a network puts out numbers that are not finite")
             found.append(apart.cpu())
             done += len(images)
             if progress is not None:

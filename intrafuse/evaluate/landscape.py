@@ -119,13 +119,14 @@ def landscape(
         kind: what is measured.
         points: of the grid, in each direction; a coarse grid is measured first.
         state: file that every value is kept in; a later call with the same networks, grid and
-            images takes what it finds there.
+            images takes what it finds there. No other file is overwritten.
         batch_size: images in a batch.
         device: where to compute.
         progress: called with (points measured, points in all).
 
     Raises:
-        IntrafuseError: not two plans, fewer than two points, or three networks on one line.
+        IntrafuseError: not two plans, fewer than two points, three networks on one line, values
+            that are not finite, or a state that is none or of another landscape.
     """
     check_choice("kind", kind, Kind)
     if len(plans) != 2 or type(points) is not int or points < 2:
@@ -170,6 +171,8 @@ def _value(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], kind: K
     total, count = 0.0, 0
     for images, labels in batches:
         logits = network(images)
+        if not logits.isfinite().all():
+            raise IntrafuseError("a network on the plane puts out numbers that are not finite")
         if kind == "accuracy":
             total += 100 * float((logits.argmax(1) == labels).sum())
         else:
@@ -210,12 +213,24 @@ class _Kept:
     values: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
         try:
-            found: Any = json.loads(self.path.read_text("utf-8")) if self.path else {}
-            if found.get("identity") == self.identity:
-                self.values.update(found["values"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            self.values.clear()  # no file, or a broken one: everything is measured
+            found: Any = json.loads(self.path.read_text("utf-8"))
+            identity, values = found["identity"], found["values"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise IntrafuseError(
+                "the state of a landscape cannot be read",
+                value=str(self.path),
+                remedy="give another file, or delete it",
+            ) from error
+        if identity != self.identity:
+            raise IntrafuseError(
+                "this is the state of another landscape: of other networks, grid or images",
+                value=str(self.path),
+                remedy="give another file, or delete it",
+            )
+        self.values.update(values)
 
     def note(self, name: str, value: float) -> None:
         """Keep a value."""
@@ -229,6 +244,7 @@ class _Kept:
 def _digest(plane: _Plane, data: Images, kind: str, *lines: Sequence[float]) -> str:
     """Tell landscapes apart, by what decides their values."""
     told = hashlib.sha256(f"{kind} {lines} {data.digest()}".encode())
-    for tensor in plane.start.values():
-        told.update(tensor.cpu().numpy().tobytes())
+    for tensors in (plane.start, plane.u, plane.v):
+        for tensor in tensors.values():
+            told.update(tensor.cpu().numpy().tobytes())
     return told.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def peak_memory(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Measure how many bytes one call takes beyond the network and its inputs, at most.
 
     On a GPU PyTorch's allocator counts. Elsewhere the tensors that operators return are counted
-    while they live; what a kernel takes for itself while it runs is not.
+    while they live; what a kernel takes for itself while it runs is not, nor are sparse tensors.
 
     Args:
         model: the network; left as it was.
@@ -50,12 +50,12 @@ class _Counting(TorchDispatchMode):
     def __init__(self, known: list[Any]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.seen = {_address(t) for t in known if isinstance(t, Tensor)}
+        self.seen = {_address(tensor) for tensor in known if _is_counted(tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _address(tensor) not in self.seen:
+            if _is_counted(tensor) and _address(tensor) not in self.seen:
                 storage = tensor.untyped_storage()
                 self.seen.add(_address(tensor))
                 self.live += storage.nbytes()
@@ -66,6 +66,10 @@ class _Counting(TorchDispatchMode):
     def _free(self, address: int, size: int) -> None:
         self.seen.discard(address)
         self.live -= size
+
+
+def _is_counted(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _address(tensor: Tensor) -> int:

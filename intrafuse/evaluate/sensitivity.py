@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from intrafuse.data import Images
+from intrafuse.errors import IntrafuseError
 from intrafuse.evaluate.accuracy import accuracy
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.patterns import choose_groups
@@ -138,9 +139,15 @@ def each_group_alone(
         {group: {setting: accuracy in percent for each share}}.
 
     Raises:
-        IntrafuseError: as `prune` and `accuracy`.
+        IntrafuseError: no groups; as `prune` and `accuracy`.
     """
     groups = choose_groups(trace(model, example_inputs), include, exclude)
+    if not groups:
+        raise IntrafuseError(
+            "no channel group is left to prune alone",
+            value={"include": include, "exclude": exclude},
+            remedy="intrafuse inspect lists the groups of a network",
+        )
     total = len(groups) * len(settings) * len(shares)
     found: dict[str, dict[str, tuple[float, ...]]] = {}
     done = 0

@@ -11,7 +11,7 @@ import intrafuse
 from intrafuse.data import import_extra
 from intrafuse.files import replacing
 from intrafuse.report.kinds import KINDS
-from intrafuse.report.read import Entry, read_entries
+from intrafuse.report.read import Entry, read_entries, reading
 
 __all__ = ["draw_pictures", "write_report"]
 
@@ -83,20 +83,13 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
     written: dict[str, Path] = {}
     for entry in read_entries(paths):
         for picture in entry.pictures:
-            stem, again = _stem(entry), 2
-            name = first = (
-                picture.name if picture.name.startswith(stem) else f"{stem}-{picture.name}"
-            )
+            named, again = f"{picture.name}-".startswith(f"{entry.name}-"), 2
+            name = first = picture.name if named else f"{entry.name}-{picture.name}"
             while name in written:  # two records of one name, in two folders
                 name, again = f"{first}-{again}", again + 1
-            written[name] = picture.write(Path(out) / f"{name}.{form}")
+            with reading(entry.source):
+                written[name] = picture.write(Path(out) / f"{name}.{form}")
     return list(written.values())
-
-
-def _stem(entry: Entry) -> str:
-    """Name a record by its file, or by the folder where the file's name is that of all."""
-    source = entry.source
-    return source.parent.name if entry.kind in ("pruning", "factorized") else source.stem
 
 
 def _section(number: int, entry: Entry) -> _Section:
@@ -104,10 +97,15 @@ def _section(number: int, entry: Entry) -> _Section:
     drawn = []
     for i, picture in enumerate(entry.pictures, 1):
         key = f"{name}-picture-{i}"
-        drawn.append(_Drawn(key, picture.title, picture.alternative, picture.svg(key)))
-    title, stem = KINDS[entry.kind].title, _stem(entry)
-    title = title if stem == entry.kind else f"{title}: {stem}"
-    known = {label: entry.record.get(key) for key, label in FACTS.items()}
-    known["weights"] = (known["weights"] or "")[:12]
-    facts = ", ".join(f"{label} {value}" for label, value in known.items() if value)
-    return _Section(name, title, f"{facts}. From {entry.source}.", entry, tuple(drawn))
+        with reading(entry.source):
+            svg = picture.svg(key)
+        drawn.append(_Drawn(key, picture.title, picture.alternative, svg))
+    title = KINDS[entry.kind].title
+    title = title if entry.name == entry.kind else f"{title}: {entry.name}"
+    recipe = entry.record.get("recipe")
+    told = {**(recipe if isinstance(recipe, dict) else {}), **entry.record}
+    known = {label: told.get(key) for key, label in FACTS.items()}
+    known["weights"] = str(known["weights"] or "")[:12]
+    facts = [f"{label} {value}" for label, value in known.items() if value]
+    facts = ", ".join([*facts, f"from {entry.source}"])
+    return _Section(name, title, f"{facts[0].upper()}{facts[1:]}.", entry, tuple(drawn))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "Picture", "colour", "faint", "ink", "marker", "new_figure"]
+__all__ = ["FORMATS", "Picture", "colour", "faint", "ink", "marker", "new_figure", "shortened"]
 
 FORMATS = ("png", "svg", "pdf")
 PAPER = ("#222222", "#cccccc")  # ink, and fainter lines
@@ -34,6 +35,7 @@ STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may hold dollars
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -63,7 +65,9 @@ class Picture:
     def svg(self, prefix: str) -> str:
         """Give the picture for a page, where `prefix` keeps its names apart from others'."""
         drawn = io.StringIO()
-        with _style(self.name, *PAGE):
+        with _style(self.name, *PAGE), warnings.catch_warnings():
+            # the reader's fonts count, not those here
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.draw().savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
         text = drawn.getvalue()
         text = text[text.index("<svg") :]
@@ -101,6 +105,15 @@ def colour(name: str, order: int = 0) -> str:
 def marker(name: str, order: int = 0) -> str:
     """Choose the mark of a method, so that colour is not all that tells them apart."""
     return METHODS.get(name, OTHERS[order % len(OTHERS)])[1]
+
+
+def shortened(name: str, most: int = 28) -> str:
+    """Cut a long name in front, for a picture: its end tells the layer or the file.
+
+    >>> shortened("features.denseblock4.conv2", 12)
+    '…lock4.conv2'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def ink() -> str:

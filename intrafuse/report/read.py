@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from intrafuse.report.kinds import KINDS
 from intrafuse.report.pictures import Picture
 from intrafuse.report.tables import Table
 
-__all__ = ["Entry", "read_entries"]
+__all__ = ["Entry", "read_entries", "reading"]
 
 RESULT = "result.json"  # of a factorised run: its stages lie below it, and are told by it
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Entry:
     record: Mapping[str, Any]
     tables: tuple[Table, ...]
     pictures: tuple[Picture, ...]
+
+    @property
+    def name(self) -> str:
+        """Tell it from others of its kind: by its file, or its folder where all files are alike."""
+        source = self.source
+        return source.resolve().parent.name if source.name in (MANIFEST, RESULT) else source.stem
 
     @property
     def recipe(self) -> str:
@@ -46,8 +53,23 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
         paths: folders, searched with all that is in them, or single files.
 
     Raises:
-        IntrafuseError: a path that does not exist or holds no record; a record that is broken.
+        IntrafuseError: a path that does not exist, cannot be read or holds no record; a record
+            that is broken.
     """
+    try:
+        found = _found(paths)
+    except OSError as error:
+        raise IntrafuseError(
+            f"a folder of records cannot be read: {error.strerror}", value=str(error.filename)
+        ) from error
+    order = list(KINDS)
+    saved = {place for entry in found.values() for place in _saved_by(entry)}
+    kept = [entry for source, entry in found.items() if source not in saved]
+    return sorted(kept, key=lambda entry: (order.index(entry.kind), str(entry.source)))
+
+
+def _found(paths: Sequence[str | Path]) -> dict[Path, Entry]:
+    """Read what is below some paths, each file once."""
     found: dict[Path, Entry] = {}
     for path in map(Path, paths):
         known = len(found)
@@ -57,12 +79,19 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
             raise IntrafuseError(
                 "a report needs records, and here is none",
                 value=str(path),
-                remedy="write some with --json FILE, or give a folder that intrafuse saved",
+                remedy="write some with --json FILE, or give what intrafuse prune --out saved",
             )
-    order = list(KINDS)
-    saved = {Path(e.record["out"]).resolve() for e in found.values() if e.record.get("out")}
-    kept = [entry for source, entry in found.items() if source.parent not in saved]
-    return sorted(kept, key=lambda entry: (order.index(entry.kind), str(entry.source)))
+    return found
+
+
+def _saved_by(entry: Entry) -> Iterator[Path]:
+    """List where the network of a record may lie, so that it is not shown twice.
+
+    Its folder is written as it was typed: below the folder of then, which may be any above.
+    """
+    if entry.record.get("out"):
+        for folder in (Path.cwd(), *entry.source.resolve().parents):
+            yield (folder / str(entry.record["out"]) / MANIFEST).resolve()
 
 
 def _within(source: Path, path: Path) -> bool:
@@ -82,35 +111,41 @@ def _records(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     elif not path.is_dir():
         raise IntrafuseError("no such file or folder", value=str(path), usage=True)
     else:
-        yield from _below(path)
+        yield from _below(path, set())
 
 
-def _below(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    if (folder / MANIFEST).exists():
-        if (folder / PLAN).exists():
-            yield folder / MANIFEST, _saved(folder)
+def _below(folder: Path, known: set[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Find the records in a folder and below, once where links lead to it again."""
+    if folder.resolve() in known:
         return
+    known.add(folder.resolve())
+    if (folder / MANIFEST).exists() and (folder / PLAN).exists():
+        yield folder / MANIFEST, _saved(folder)
     for path in sorted(folder.glob("*.json")):
         record = _read(path) if path.is_file() else None
         if record is not None:
             yield path, record
-    if (folder / RESULT).exists():
+    if (folder / MANIFEST).exists() or (folder / RESULT).exists():
         return
     for inner in sorted(folder.iterdir()):
         if inner.is_dir() and not inner.name.startswith("."):
-            yield from _below(inner)
+            yield from _below(inner, known)
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:
     """Read a record, or nothing where the file is something else."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise IntrafuseError(
             f"a file is no readable JSON ({error})", value=str(path), remedy="write it again"
         ) from error
     known = isinstance(found, dict) and isinstance(found.get("kind"), str)
     return found if known and found["kind"] in KINDS else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -129,10 +164,23 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 def _entry(source: Path, record: Mapping[str, Any]) -> Entry:
     kind = KINDS[record["kind"]]
-    try:
+    with reading(source):
         tables, pictures = kind.tables(record), kind.pictures(record)
         _ = [table.texts for table in tables]  # every value can be written
         return Entry(record["kind"], source, record, tuple(tables), tuple(pictures))
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Say of a record that is not what its kind should be which file it is.
+
+    Raises:
+        IntrafuseError: whatever goes wrong inside for that reason; its own errors pass.
+    """
+    try:
+        yield
+    except IntrafuseError:
+        raise
     except BROKEN as error:
         raise IntrafuseError(
             f"a record lacks what its kind has ({type(error).__name__}: {error})",

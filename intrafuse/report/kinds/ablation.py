@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import OTHERS, Picture, ink, new_figure
+from intrafuse.report.pictures import OTHERS, Picture, ink, new_figure, shortened
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _draw(accuracies: Mapping[str, Any]) -> Figure:
     drawn = axes.boxplot(
         list(accuracies.values()),
         orientation="horizontal",
-        tick_labels=list(accuracies),
+        tick_labels=[shortened(name) for name in accuracies],
         patch_artist=True,
         **lines,
         flierprops={"marker": ".", "markeredgecolor": ink(), "markersize": 3},

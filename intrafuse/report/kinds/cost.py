@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import OTHERS, Picture, faint, new_figure
+from intrafuse.report.pictures import OTHERS, Picture, faint, new_figure, shortened
 from intrafuse.report.tables import Column, Table, short
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _draw(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
         places = [labels.index(label) + (i - (len(ratios) - 1) / 2) * height for label in parts]
         shade = OTHERS[i % len(OTHERS)][0]
         widths = [100 * ratio for ratio in parts.values()]
-        drawn = axes.barh(places, widths, height=0.9 * height, color=shade, label=name)
+        drawn = axes.barh(places, widths, height=0.9 * height, color=shade, label=shortened(name))
         axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
     axes.axvline(100, color=faint(), linestyle="--")
     axes.set_yticks(range(len(labels)), labels)

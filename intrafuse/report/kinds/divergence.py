@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import Picture, colour, ink, marker, new_figure
+from intrafuse.report.pictures import Picture, colour, ink, marker, new_figure, shortened
 from intrafuse.report.tables import Column, Table, share
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ __all__ = ["pictures", "tables"]
 
 Record = Mapping[str, Any]
 LEAST = 1e-3  # error that is drawn
+NAMES = 34  # of layers that stand beside each other
 MEASURES = {
     "logits": "L2 distance of logits to the original's",
     "softmax": "L2 distance of probabilities to the original's",
@@ -65,7 +66,8 @@ def pictures(record: Record) -> list[Picture]:
             Picture(
                 f"divergence-{percent}",
                 f"{MEASURES[record['measure']]}, {percent} % of the channels removed",
-                f"Histograms over {record['images']:,} images; means (dashed): {means}.",
+                f"Histograms over {record['images']:,} images, the last bar all that lies beyond; "
+                f"means (dashed): {means}.",
                 lambda rows=rows: _histogram(rows, MEASURES[record["measure"]]),
             )
         )
@@ -123,9 +125,13 @@ def _draw_layers(rows: Sequence[Record]) -> Figure:
         axes.plot(places, errors, markersize=3, label=row["method"], **how)
         axes.plot(places, ratios, markersize=3, linestyle=":", **how)
     axes.axhline(1, color=ink(), linewidth=0.6)
-    names = [layer["layer"] for layer in rows[0]["layers"]]
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    names = [shortened(layer["layer"]) for layer in rows[0]["layers"]]
+    every = -(-len(names) // NAMES)
+    axes.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=7)
     axes.set_ylabel("error (solid), variance ratio (dotted)")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     figure.legend(loc="outside upper center", ncols=3)
     return figure

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import OTHERS, Picture, new_figure
+from intrafuse.report.pictures import OTHERS, Picture, new_figure, shortened
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -37,19 +37,18 @@ def pictures(record: Record) -> list[Picture]:
     figures = record["figures"]
     if figures.get("accuracy") is None:
         return []
-    bars = dict(zip(record["networks"], figures["accuracy_of_networks"], strict=True))
-    bars["fused"] = figures["accuracy"]
-    told = ", ".join(f"{name} {percent:.2f}" for name, percent in bars.items())
+    bars = [*zip(record["networks"], figures["accuracy_of_networks"], strict=True)]
+    bars.append(("fused", figures["accuracy"]))
+    told = ", ".join(f"{name} {percent:.2f}" for name, percent in bars)
     return [Picture("fusion", "Accuracy before and after", f"{told}.", lambda: _draw(bars))]
 
 
-def _draw(bars: Mapping[str, float]) -> Figure:
+def _draw(bars: Sequence[tuple[str, float]]) -> Figure:
     figure, axes = new_figure(0.9 + 0.28 * len(bars))
     shades = [OTHERS[1][0]] * (len(bars) - 1) + [OTHERS[3][0]]
-    drawn = axes.barh(range(len(bars)), list(bars.values()), color=shades)
+    drawn = axes.barh(range(len(bars)), [percent for _, percent in bars], color=shades)
     axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
-    names = [name if len(name) < 30 else f"…{name[-29:]}" for name in bars]
-    axes.set_yticks(range(len(bars)), names, fontsize=7)
+    axes.set_yticks(range(len(bars)), [shortened(name) for name, _ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy (%)")
     return figure

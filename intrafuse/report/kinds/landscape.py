@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import Picture, ink, new_figure
+from intrafuse.report.pictures import Picture, ink, new_figure, shortened
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _draw(record: Record) -> Figure:
     lines.set_alpha(0.6)
     figure.colorbar(drawn, ax=axes, label=record["measure"], format="%.3g")
     for anchor, mark in zip(record["anchors"], "os^", strict=True):
-        label = f"{anchor['name']} {anchor['value']:.1f}"
+        label = f"{shortened(anchor['name'], 16)} {anchor['value']:.1f}"
         axes.plot(
             anchor["x"], anchor["y"], mark, color="white", mec="black", mew=1, ms=8, label=label
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import Picture, colour, faint, new_figure
+from intrafuse.report.pictures import Picture, colour, faint, new_figure, shortened
 from intrafuse.report.tables import Column, Table, share
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _draw(groups: Sequence[tuple[str, Mapping[str, Any]]], method: str) -> Figur
     for row, (_, group) in enumerate(groups):
         text = f"{group['before']:,} → {group['after']:,}"
         axes.annotate(text, (0.53 * widest, row), va="center", fontsize=7)
-    axes.set_yticks(rows, [_shortened(name) for name, _ in groups], fontsize=7)
+    axes.set_yticks(rows, [shortened(name) for name, _ in groups], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(-0.52 * widest, 0.85 * widest)
     axes.set_xticks([])
@@ -99,8 +99,3 @@ def _draw(groups: Sequence[tuple[str, Mapping[str, Any]]], method: str) -> Figur
     axes.grid(False)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
-
-
-def _shortened(name: str, most: int = 28) -> str:
-    """Cut a long name in front: its end tells the layer."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"

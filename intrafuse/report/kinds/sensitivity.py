@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.report.pictures import Picture, new_figure
+from intrafuse.report.pictures import Picture, new_figure, shortened
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -70,15 +70,17 @@ def _draw(record: Record, rows: Sequence[Record]) -> Figure:
     figure, axes = new_figure(1.0 + ROW * len(rows))
     lost = [[record["original"] - percent for percent in row["accuracies"]] for row in rows]
     worst = max(record["original"] - p for row in record["rows"] for p in row["accuracies"])
-    drawn = axes.pcolormesh(lost, cmap="magma_r", vmin=0, vmax=max(worst, 1.0))
+    top = max(worst, 1.0)  # less than a point is pale
+    drawn = axes.pcolormesh(lost, cmap="magma_r", vmin=0, vmax=top)
     for y, line in enumerate(lost):
         for x, points in enumerate(line):
-            shade = "white" if points > worst / 2 else "black"
+            shade = "white" if points > top / 2 else "black"
             place = {"ha": "center", "va": "center", "fontsize": 7, "color": shade}
             axes.text(x + 0.5, y + 0.5, f"{points:.1f}", **place)
     shares = [f"{100 * share:g}" for share in record["shares"]]
     axes.set_xticks([x + 0.5 for x in range(len(shares))], shares)
-    axes.set_yticks([y + 0.5 for y in range(len(rows))], [r["group"] for r in rows], fontsize=7)
+    names = [shortened(row["group"]) for row in rows]
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], names, fontsize=7)
     axes.invert_yaxis()
     axes.grid(False)
     axes.set_xlabel("channels of the group removed (%)")
