@@ -10,10 +10,12 @@ from typing import Any
 import intrafuse
 from intrafuse.files import replacing
 
-__all__ = ["as_record", "write_record"]
+__all__ = ["Record", "as_record", "write_record"]
+
+Record = Mapping[str, Any]
 
 
-def as_record(kind: str, data: Mapping[str, Any], *, command: str = "") -> dict[str, Any]:
+def as_record(kind: str, data: Record, *, command: str = "") -> dict[str, Any]:
     """Say of some figures what they are.
 
     Args:
@@ -27,7 +29,7 @@ def as_record(kind: str, data: Mapping[str, Any], *, command: str = "") -> dict[
     return {"kind": kind, "version": intrafuse.__version__, "command": command, **data}
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Write a record to a file, as a whole or not at all."""
     text = json.dumps(record, indent=2, allow_nan=False)
     with replacing(path) as temporary:

@@ -23,11 +23,10 @@ from intrafuse.report.kinds import (
     sensitivity,
 )
 from intrafuse.report.pictures import Picture
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Table
 
 __all__ = ["KINDS", "Kind"]
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

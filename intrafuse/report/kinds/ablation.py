@@ -7,14 +7,13 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from intrafuse.report.pictures import OTHERS, Picture, ink, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["pictures", "tables"]
-
-Record = Mapping[str, Any]
 
 
 def tables(record: Record) -> list[Table]:

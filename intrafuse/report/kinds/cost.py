@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from intrafuse.report.pictures import OTHERS, Picture, faint, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table, short
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-Record = Mapping[str, Any]
 PARTS = {
     "params": "parameters",
     "bytes": "bytes",

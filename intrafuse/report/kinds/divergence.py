@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from intrafuse.report.pictures import Picture, colour, ink, marker, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table, share
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-Record = Mapping[str, Any]
 LEAST = 1e-3  # error that is drawn
 NAMES = 34  # of layers that stand beside each other
 MEASURES = {

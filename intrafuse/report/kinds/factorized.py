@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from intrafuse.data import import_extra
 from intrafuse.report.pictures import Picture, new_figure
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables", "timeline"]
 
-Record = Mapping[str, Any]
 COLOURS = {"trained": "#4477aa", "pruned": "#ee9944", "fused": "#228833", "tuned": "#66ccee"}
 Row = tuple[str, list[tuple[float, Record]]]
 

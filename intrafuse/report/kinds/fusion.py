@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from intrafuse.report.pictures import OTHERS, Picture, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["pictures", "tables"]
-
-Record = Mapping[str, Any]
 
 
 def tables(record: Record) -> list[Table]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from intrafuse.report.pictures import Picture, ink, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-Record = Mapping[str, Any]
 LEVELS = 12  # of the contours
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intrafuse.report.pictures import Picture, colour, faint, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table, share
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "sizes", "tables"]
 
-Record = Mapping[str, Any]
 SIZES = {"channels": "channels", "params": "parameters", "macs": "MACs"}
 ROW = 0.19  # inches that a group takes
 MOST = 120  # groups in a picture

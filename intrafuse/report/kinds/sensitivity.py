@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from intrafuse.report.pictures import Picture, new_figure, shortened
+from intrafuse.report.record import Record
 from intrafuse.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-Record = Mapping[str, Any]
 ROW = 0.19  # inches that a group takes
 
 
