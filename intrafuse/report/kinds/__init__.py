@@ -6,10 +6,9 @@ A new kind is one file with two functions, ``tables(record) -> list[Table]`` and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from intrafuse.report.kinds import (
     ablation,
