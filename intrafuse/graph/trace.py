@@ -41,11 +41,15 @@ PASS_ORIGIN = {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "
 
 @dataclass(frozen=True)
 class Program:
-    """The traced operators: nodes in order, the trees of each result, names of parameters."""
+    """The traced operators: nodes in order, the trees of each result, names of parameters.
+
+    It also keeps the inputs that the model was traced with.
+    """
 
     nodes: tuple[Node, ...]
     values: Mapping[Node, Any]
     parameters: Mapping[Node, str]
+    example_inputs: ExampleInputs
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
@@ -102,7 +106,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
-    return _freeze(scope, tuple(program.graph.nodes))
+    return _freeze(scope, tuple(program.graph.nodes), example_inputs)
 
 
 def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
@@ -251,7 +255,7 @@ def _lock_all(scope: Scope, node: Node, reason: str) -> None:
             scope.table.lock(tree, reason)
 
 
-def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
+def _freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
     resolve = scope.table.resolve
     axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
     _lock_unclear(scope, axes)
@@ -281,7 +285,7 @@ def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
         attributes=tuple(dict.fromkeys(attributes)),
         costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
         aliases=scope.aliases,
-        program=Program(nodes, values, scope.parameters),
+        program=Program(nodes, values, scope.parameters, example_inputs),
     )
 
 
