@@ -30,7 +30,8 @@ fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn
 ssd300_vgg16 ssdlite320_mobilenet_v3_large maskrcnn_resnet50_fpn_v2
 """.split()
 TIMM = """
-resnet18 resnet26 resnet26d resnet26t resnet50_gn seresnet50 ecaresnet26t resnext26ts seresnext26d_32x4d
+resnet18 resnet26 resnet26d resnet26t resnet50_gn seresnet50 ecaresnet26t resnext26ts
+seresnext26d_32x4d
 resnetv2_50 resnetv2_50x1_bit resnetv2_18 wide_resnet50_2 skresnet18 resnest14d res2net50_26w_4s
 legacy_seresnet18 tresnet_m
 densenet121 densenetblur121d rdnet_tiny vgg11 vgg13_bn
@@ -40,8 +41,8 @@ fbnetv3_b ghostnet_050 ghostnetv2_100 ghostnetv3_100 hardcorenas_a
 semnasnet_075 efficientnet_b0 efficientnet_lite0 efficientnetv2_rw_t efficientnet_es
 tf_efficientnetv2_b0 efficientnet_b0_gn rexnet_100 edgenext_xx_small
 convnext_atto convnext_tiny convnextv2_atto convnext_atto_ols convmixer_768_32 inception_next_atto
-regnetx_002 regnety_002 regnetz_b16 regnetv_040 gernet_s repvgg_a0 repvgg_b0 mobileone_s0 repvit_m0_9
-repghostnet_050 starnet_s050 fasternet_t0
+regnetx_002 regnety_002 regnetz_b16 regnetv_040 gernet_s repvgg_a0 repvgg_b0 mobileone_s0
+repvit_m0_9 repghostnet_050 starnet_s050 fasternet_t0
 hrnet_w18_small dla34 dla46_c dla60_res2net dpn48b dpn68 nf_resnet26 nf_regnet_b0 nfnet_l0
 dm_nfnet_f0 eca_nfnet_l0 hgnetv2_b0 hgnet_tiny vovnet39a ese_vovnet19b_dw eca_vovnet39b
 cspdarknet53 cspresnet50 cs3darknet_s cspresnext50 darknet53 selecsls42b legacy_xception xception41
@@ -59,7 +60,8 @@ coatnet_nano_rw_224 coatnext_nano_rw_224 hiera_tiny_224
 mixer_s32_224 mixer_s16_224 gmixer_12_224 gmlp_ti16_224 gmlp_s16_224 resmlp_12_224 sequencer2d_s
 poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 efficientformer_l1
 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 mobilevit_xxs mobilevitv2_050 fastvit_t8
-nextvit_small tiny_vit_5m_224 swiftformer_xs mambaout_femto shvit_s1 vitamin_small_224 efficientvim_m1
+nextvit_small tiny_vit_5m_224 swiftformer_xs mambaout_femto shvit_s1 vitamin_small_224
+efficientvim_m1
 """.split()
 OWN = """unet unet_pixelshuffle lstm_tagger gru_classifier rnn_encoder lstm_seq2seq""".split()
 

@@ -127,7 +127,7 @@ def _choose_inputs(plan: Plan, given: ExampleInputs | None) -> ExampleInputs:
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy a network and silence the channels that a plan of `select` drops: readers ignore them."""
+    """Copy a network and let readers ignore the channels that a plan of `select` drops."""
     copied = copy.deepcopy(model)
     state = copied.state_dict(keep_vars=True)
     for step in plan.maps:

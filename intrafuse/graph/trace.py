@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -150,12 +151,17 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence what torch logs on the way to an error that says the same."""
+    """Silence what torch logs on the way to an error that says the same.
+
+    It also warns of modules that keep tensors in lists, as recurrent layers do.
+    """
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
 

@@ -4,7 +4,7 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.graph.rules import layers, pointwise, reduce, shape
+from intrafuse.graph.rules import layers, pointwise, recurrent, reduce, shape
 from intrafuse.graph.rules.registry import (
     RULES,
     LockError,
@@ -26,6 +26,7 @@ __all__ = [
     "location",
     "operator_name",
     "pointwise",
+    "recurrent",
     "reduce",
     "register",
     "shape",

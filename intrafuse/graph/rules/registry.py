@@ -34,6 +34,8 @@ Axes = list[Tree]
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
+# Modules of PyTorch whose forward takes sizes from attributes that may be set.
+FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
 
 
 class LockError(Exception):
@@ -177,7 +179,7 @@ class Scope:
         names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
         for module in (alias.rpartition(".")[0] for alias in names):
             owner = self.model.get_submodule(module)
-            known = isinstance(owner, nn.modules.conv._ConvNd | nn.GroupNorm)
+            known = isinstance(owner, FOLLOWING)
             value = getattr(owner, name, None) if known or not needed else None
             if isinstance(value, int) and value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
