@@ -13,17 +13,14 @@ from torch.fx import Node
 
 from intrafuse.batches import map_tensors
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import tree_size
 from intrafuse.graph.blocks import positions
+from intrafuse.graph.compare import first_difference
 from intrafuse.graph.rules import location, operator_name
-from intrafuse.graph.rules.pointwise import BINARY, UNARY
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, export_program
 from intrafuse.merge import MergeMap
 from intrafuse.plan import Plan
 
 __all__ = ["Verification", "check_code", "masked", "tensors_of", "verify"]
-
-ARITHMETIC = frozenset((*UNARY, *BINARY))
 
 
 @dataclass(frozen=True)
@@ -206,25 +203,16 @@ def check_code(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> 
         IntrafuseError: an operator, a shape or a factor differs; names the line of code.
     """
     program = plan.graph.program
-    sizes = plan.graph.resized(plan.widths)
-    old = [node for node in program.nodes if node.op == "call_function"]
-    new = [n for n in export_program(pruned, example_inputs).graph.nodes if n.op == "call_function"]
-    for before, after in zip(old, new, strict=False):
-        value = after.meta.get("val")
-        if operator_name(before) != operator_name(after):
-            raise _differs(before, "runs another operator", operator_name(after))
-        if isinstance(value, Tensor):
-            expected = [tree_size(tree, sizes) for tree in program.values[before]]
-            if list(value.shape) != expected:
-                raise _differs(before, f"should give {expected}", list(value.shape))
-        if operator_name(before) in ARITHMETIC and _numbers(before) != _numbers(after):
-            raise _differs(before, f"computes with {_numbers(before)}", _numbers(after))
-    if len(old) != len(new):
-        raise _differs((old or new)[-1], f"is one of {len(old)} operators", len(new))
-
-
-def _numbers(node: Node) -> list[float]:
-    return [float(a) for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float)]
+    found = first_difference(
+        program.nodes,
+        export_program(pruned, example_inputs).graph.nodes,
+        program.values,
+        program.scales,
+        plan.graph.sizes,
+        plan.graph.resized(plan.widths),
+    )
+    if found is not None:
+        raise _differs(found.node, found.rule, found.value)
 
 
 def _differs(node: Node, rule: str, value: object) -> IntrafuseError:

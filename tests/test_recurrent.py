@@ -101,17 +101,27 @@ def test_a_cell_that_is_unrolled_equals_its_masked_references(kind):
     assert_masked(model, x)
 
 
-@pytest.mark.parametrize("size", [8, "attribute"])
-def test_a_state_that_the_code_makes_locks_the_units(size):
+def test_a_state_of_a_size_that_the_code_holds_as_a_number_locks_the_units():
     class Primed(Tagger):
         def forward(self, x):
-            width = size if isinstance(size, int) else self.width
-            return self.head(self.body(self.into(x), torch.ones(1, x.shape[1], width))[0])
+            return self.head(self.body(self.into(x), torch.ones(1, x.shape[1], 8))[0])
 
     graph = intrafuse.trace(Primed("gru"), torch.zeros(4, 5, 6))
     assert [group.name for group in graph.groups] == ["into"]
     reasons = next(g.locked for g in graph.locked if g.name == "body")
-    assert "test_recurrent.py" in " ".join(reasons)
+    assert "number" in " ".join(reasons) and "test_recurrent.py" in " ".join(reasons)
+
+
+def test_an_attribute_that_a_state_takes_its_size_from_follows():
+    class Primed(Tagger):
+        def forward(self, x):
+            state = torch.ones(1, x.shape[1], self.body.hidden_size, dtype=x.dtype)
+            return self.head(self.body(self.into(x), state)[0])
+
+    model, x = randomise(Primed("gru"), 0), torch.randn(4, 5, 6, dtype=torch.double)
+    plan = intrafuse.plan(model, x, channels=0.5, method="select")
+    assert plan.widths == {"into": 5, "body": 4}
+    torch.testing.assert_close(plan.apply(model)(x), mask_readers(model, plan)(x))
 
 
 def test_states_that_the_model_takes_and_packed_sequences_stay():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.backends.mha
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -25,7 +26,9 @@ from intrafuse import errors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.literals import settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.modules import copy_without, place
 
 __all__ = [
     "ExampleInputs",
@@ -37,19 +40,24 @@ __all__ = [
 ]
 
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
-PASS_ORIGIN = {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"}
+PASS_ORIGIN = frozenset(
+    "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
+    "contiguous alias detach repeat".split()
+)
 
 
 @dataclass(frozen=True)
 class Program:
     """The traced operators: nodes in order, the trees of each result, names of parameters.
 
-    It also keeps the inputs that the model was traced with.
+    It also keeps the inputs that the model was traced with, and numbers in the code that follow a
+    size: operator -> (tree of the size, exponent).
     """
 
     nodes: tuple[Node, ...]
     values: Mapping[Node, Any]
     parameters: Mapping[Node, str]
+    scales: Mapping[Node, tuple[Tree, float]]
     example_inputs: ExampleInputs
 
 
@@ -107,7 +115,34 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
-    return _freeze(scope, tuple(program.graph.nodes), example_inputs)
+    nodes = tuple(program.graph.nodes)
+    _lock_unclear(scope)
+    settle(
+        scope,
+        [*nodes],
+        lambda: [group.id for group in _name_groups(scope, _slots(scope)) if not group.locked],
+        lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
+        lambda resized: export_program(resized, example_inputs).graph.nodes,
+    )
+    return _freeze(scope, nodes, example_inputs)
+
+
+def _resized(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    attributes: Mapping[str, Mapping[str, int]],
+    aliases: Mapping[str, str],
+) -> nn.Module:
+    """Copy a model without its values: tensors of other shapes are new, and hold nothing."""
+    old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    new = {
+        name: torch.empty(shape, dtype=old[name].dtype, device=old[name].device)
+        for name, shape in shapes.items()
+        if name in old and tuple(old[name].shape) != shape
+    }
+    target = copy_without(model, [*old.values()])
+    place(target, new, attributes, (), aliases)
+    return target
 
 
 def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
@@ -132,7 +167,7 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings():
+        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -147,6 +182,27 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
         ) from error
     sys.stderr.write(printed.getvalue())
     return program
+
+
+@contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Let a model compute without fused kernels and without a cache for its next call.
+
+    A fused transformer layer is one operator that hides what it does, and a cache of keys and
+    values is an output that `torch.export` does not know.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for config in cached:
+            config.use_cache = True
 
 
 @contextmanager
@@ -261,26 +317,29 @@ def _lock_all(scope: Scope, node: Node, reason: str) -> None:
             scope.table.lock(tree, reason)
 
 
-def _freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
-    resolve = scope.table.resolve
-    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
-    _lock_unclear(scope, axes)
+def _slots(scope: Scope) -> dict[int, list[Slot]]:
+    """List where each atom lies on parameters that a rule gave a role."""
     slots: dict[int, list[Slot]] = {}
     for (parameter, axis), (role, kind) in scope.roles.items():
-        tree = axes[parameter][axis]
+        tree = scope.table.resolve(scope.parameter_axes[parameter][axis])
         for atom in dict.fromkeys(leaves(tree)):
             blocks = locate(tree, atom, scope.table.size)
             slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
-    groups = _name_groups(scope, slots)
+    return slots
+
+
+def _freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
+    resolve = scope.table.resolve
+    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
+    groups = _name_groups(scope, _slots(scope))
     free = [group for group in groups if not group.locked]
-    free = [
-        ChannelGroup(g.id, g.name, len(free) - 1 - i, g.size, g.slots) for i, g in enumerate(free)
-    ]
+    free = [replace(group, index=len(free) - 1 - i) for i, group in enumerate(free)]
     attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
     values = {
         node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
         for node, value in scope.values.items()
     }
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
     return ChannelGraph(
         groups=tuple(free),
         locked=tuple(group for group in groups if group.locked),
@@ -291,7 +350,11 @@ def _freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs
         attributes=tuple(dict.fromkeys(attributes)),
         costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
         aliases=scope.aliases,
-        program=Program(nodes, values, scope.parameters, example_inputs),
+        rescales=tuple(
+            replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
+            for r in scope.rescales
+        ),
+        program=Program(nodes, values, scope.parameters, scales, example_inputs),
     )
 
 
@@ -306,10 +369,10 @@ def _list_norms(scope: Scope) -> tuple[Norm, ...]:
     return tuple(dict.fromkeys(norms))
 
 
-def _lock_unclear(scope: Scope, axes: Mapping[str, tuple[Tree, ...]]) -> None:
+def _lock_unclear(scope: Scope) -> None:
     """Lock what no rule accounts for: parameters without a role, channels squared."""
-    for name, trees in axes.items():
-        for axis, tree in enumerate(trees):
+    for name, trees in scope.parameter_axes.items():
+        for axis, tree in enumerate(map(scope.table.resolve, trees)):
             if (name, axis) not in scope.roles:
                 scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
             for atom in _squared(tree):
@@ -331,6 +394,7 @@ def _squared(tree: Tree) -> list[int]:
 def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
     groups = []
     taken: Counter[str] = Counter()
+    summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}
     for atom, rows in slots.items():
         writers = [slot for slot in rows if slot.role == "writer"]
         reasons = list(scope.table.reasons(atom))
@@ -342,10 +406,11 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
                 reasons.append("no layer writes these channels")
             if all(slot.role == "reader" for slot in rows):
                 continue  # the model's own inputs
-        elif all(slot.role != "reader" for slot in rows) and not reasons:
+        elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
             reasons.append("no layer reads these channels")
         name = (writers or rows)[0].layer
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""
-        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons)))
+        choices = scope.table.choices(atom)
+        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))
     return groups

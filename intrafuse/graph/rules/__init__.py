@@ -4,9 +4,10 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.graph.rules import layers, pointwise, recurrent, reduce, shape
+from intrafuse.graph.rules import index, layers, make, pointwise, products, recurrent, reduce, shape
 from intrafuse.graph.rules.registry import (
     RULES,
+    Literal,
     LockError,
     Scope,
     arguments,
@@ -18,14 +19,18 @@ from intrafuse.graph.rules.registry import (
 
 __all__ = [
     "RULES",
+    "Literal",
     "LockError",
     "Scope",
     "arguments",
     "entering",
+    "index",
     "layers",
     "location",
+    "make",
     "operator_name",
     "pointwise",
+    "products",
     "recurrent",
     "reduce",
     "register",

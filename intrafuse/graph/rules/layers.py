@@ -14,7 +14,7 @@ from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
-def _declare(
+def declare(
     scope: Scope, node: Node, weight: str, bias: str | None, axes: tuple[int, int], out: Tree
 ) -> str | None:
     """Record a layer and name its bias: one that it has, or one that its module could hold."""
@@ -42,7 +42,7 @@ def linear(scope: Scope, node: Node) -> Axes:
         scope.table.unify(rows, scope.axes(args["bias"])[0])
     scope.use(weight, 1, "reader", "weight")
     scope.use(weight, 0, "writer", "weight")
-    scope.use(_declare(scope, node, weight, bias, (0, 1), rows), 0, "writer", "bias")
+    scope.use(declare(scope, node, weight, bias, (0, 1), rows), 0, "writer", "bias")
     scope.attribute(weight, "out_features", rows)
     scope.attribute(weight, "in_features", columns)
     scope.cost(node, weight, scope.positions(node, scope.table.measure(rows)), rows, columns)
@@ -85,13 +85,13 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
         out = w[writer]
         scope.use(weight, reader, "reader", "weight")
         scope.use(weight, writer, "writer", "weight")
-        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "writer", "bias")
     else:
         which, out = _grouped(scope, x[at], w, groups, transposed)
         scope.attribute(weight, "groups", which, needed=True)
         scope.use(weight, 0, "carrier", "scale")
-        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "carrier", "shift")
     if args["bias"] is not None:
         scope.table.unify(out, scope.axes(args["bias"])[0])
@@ -220,9 +220,13 @@ def layer_norm(scope: Scope, node: Node) -> Axes:
     normalised = x[len(x) - len(args["normalized_shape"]) :]
     for tree in normalised:
         scope.table.lock(tree, f"{operator_name(node)} takes its statistics over it")
-    for argument in ("weight", "bias"):
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "scale"), ("bias", "shift"))
+    for argument, kind in parts:
         if args.get(argument) is not None:
             scope.unify(scope.axes(args[argument]), normalised)
+            name = scope.parameter(args[argument], argument)
+            for axis in range(len(normalised)):
+                scope.use(name, axis, "carrier", kind)
     return x
 
 

@@ -50,14 +50,6 @@ def _direction(
             scope.cost(node, name, steps, *scope.axes(weight))
 
 
-def _is_own_state(scope: Scope, state: Node, module: str) -> bool:
-    """Tell whether a module made its initial state itself, from its own attributes."""
-    stack = [path for path, _ in (state.meta.get("nn_module_stack") or {}).values()]
-    made = state.op == "call_function" and operator_name(state) == "zeros"
-    names = {module, *(a.rpartition(".")[0] for a in scope.aliases)}
-    return made and len(state.users) == 1 and bool(stack) and stack[-1] in names
-
-
 @register("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(scope: Scope, node: Node) -> list[Axes]:
     """Run over a sequence, in several layers and in one or both directions."""
@@ -83,7 +75,7 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
         _direction(scope, node, weights[start : start + each], source, units, steps)
     lstm = operator_name(node) == "lstm"
     ends = [units.output, units.hidden] if lstm else [units.output]
-    _enter_states(scope, args["hx"] if lstm else [args["hx"]], x[1 - time], ends, owner)
+    _enter_states(scope, args["hx"] if lstm else [args["hx"]], x[1 - time], ends)
     states = [
         [scope.fixed(args["num_layers"] * directions, "layers of a recurrent module"), batch, end]
         for batch, end in ((x[1 - time], end) for end in ends)
@@ -91,18 +83,13 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
     return [[*x[:2], scope.table.resolve(joined)], *states]
 
 
-def _enter_states(
-    scope: Scope, states: list[Node], batch: Tree, ends: list[Tree], owner: str
-) -> None:
-    """Couple initial states with the units, but for zeros that the module makes as it needs."""
+def _enter_states(scope: Scope, states: list[Node], batch: Tree, ends: list[Tree]) -> None:
+    """Couple initial states with the units."""
     for state, end in zip(states, ends, strict=True):
-        axes = scope.axes(state)
-        if len(axes) == 3:
-            scope.table.lock(axes[0], "layers of a recurrent module")
-        if _is_own_state(scope, state, owner.rpartition(".")[0]):
-            scope.values[state] = [*axes[:-2], batch, end]
-        else:
-            scope.unify(axes[-2:], [batch, end])
+        *layers, samples, units = scope.axes(state)
+        for tree in layers:
+            scope.table.lock(tree, "layers of a recurrent module")
+        scope.unify([samples, units], [batch, end])
 
 
 @register("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -118,6 +105,6 @@ def cell(scope: Scope, node: Node) -> Axes | list[Axes]:
     steps = scope.positions(args["input"], scope.table.measure(x))
     _direction(scope, node, weights, x, units, steps)
     states = args["hx"] if isinstance(args["hx"], list | tuple) else [args["hx"]]
-    _enter_states(scope, list(states), batch, [units.hidden] * len(states), owner)
+    _enter_states(scope, list(states), batch, [units.hidden] * len(states))
     result = [batch, scope.table.resolve(units.hidden)]
     return [result, result] if len(states) == 2 else result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
-from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
+from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Rescale, Role
 
 __all__ = [
     "RULES",
+    "Literal",
     "LockError",
     "Scope",
     "arguments",
@@ -31,11 +33,27 @@ __all__ = [
 ]
 
 Axes = list[Tree]
+VIEWS = {"permute", "t", "transpose", "unsqueeze", "to", "contiguous", "clone", "alias", "detach"}
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
 # Modules of PyTorch whose forward takes sizes from attributes that may be set.
 FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A size that an operator was given as a number, so that the code may not follow the size.
+
+    Attributes:
+        node: the operator.
+        axis: the tree that is locked where the code does not follow.
+        part: the tree whose size is the number.
+    """
+
+    node: Node
+    axis: Tree
+    part: Tree
 
 
 class LockError(Exception):
@@ -96,6 +114,7 @@ class Scope:
         self.table = AxisTable()
         self.model = model
         self.batch = batch
+        self.trained = {name for name, _ in model.named_parameters()}
         self.aliases = aliases  # other name of a shared parameter -> the name used here
         self.values: dict[Node, Any] = {}  # node -> axes of its tensor, or a list of these
         self.parameters: dict[Node, str] = {}  # placeholder -> name in the state dict
@@ -106,6 +125,11 @@ class Scope:
         self.norms: list[Norm] = []
         self.attributes: list[Attribute] = []
         self.costs: list[Cost] = []
+        self.literals: list[Literal] = []  # sizes that the code may hold as numbers
+        self.contracted: dict[Node, Tree] = {}  # product of activations -> what it sums over
+        self.heads: list[tuple[Node, str, Tree]] = []  # attention, what an axis is to it, the axis
+        self.rescales: list[Rescale] = []
+        self.scales: dict[Node, tuple[Tree, float]] = {}  # number = constant * size ** exponent
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return the arguments of a node by name, with the operator's defaults."""
@@ -135,11 +159,18 @@ class Scope:
         for x, y in zip(xs, ys, strict=True):
             self.table.unify(x, y)
 
-    def literal(self, tree: Tree, node: Node) -> None:
-        """Lock an axis whose size the model's code holds as a number."""
+    def literal(self, tree: Tree, node: Node, part: Tree | None = None) -> None:
+        """Note an axis whose size, or that of a part of it, the operator was given as a number.
+
+        Whether the code computes the number from shapes and attributes is found out by running it
+        (`intrafuse.graph.literals`); the axis is locked where it does not.
+        """
         if not self.is_fixed(tree):
-            where = self.where(node)
-            self.table.lock(tree, f"{operator_name(node)} takes its size as a number{where}")
+            self.literals.append(Literal(node, tree, tree if part is None else part))
+
+    def follow(self, node: Node, what: str, tree: Tree) -> None:
+        """Note what an axis is to attention, for attributes that say how large it is."""
+        self.heads.append((node, what, tree))
 
     def where(self, node: Node) -> str:
         """Say at which line of the model's code a node was recorded, for a sentence."""
@@ -151,6 +182,27 @@ class Scope:
         if node not in self.parameters:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
+
+    def parameter_view(self, node: Node) -> tuple[str, list[int | None]] | None:
+        """Name the parameter that a tensor is, with the parameter's axis behind each dimension.
+
+        None where the tensor is no parameter, or one that was reshaped.
+        """
+        if node in self.parameters:
+            return self.parameters[node], list(range(len(self.shape(node))))
+        name = operator_name(node) if node.op == "call_function" else ""
+        known = self.parameter_view(node.args[0]) if name in VIEWS else None  # type: ignore[arg-type]
+        if known is None:
+            return None
+        args, (parameter, axes) = self.arguments(node), known
+        if name == "permute":
+            axes = [axes[dim] for dim in args["dims"]]
+        elif name in ("t", "transpose"):
+            i, j = args.get("dim0", 0), args.get("dim1", -1)
+            axes[i], axes[j] = axes[j], axes[i]
+        elif name == "unsqueeze":
+            axes.insert(args["dim"] % (len(axes) + 1), None)
+        return parameter, axes
 
     def uses(self, node: Node) -> int:
         """Count the operators that take the parameter behind a node, under any of its names."""

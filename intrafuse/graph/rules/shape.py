@@ -23,6 +23,11 @@ def cat(scope: Scope, node: Node) -> Axes:
         axes = scope.axes(other)
         scope.unify(first[:dim] + first[dim + 1 :], axes[:dim] + axes[dim + 1 :])
     joined = Sum(tuple(scope.axes(tensor)[dim] for tensor in tensors))
+    for tensor in tensors:  # a token that is put before the others
+        parameter = scope.parameters.get(tensor) or scope.origins.get(tensor)
+        if parameter is not None:
+            for axis in range(len(scope.parameter_axes[parameter])):
+                scope.use(parameter, axis, "carrier", "shift")
     return [*first[:dim], scope.table.resolve(joined), *first[dim + 1 :]]
 
 
@@ -72,8 +77,14 @@ def split(scope: Scope, node: Node) -> list[Axes]:
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
-    scope.literal(x[dim], node)
-    return _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+    results = _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+    for part in results:
+        scope.literal(x[dim], node, part[dim])
+    size = args.get("split_size")
+    if isinstance(size, int) and scope.table.measure(x[dim]) == size * len(results):
+        for other in results[1:]:  # one number for all of them: they stay equal
+            scope.table.unify(results[0][dim], other[dim])
+    return results
 
 
 @register("unbind")
@@ -109,10 +120,11 @@ def slice_(scope: Scope, node: Node) -> Axes:
         start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
     if (start, stop, step) == (0, size, 1):
         return x
-    scope.literal(x[dim], node)
     if step == 1:
         part = scope.table.slice(x[dim], start, max(start, stop))
+        scope.literal(x[dim], node, part)
     else:
+        scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")
     return [*x[:dim], part, *x[dim + 1 :]]
 
@@ -265,7 +277,8 @@ def expand(scope: Scope, node: Node) -> Axes:
                 scope.literal(x[back], node)
             result.append(x[back])
         else:
-            result.append(scope.fixed(size, "expanded to a size that the code holds as a number"))
+            result.append(scope.table.atom(size))
+            scope.literal(result[-1], node)
     return result
 
 

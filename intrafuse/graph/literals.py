@@ -1,0 +1,302 @@
+"""Find out by trial which sizes in a model's code follow when channels go.
+
+Code is full of sizes: `x.view(b, t, self.heads, -1)`, `x[..., : x.shape[-1] // 2]`, a literal 64.
+A trace shows numbers only. So a copy of the model is given other sizes in every group that may be
+pruned, without any values, and is traced again: a number that changed as the graph expects was
+computed from shapes. One that did not may come from an attribute of the module; then the attribute
+is changed as well, and the trial repeated. What does not follow in the end is locked. So is
+attention whose scale follows the width in a way that no layer before it can make up for.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import Tree, leaves, tree_size
+from intrafuse.graph.compare import Difference, first_difference, numbers
+from intrafuse.graph.groups import Attribute
+from intrafuse.graph.rules import Literal, Scope, operator_name
+from intrafuse.graph.rules.scale import follow_size
+
+__all__ = ["settle"]
+
+Export = Callable[[nn.Module], Any]
+Build = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Mapping[str, int]]], nn.Module]
+ROUNDS = 24  # of trials; what is open after them is locked
+# Attributes that say how large an axis of attention is, whether or not the code reads them.
+NAMES = {
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads"),
+    "key heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+    "width": ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head"),
+    "all": ("all_head_size", "inner_dim"),
+}
+
+
+@dataclass
+class _Trials:
+    """What the trials have found so far.
+
+    Attributes:
+        scope, nodes: the trace.
+        attributes: (module, attribute) -> the tree that it follows.
+        tried: attributes by the place in the code that they were tried for.
+    """
+
+    scope: Scope
+    nodes: list[Node]
+    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
+    tried: dict[tuple, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def places(self) -> dict[Node, tuple]:
+        """Where in the code each operator stands: the same for the same layer of another block."""
+        count: Counter[tuple] = Counter()
+        found = {}
+        for node in self.nodes:
+            place = (_line(node) or node.name, operator_name(node))
+            module = (*_modules(node)[:1], *place)
+            found[node] = (*place, count[module])
+            count[module] += 1
+        return found
+
+    def at_stake(self, atoms: list[int]) -> list[Literal]:
+        """List the numbers that may belong to atoms."""
+        wanted, resolve = set(atoms), self.scope.table.resolve
+        items = self.scope.literals
+        return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
+
+
+def settle(
+    scope: Scope, nodes: list[Node], free: Callable[[], list[int]], build: Build, export: Export
+) -> None:
+    """Lock the sizes that the code does not follow, and note the attributes that it needs.
+
+    Args:
+        scope: the trace; its literals are what is open.
+        nodes: its operators.
+        free: lists the atoms that may be pruned now.
+        build: makes a copy of the model with parameters of other shapes, and other attributes.
+        export: traces a model, and gives its nodes.
+    """
+    trials = _Trials(scope, nodes)
+    _conventional(trials)
+    for _ in range(ROUNDS):
+        atoms = free()
+        if not atoms or not _open(scope, atoms):
+            break
+        found = _trial(trials, atoms, build, export)
+        if found is None:
+            break
+        _learn(trials, found, atoms)
+    else:
+        for item in scope.literals:
+            _lock(scope, item)
+    for (module, name), tree in trials.attributes.items():
+        scope.attributes.append(Attribute(module, name, tree))
+
+
+def _open(scope: Scope, atoms: list[int]) -> bool:
+    """Tell whether some number in the code may belong to the atoms that may be pruned."""
+    wanted = set(atoms)
+    trees = [item.axis for item in scope.literals] + [tree for _, _, tree in scope.heads]
+    return any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
+
+
+def _conventional(trials: _Trials) -> None:
+    """Let attributes with usual names follow heads and widths of attention."""
+    scope = trials.scope
+    for node, what, tree in scope.heads:
+        size = scope.table.measure(tree)
+        for path in _modules(node)[:1]:
+            owner = scope.model.get_submodule(path)
+            for name in NAMES[what]:
+                value = vars(owner).get(name)
+                if type(value) is int and value == size and size > 1:
+                    trials.attributes.setdefault((path, name), tree)
+
+
+def _sizes(scope: Scope, atoms: list[int]) -> dict[int, int]:
+    """Choose a new size for every atom: none is the old one, and neighbours differ."""
+    sizes = dict(enumerate(scope.table.size))
+    for i, atom in enumerate(atoms):
+        n = sizes[atom]
+        sizes[atom] = n + 1 + i % 7 if n < 64 else n - 1 - i % 31
+    return sizes
+
+
+Frames = list[tuple[str, str]]  # (file, line) of each call, innermost last
+
+
+def _trial(
+    trials: _Trials, atoms: list[int], build: Build, export: Export
+) -> Difference | Frames | None:
+    """Run the model at other sizes.
+
+    Returns:
+        None where it does what the graph expects; the first difference; or, where it fails, where
+        in the code it failed.
+    """
+    scope = trials.scope
+    sizes, resolve = _sizes(scope, atoms), scope.table.resolve
+    shapes = {
+        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
+        for name, trees in scope.parameter_axes.items()
+    }
+    attributes: dict[str, dict[str, int]] = {}
+    known = [((a.module, a.name), a.tree) for a in scope.attributes]
+    for (module, name), tree in [*known, *trials.attributes.items()]:
+        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    try:
+        new = export(build(shapes, attributes))
+    except IntrafuseError as error:
+        cause = error.__cause__ or error
+        return [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+    values = {
+        node: [resolve(tree) for tree in value]
+        for node, value in scope.values.items()
+        if isinstance(node.meta.get("val"), Tensor)
+    }
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    before = dict(enumerate(scope.table.size))
+    return first_difference(trials.nodes, new, values, scales, before, sizes)
+
+
+def _learn(trials: _Trials, found: Difference | Frames, atoms: list[int]) -> None:
+    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock."""
+    scope, at_stake = trials.scope, trials.at_stake(atoms)
+    if isinstance(found, Difference):
+        place = trials.places[found.node]
+        here = [item for item in at_stake if trials.places[item.node] == place]
+        if here:
+            _explain(trials, place, here)
+        elif not _scales(trials, found, atoms):
+            for node in (n for n in trials.nodes if trials.places[n] == place):
+                _lock_around(scope, node, set(atoms))
+        return
+    for frame in reversed(found):
+        here = [item for item in at_stake if _line(item.node) == frame]
+        if here:
+            _explain(trials, frame, here)
+            return
+    files = {file for file, _ in found}
+    near = [item for item in at_stake if (_line(item.node) or ("", ""))[0] in files]
+    for item in near or at_stake:
+        _lock(scope, item)
+    for _, what, tree in scope.heads if not near else ():
+        scope.table.lock(tree, f"the code fails where the {what} of attention change")
+
+
+def _lock(scope: Scope, item: Literal) -> None:
+    where = scope.where(item.node)
+    scope.table.lock(item.axis, f"{operator_name(item.node)} takes its size as a number{where}")
+
+
+def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> None:
+    reason = f"operator {operator_name(node)}{scope.where(node)} depends on its size"
+    trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
+    trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
+    for tree in trees:
+        if not wanted.isdisjoint(leaves(scope.table.resolve(tree))):
+            scope.table.lock(tree, reason)
+
+
+def _flat(values: list) -> Iterator[Tree]:
+    for value in values:
+        yield from value if isinstance(value, list) else [value]
+
+
+def _explain(trials: _Trials, place: tuple, here: list[Literal]) -> None:
+    """Try the next attribute that may be where a number comes from; without one, lock."""
+    scope = trials.scope
+    tried = trials.tried.setdefault(place, [])
+    if tried and not any(tried[-1] in names for key, names in trials.tried.items() if key != place):
+        for key in [key for key in trials.attributes if key[1] == tried[-1]]:  # it did not help
+            if any(key[0] in _modules(item.node) for item in here):
+                del trials.attributes[key]
+    options = [_candidates(scope, item) for item in here]
+    first = dict.fromkeys(name for found in options for name in found)
+    common = [n for n in first if n not in tried and _serves(here, options, n)]
+    if not common:
+        for item in here:
+            _lock(scope, item)
+        return
+    tried.append(common[0])
+    for item, found in zip(here, options, strict=True):
+        if common[0] in found:
+            key = (found[common[0]], common[0])
+            known = trials.attributes.setdefault(key, item.part)
+            scope.table.unify(known, item.part)  # one number for both: they stay equal
+
+
+def _serves(here: list[Literal], options: list[dict[str, str]], name: str) -> bool:
+    """Tell whether every operator at a place could take its number from an attribute."""
+    nodes = {item.node for item in here}
+    return nodes == {i.node for i, found in zip(here, options, strict=True) if name in found}
+
+
+def _candidates(scope: Scope, item: Literal) -> dict[str, str]:
+    """Map attributes that equal a number to the module that holds them, innermost first."""
+    size = scope.table.measure(item.part)
+    found: dict[str, str] = {}
+    for path in _modules(item.node):
+        for name, value in vars(scope.model.get_submodule(path)).items():
+            if type(value) is int and value == size:
+                found.setdefault(name, path)
+    return found
+
+
+def _modules(node: Node) -> list[str]:
+    """List the modules whose forward an operator was recorded in, innermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
+
+
+def _line(node: Node) -> tuple[str, str] | None:
+    """Name file and line of the model's code where an operator was recorded."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return found[-1] if found else None
+
+
+def _scales(trials: _Trials, found: Difference, atoms: list[int]) -> bool:
+    """Note a number that follows the root of a size, and what makes up for it."""
+    scope, node = trials.scope, found.node
+    old, new = numbers(node), found.numbers
+    if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
+        return False
+    sizes = _sizes(scope, atoms)
+    for tree, _ in _summed_before(scope, node):
+        ratio = tree_size(tree, sizes) / scope.table.measure(tree)
+        for power in (0.5, -0.5, 1.0, -1.0):
+            if ratio != 1 and abs(new[0] / old[0] / ratio**power - 1) < 1e-9:
+                _follow(trials, node, power)
+                return True
+    return False
+
+
+def _follow(trials: _Trials, node: Node, power: float) -> None:
+    """Let the layers before a scale, at every place where the code has it, follow its size."""
+    for other in (n for n in trials.nodes if trials.places[n] == trials.places[node]):
+        for tree, source in _summed_before(trials.scope, other)[:1]:
+            trials.scope.scales[other] = (tree, power)
+            sign = 1 if operator_name(other) == "div" else -1
+            follow_size(trials.scope, other, source, tree, sign * power)
+
+
+def _summed_before(scope: Scope, node: Node) -> list[tuple[Tree, Node]]:
+    """List sizes that a scale may belong to, with the tensor that it multiplies.
+
+    That is what the product before it sums over, or the last dimension of the tensor itself.
+    """
+    source = node.all_input_nodes[0]
+    trees = [scope.contracted.get(source), *scope.values.get(source, [])[-1:]]
+    return [(scope.table.resolve(tree), source) for tree in trees if tree is not None]
