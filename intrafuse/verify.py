@@ -124,19 +124,22 @@ def _choose_inputs(plan: Plan, given: ExampleInputs | None) -> ExampleInputs:
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy a network and let readers ignore the channels that a plan of `select` drops."""
+    """Copy a network and silence the channels that a plan of `select` drops.
+
+    Layers write nothing into them and read nothing out of them.
+    """
     copied = copy.deepcopy(model)
-    state = copied.state_dict(keep_vars=True)
+    tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
     for step in plan.maps:
         assert step.keep is not None
         group = plan.graph.by_name[step.group]
         dropped = sorted(set(range(group.size)) - set(step.keep.tolist()))
-        for slot in group.readers:
+        for slot in group.slots:
+            tensor = tensors.get(slot.parameter)
+            if tensor is None or slot.kind == "variance":
+                continue
             where = torch.from_numpy(positions(slot.blocks, group.size)[dropped].ravel())
-            with torch.no_grad():
-                state[slot.parameter].movedim(slot.axis, 0)[
-                    where.to(state[slot.parameter].device)
-                ] = 0
+            tensor.detach().movedim(slot.axis, 0)[where.to(tensor.device)] = 0
     return copied
 
 

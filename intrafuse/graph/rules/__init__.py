@@ -4,7 +4,18 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.graph.rules import index, layers, make, pointwise, products, recurrent, reduce, shape
+from intrafuse.graph.rules import (
+    index,
+    layers,
+    make,
+    patches,
+    pointwise,
+    products,
+    recurrent,
+    reduce,
+    shape,
+    statistics,
+)
 from intrafuse.graph.rules.registry import (
     RULES,
     Literal,
@@ -29,10 +40,12 @@ __all__ = [
     "location",
     "make",
     "operator_name",
+    "patches",
     "pointwise",
     "products",
     "recurrent",
     "reduce",
     "register",
     "shape",
+    "statistics",
 ]
