@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -16,7 +17,9 @@ from intrafuse.graph.rules.pointwise import BINARY, UNARY
 __all__ = ["Difference", "calls", "first_difference", "numbers"]
 
 NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
-COPIES = frozenset(("contiguous", "alias", "detach", "_assert_tensor_metadata"))
+COPIES = frozenset(
+    ("contiguous", "alias", "detach", "_assert_tensor_metadata", "_set_grad_enabled")
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,12 @@ class Difference:
         node: the operator of the traced network.
         rule: what it should do, in words.
         value: what it does.
-        shape, numbers: what it gives or computes with, where that is what differs.
+        numbers: what it computes with, where that is what differs.
     """
 
     node: Node
     rule: str
     value: object
-    shape: tuple[int, ...] | None = None
     numbers: tuple[float, ...] | None = None
 
 
@@ -52,7 +54,7 @@ def numbers(node: Node) -> tuple[float, ...]:
 def first_difference(
     old: Iterable[Node],
     new: Iterable[Node],
-    values: Mapping[Node, list[Tree]],
+    values: Mapping[Node, list],
     scales: Mapping[Node, tuple[Tree, float]],
     before: Mapping[int, int],
     sizes: Mapping[int, int],
@@ -73,12 +75,9 @@ def first_difference(
         if operator_name(node) != operator_name(now):
             different = Difference(node, "runs another operator", operator_name(now))
             return different if whole else None
-        value = now.meta.get("val")
-        if isinstance(value, Tensor):
-            expected = tuple(tree_size(tree, sizes) for tree in values[node])
-            shape = tuple(int(n) for n in value.shape)
-            if shape != expected:
-                return Difference(node, f"should give {[*expected]}", [*shape], shape=shape)
+        wanted_shape, shape = _wanted(values[node], sizes), _shape(now.meta.get("val"))
+        if shape is not None and shape != wanted_shape:
+            return Difference(node, f"should give {wanted_shape}", shape)
         if operator_name(node) in NUMERIC:
             wanted, given = numbers(node), numbers(now)
             if node in scales:
@@ -91,4 +90,18 @@ def first_difference(
                 return Difference(node, f"computes with {[*wanted]}", [*given], numbers=given)
     if whole and len(first) != len(second):
         return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
+    return None
+
+
+def _wanted(trees: list, sizes: Mapping[int, int]) -> list:
+    """Compute the shape of a result, or of each of several results."""
+    return [_wanted(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
+
+
+def _shape(value: Any) -> list | None:
+    """Read the shape of a result, or of each of several results; None where it has none."""
+    if isinstance(value, Tensor):
+        return [int(n) for n in value.shape]
+    if isinstance(value, tuple | list) and all(isinstance(item, Tensor) for item in value):
+        return [_shape(item) for item in value]
     return None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node
 
 from intrafuse.errors import IntrafuseError
@@ -159,9 +159,8 @@ def _trial(
     for (module, name), tree in [*known, *trials.attributes.items()]:
         attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
     values = {
-        node: [resolve(tree) for tree in value]
+        node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
         for node, value in scope.values.items()
-        if isinstance(node.meta.get("val"), Tensor)
     }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
     expected = (values, scales, dict(enumerate(scope.table.size)), sizes)
