@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -16,7 +17,9 @@ from intrafuse.graph.rules.pointwise import BINARY, UNARY
 __all__ = ["Difference", "calls", "first_difference", "numbers"]
 
 NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
-COPIES = frozenset(("contiguous", "alias", "detach", "_assert_tensor_metadata"))
+COPIES = frozenset(
+    ("contiguous", "alias", "detach", "_assert_tensor_metadata", "_set_grad_enabled")
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,12 @@ class Difference:
         node: the operator of the traced network.
         rule: what it should do, in words.
         value: what it does.
-        shape, numbers: what it gives or computes with, where that is what differs.
+        numbers: what it computes with, where that is what differs.
     """
 
     node: Node
     rule: str
     value: object
-    shape: tuple[int, ...] | None = None
     numbers: tuple[float, ...] | None = None
 
 
@@ -52,10 +54,12 @@ def numbers(node: Node) -> tuple[float, ...]:
 def first_difference(
     old: Iterable[Node],
     new: Iterable[Node],
-    values: Mapping[Node, list[Tree]],
+    values: Mapping[Node, list],
     scales: Mapping[Node, tuple[Tree, float]],
     before: Mapping[int, int],
     sizes: Mapping[int, int],
+    *,
+    whole: bool = True,
 ) -> Difference | None:
     """Find the first operator whose kind, result or numbers are not what sizes make of them.
 
@@ -64,17 +68,16 @@ def first_difference(
         values: the trees of each result of the traced network.
         scales: numbers that follow a size: operator -> (tree of the size, exponent).
         before, sizes: the size of every atom when traced, and now.
+        whole: whether the resized network ran to its end; else only sizes and numbers count.
     """
     first, second = calls(old), calls(new)
     for node, now in zip(first, second, strict=False):
         if operator_name(node) != operator_name(now):
-            return Difference(node, "runs another operator", operator_name(now))
-        value = now.meta.get("val")
-        if isinstance(value, Tensor):
-            expected = tuple(tree_size(tree, sizes) for tree in values[node])
-            shape = tuple(int(n) for n in value.shape)
-            if shape != expected:
-                return Difference(node, f"should give {[*expected]}", [*shape], shape=shape)
+            different = Difference(node, "runs another operator", operator_name(now))
+            return different if whole else None
+        wanted_shape, shape = _wanted(values[node], sizes), _shape(now.meta.get("val"))
+        if shape is not None and shape != wanted_shape:
+            return Difference(node, f"should give {wanted_shape}", shape)
         if operator_name(node) in NUMERIC:
             wanted, given = numbers(node), numbers(now)
             if node in scales:
@@ -85,6 +88,20 @@ def first_difference(
                 a == b or isclose(a, b, rel_tol=1e-9) for a, b in zip(wanted, given, strict=True)
             ):
                 return Difference(node, f"computes with {[*wanted]}", [*given], numbers=given)
-    if len(first) != len(second):
+    if whole and len(first) != len(second):
         return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
+    return None
+
+
+def _wanted(trees: list, sizes: Mapping[int, int]) -> list:
+    """Compute the shape of a result, or of each of several results."""
+    return [_wanted(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
+
+
+def _shape(value: Any) -> list | None:
+    """Read the shape of a result, or of each of several results; None where it has none."""
+    if isinstance(value, Tensor):
+        return [int(n) for n in value.shape]
+    if isinstance(value, tuple | list) and all(isinstance(item, Tensor) for item in value):
+        return [_shape(item) for item in value]
     return None

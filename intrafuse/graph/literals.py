@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
-from torch.fx import Node
+from torch import nn
+from torch.fx import Graph, Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, tree_size
@@ -50,12 +50,14 @@ class _Trials:
         scope, nodes: the trace.
         attributes: (module, attribute) -> the tree that it follows.
         tried: attributes by the place in the code that they were tried for.
+        added: what the last of them added to `attributes`.
     """
 
     scope: Scope
     nodes: list[Node]
     attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
     tried: dict[tuple, list[str]] = field(default_factory=dict)
+    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[Node, tuple]:
@@ -156,19 +158,31 @@ def _trial(
     known = [((a.module, a.name), a.tree) for a in scope.attributes]
     for (module, name), tree in [*known, *trials.attributes.items()]:
         attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    values = {
+        node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
+        for node, value in scope.values.items()
+    }
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    expected = (values, scales, dict(enumerate(scope.table.size)), sizes)
     try:
         new = export(build(shapes, attributes))
     except IntrafuseError as error:
         cause = error.__cause__ or error
-        return [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
-    values = {
-        node: [resolve(tree) for tree in value]
-        for node, value in scope.values.items()
-        if isinstance(node.meta.get("val"), Tensor)
-    }
-    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
-    before = dict(enumerate(scope.table.size))
-    return first_difference(trials.nodes, new, values, scales, before, sizes)
+        found = first_difference(trials.nodes, _recorded(cause), *expected, whole=False)
+        frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+        return frames if found is None else found
+    return first_difference(trials.nodes, new, *expected)
+
+
+def _recorded(error: BaseException) -> list[Node]:
+    """List the operators that an export had recorded when it failed."""
+    step = error.__traceback__
+    while step is not None:
+        graph = getattr(step.tb_frame.f_locals.get("tracer"), "graph", None)
+        if isinstance(graph, Graph):
+            return [*graph.nodes]
+        step = step.tb_next
+    return []
 
 
 def _learn(trials: _Trials, found: Difference | Frames, atoms: list[int]) -> None:
@@ -219,11 +233,9 @@ def _explain(trials: _Trials, place: tuple, here: list[Literal]) -> None:
     """Try the next attribute that may be where a number comes from; without one, lock."""
     scope = trials.scope
     tried = trials.tried.setdefault(place, [])
-    if tried and not any(tried[-1] in names for key, names in trials.tried.items() if key != place):
-        for key in [key for key in trials.attributes if key[1] == tried[-1]]:  # it did not help
-            if any(key[0] in _modules(item.node) for item in here):
-                del trials.attributes[key]
-    options = [_candidates(scope, item) for item in here]
+    for key in trials.added.pop(place, ()):  # it did not help
+        del trials.attributes[key]
+    options = [_candidates(trials, item) for item in here]
     first = dict.fromkeys(name for found in options for name in found)
     common = [n for n in first if n not in tried and _serves(here, options, n)]
     if not common:
@@ -231,11 +243,14 @@ def _explain(trials: _Trials, place: tuple, here: list[Literal]) -> None:
             _lock(scope, item)
         return
     tried.append(common[0])
+    trials.added[place] = []
     for item, found in zip(here, options, strict=True):
         if common[0] in found:
             key = (found[common[0]], common[0])
-            known = trials.attributes.setdefault(key, item.part)
-            scope.table.unify(known, item.part)  # one number for both: they stay equal
+            if key not in trials.attributes:
+                trials.attributes[key] = item.part
+                trials.added[place].append(key)
+            scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
 
 
 def _serves(here: list[Literal], options: list[dict[str, str]], name: str) -> bool:
@@ -244,15 +259,25 @@ def _serves(here: list[Literal], options: list[dict[str, str]], name: str) -> bo
     return nodes == {i.node for i, found in zip(here, options, strict=True) if name in found}
 
 
-def _candidates(scope: Scope, item: Literal) -> dict[str, str]:
-    """Map attributes that equal a number to the module that holds them, innermost first."""
+def _candidates(trials: _Trials, item: Literal) -> dict[str, str]:
+    """Map attributes that equal a number to the module that holds them.
+
+    First those that follow another axis already, then those of the innermost module. One that
+    follows this axis is no explanation of a number that does not.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
     size = scope.table.measure(item.part)
+    known: dict[str, str] = {}
     found: dict[str, str] = {}
     for path in _modules(item.node):
         for name, value in vars(scope.model.get_submodule(path)).items():
             if type(value) is int and value == size:
-                found.setdefault(name, path)
-    return found
+                tree = trials.attributes.get((path, name))
+                if tree is None:
+                    found.setdefault(name, path)
+                elif resolve(tree) != resolve(item.part):
+                    known.setdefault(name, path)
+    return {**known, **{name: path for name, path in found.items() if name not in known}}
 
 
 def _modules(node: Node) -> list[str]:

@@ -126,6 +126,7 @@ def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
             scope.contracted[node] = trees[name]
         elif both and sizes[name] > 1:
             scope.table.choose(trees[name], BESIDE)
+            _together(scope, trees[name])
             scope.follow(node, "heads", trees[name])
 
 
