@@ -1,8 +1,7 @@
 """The architectures of the zoo sweep: small variants with random weights, and their inputs.
 
-An entry is ``source:name``; OPTIONS holds keyword arguments of the factory by pattern, SHAPES the
-input shape. `build` makes the network with weights that look trained, so that no error can hide
-behind a branch that is initialised to zero.
+An entry is ``source:name``. `build` makes the network with weights that look trained, so that no
+error can hide behind a branch that is initialised to zero.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from language_models import CONFIGURATIONS, from_transformers
+from own_networks import OWN
 from torch import Tensor, nn
 
 __all__ = ["ARCHITECTURES", "build", "define_torchvision_operators"]
@@ -63,12 +64,12 @@ efficientformerv2_s0 efficientvit_b0 efficientvit_m0 mobilevit_xxs mobilevitv2_0
 nextvit_small tiny_vit_5m_224 swiftformer_xs mambaout_femto shvit_s1 vitamin_small_224
 efficientvim_m1
 """.split()
-OWN = """unet unet_pixelshuffle lstm_tagger gru_classifier rnn_encoder lstm_seq2seq""".split()
 
 ARCHITECTURES: tuple[str, ...] = (
     *(f"own:{name}" for name in OWN),
     *(f"torchvision:{name}" for name in TORCHVISION),
     *(f"backbone:{name}" for name in BACKBONES),
+    *(f"hf:{name}" for name in CONFIGURATIONS),
     *(f"timm:{name}" for name in TIMM),
 )
 
@@ -176,6 +177,8 @@ def _from_timm(name: str) -> tuple[nn.Module, list[Any]]:
 
 
 SOURCES = {
+    "own": lambda name: OWN[name](),
+    "hf": from_transformers,
     "torchvision": _from_torchvision,
     "backbone": _from_detection,
     "timm": _from_timm,
