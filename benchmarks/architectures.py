@@ -6,6 +6,7 @@ error can hide behind a branch that is initialised to zero.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from language_models import CONFIGURATIONS, from_transformers
 from own_networks import OWN
 from torch import Tensor, nn
 
-__all__ = ["ARCHITECTURES", "build", "define_torchvision_operators"]
+__all__ = ["ARCHITECTURES", "build", "import_torchvision"]
 
 _LIBRARIES: list[torch.library.Library] = []  # a schema lasts as long as its library
 
@@ -74,14 +75,21 @@ ARCHITECTURES: tuple[str, ...] = (
 )
 
 
-def define_torchvision_operators() -> None:
-    """Declare the two compiled operators that torchvision's import needs beside a CPU build."""
-    if _LIBRARIES or hasattr(torch.ops.torchvision, "nms"):
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
+def import_torchvision() -> None:
+    """Import torchvision, also where its compiled operators do not load beside a CPU torch.
+
+    Then the two operators that its import looks for are declared first; nothing here calls them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+        importlib.import_module("torchvision")
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -91,9 +99,10 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Any]:
         name: an entry of ARCHITECTURES.
         seed: of the weights and the inputs.
     """
-    define_torchvision_operators()
-    torch.manual_seed(seed)
     source, _, rest = name.partition(":")
+    if source in ("torchvision", "backbone", "timm"):
+        import_torchvision()
+    torch.manual_seed(seed)
     model, shapes = SOURCES[source](rest)
     randomise(model, seed)
     return model.eval(), _inputs(model, shapes, seed)

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import json
 import multiprocessing as mp
+import re
+import statistics
 import time
 import traceback
 from collections import Counter
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, build, define_torchvision_operators
+from architectures import ARCHITECTURES, build, import_torchvision
 
 import intrafuse
 from intrafuse.graph.trace import as_arguments
@@ -48,9 +51,9 @@ def main() -> None:
         print(summary(rows))
         return
     torch.set_num_threads(1)
-    define_torchvision_operators()
-    import timm  # noqa: F401 (imported once, before the processes fork)
-    import torchvision  # noqa: F401
+    import_torchvision()
+    for library in ("timm", "transformers"):  # once, before the processes fork
+        importlib.import_module(library)
 
     patterns = options.only.split(",")
     for name in (n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in patterns)):
@@ -162,7 +165,54 @@ def summary(rows: dict[str, Any]) -> str:
 
 
 def page(rows: dict[str, Any]) -> str:
-    return ""
+    """Write the table of docs/architectures.md."""
+    ordered = [name for name in ARCHITECTURES if name in rows]
+    body = "\n".join(_table_row(name, rows[name]) for name in ordered)
+    passed = [row for row in rows.values() if row["status"] == "pass"]
+    worst = max((row["relative"] for row in passed), default=0.0)
+    prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
+    header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
+    return f"""# Architectures
+
+{__doc__.strip().splitlines()[0]}
+
+    .venv/bin/python benchmarks/zoo.py
+    .venv/bin/python benchmarks/zoo.py --write docs/architectures.md
+
+{summary(rows)} ({len(passed) / max(len(rows), 1):.1%} pass). Random weights, small inputs, one
+thread. Over those that pass, the largest difference is {worst:.1e} of the largest output, and the
+median share of the parameters that can be pruned is {prunable:.0%}.
+
+- **result**: `pass` where groups could be pruned, the pruned network equals the masked original to
+  1e-4 of its largest output in float32, and forward and backward run (backward in training mode);
+  `refused` where nothing could be pruned, or a clear error said why not.
+- **prunable**: share of the parameters on an axis of which some group may shrink.
+- **removed**: share of the parameters that goes with half of every group's channels.
+- **difference**: of the largest output, between pruned network and masked original.
+- **what stays**: why groups are locked, with their number, the two commonest reasons but for the
+  model's own output.
+
+Heads that only training runs (`aux_logits` of googlenet and inception_v3) are no part of a trace:
+they are switched off here, and would keep the sizes that they had.
+
+{header}
+|---|---|---|---|---|---|---|
+{body}
+"""
+
+
+def _table_row(name: str, row: dict[str, Any]) -> str:
+    shares = [f"{row[key]:.0%}" if key in row else "" for key in ("prunable", "removed")]
+    difference = f"{row['relative']:.0e}" if "relative" in row else ""
+    graph = f"{row['graph']:.1f}" if "graph" in row else ""
+    why = Counter()
+    for reason, count in row.get("reasons", {}).items():
+        if reason not in ("model output", "a single channel"):
+            why[re.sub(r" at \S+?:\d+", "", reason).replace("|", "/")] += count
+    stays = "; ".join(f"{reason} ({count})" for reason, count in why.most_common(2))
+    if row["status"] != "pass" and not row.get("reasons"):
+        stays = " ".join(row["why"].split())[:160].replace("|", "/")
+    return f"| {' | '.join([name, row['status'], *shares, difference, graph, stays])} |"
 
 
 if __name__ == "__main__":
