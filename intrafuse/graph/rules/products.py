@@ -39,9 +39,9 @@ def addmm(scope: Scope, node: Node) -> Axes:
     weight = scope.parameter_view(second)
     if bias not in scope.parameters or weight is None or len(scope.shape(bias)) != 1:
         result = _product(scope, node, args.get("mat1", args.get("batch1")), second)
-        for tree, other, size in zip(result[::-1], scope.axes(bias)[::-1], scope.shape(bias)[::-1]):
-            if size != 1:
-                scope.table.unify(tree, other)
+        for back, other in enumerate(reversed(scope.axes(bias)), 1):
+            if scope.shape(bias)[-back] != 1:
+                scope.table.unify(result[-back], other)
         return [scope.table.resolve(tree) for tree in result]
     if args["beta"] != 1 or args["alpha"] != 1:
         raise LockError("it multiplies its weight or its bias with a number")
@@ -217,5 +217,6 @@ def _together(scope: Scope, heads) -> None:
     """Let the query heads of one key-value head, repeated before the product, go together."""
     tree = scope.table.resolve(heads)
     if isinstance(tree, Product):
-        for factor in tree.factors[1:]:
+        free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
+        for factor in free[1:]:
             scope.table.lock(factor, SHARING)

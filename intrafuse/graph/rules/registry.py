@@ -47,11 +47,13 @@ class Literal:
         node: the operator.
         axis: the tree that is locked where the code does not follow.
         part: the tree whose size is the number.
+        at: where the part lies in the result: its dimension, or the number of a result first.
     """
 
     node: Node
     axis: Tree
     part: Tree
+    at: tuple[int, ...]
 
 
 class LockError(Exception):
@@ -157,14 +159,14 @@ class Scope:
         for x, y in zip(xs, ys, strict=True):
             self.table.unify(x, y)
 
-    def literal(self, tree: Tree, node: Node, part: Tree | None = None) -> None:
+    def literal(self, tree: Tree, node: Node, *at: int, part: Tree | None = None) -> None:
         """Note an axis whose size, or that of a part of it, the operator was given as a number.
 
         Whether the code computes the number from shapes and attributes is found out by running it
         (`intrafuse.graph.literals`); the axis is locked where it does not.
         """
         if not self.is_fixed(tree):
-            self.literals.append(Literal(node, tree, tree if part is None else part))
+            self.literals.append(Literal(node, tree, tree if part is None else part, at))
 
     def follow(self, node: Node, what: str, tree: Tree) -> None:
         """Note what an axis is to attention, for attributes that say how large it is."""
