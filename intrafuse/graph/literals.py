@@ -137,7 +137,7 @@ def _conventional(trials: _Trials) -> None:
         size = scope.table.measure(tree)
         for path in _modules(node)[:1]:
             owner = scope.model.get_submodule(path)
-            for name in NAMES[what]:
+            for name in NAMES.get(what, ()):
                 value = vars(owner).get(name)
                 if type(value) is int and value == size and size > 1:
                     trials.attributes.setdefault((path, name), tree)
@@ -231,7 +231,9 @@ def _lock(scope: Scope, item: Literal) -> None:
 
 
 def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> None:
-    reason = f"operator {operator_name(node)}{scope.where(node)} depends on its size"
+    reason = (
+        f"operator {operator_name(node)}{scope.where(node)} works with the size that was traced"
+    )
     trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
     trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
     for tree in trees:

@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 Axes = list[Tree]
-VIEWS = {"permute", "t", "transpose", "unsqueeze", "to", "contiguous", "clone", "alias", "detach"}
+VIEWS = frozenset(
+    "permute t transpose unsqueeze to contiguous clone alias detach slice narrow".split()
+)
+PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
@@ -191,10 +194,15 @@ class Scope:
         if node in self.parameters:
             return self.parameters[node], list(range(len(self.shape(node))))
         name = operator_name(node) if node.op == "call_function" else ""
-        known = self.parameter_view(node.args[0]) if name in VIEWS else None  # type: ignore[arg-type]
+        source: Any = node.args[0] if name in VIEWS else None
+        if name == "getitem":  # a part of it
+            (whole,) = node.all_input_nodes
+            source = whole.args[0] if operator_name(whole) in PARTS else None
+        known = None if source is None else self.parameter_view(source)
         if known is None:
             return None
-        args, (parameter, axes) = self.arguments(node), known
+        parameter, axes = known
+        args = {} if name == "getitem" else self.arguments(node)
         if name == "permute":
             axes = [axes[dim] for dim in args["dims"]]
         elif name in ("t", "transpose"):
