@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from intrafuse.config import follow_sizes
+from intrafuse.graph.axes import tree_size
 from intrafuse.modules import copy_without, place
 from intrafuse.weights import Weights
 
@@ -28,7 +30,17 @@ def install(
     target = model if inplace else copy_without(model, [old[k] for k in new if k in old])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
+    follow_sizes(target, _changes(weights))
     return target
+
+
+def _changes(weights: Weights) -> set[tuple[int, int]]:
+    """List sizes before and after, of groups, of attributes and of the axes of parameters."""
+    graph = weights.graph
+    trees = {tree for axes in graph.axes.values() for tree in axes}
+    trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
+    both = ((tree_size(t, graph.sizes), tree_size(t, weights.sizes)) for t in trees)
+    return {(old, new) for old, new in both if old != new}
 
 
 def _detached(old: Tensor, new: Tensor) -> Tensor | None:

@@ -30,12 +30,14 @@ class Difference:
         node: the operator of the traced network.
         rule: what it should do, in words.
         value: what it does.
+        expected: the shape that it should give, where that is what differs.
         numbers: what it computes with, where that is what differs.
     """
 
     node: Node
     rule: str
     value: object
+    expected: list | None = None
     numbers: tuple[float, ...] | None = None
 
 
@@ -77,7 +79,7 @@ def first_difference(
             return different if whole else None
         wanted_shape, shape = _wanted(values[node], sizes), _shape(now.meta.get("val"))
         if shape is not None and shape != wanted_shape:
-            return Difference(node, f"should give {wanted_shape}", shape)
+            return Difference(node, f"should give {wanted_shape}", shape, wanted_shape)
         if operator_name(node) in NUMERIC:
             wanted, given = numbers(node), numbers(now)
             if node in scales:

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, tree_size
-from intrafuse.graph.compare import Difference, first_difference, numbers
+from intrafuse.graph.compare import Difference, calls, first_difference, numbers
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Literal, Scope, operator_name
 from intrafuse.graph.rules.scale import follow_size
@@ -40,6 +40,18 @@ NAMES = {
     "width": ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head"),
     "all": ("all_head_size", "inner_dim"),
 }
+
+
+class _Elsewhere(Exception):
+    """Raised where a model fails at another size, but not in an operator of the trace.
+
+    Attributes:
+        lines: (file, line) of each call, innermost last.
+    """
+
+    def __init__(self, lines: list[tuple[str, str]]) -> None:
+        super().__init__(lines)
+        self.lines = lines
 
 
 @dataclass
@@ -96,7 +108,11 @@ def settle(
         atoms = free()
         if not atoms or not _open(scope, atoms):
             break
-        found = _trial(trials, atoms, build, export)
+        try:
+            found = _trial(trials, atoms, build, export)
+        except _Elsewhere as failure:
+            _give_up(trials, failure.lines, atoms)
+            continue
         if found is None:
             break
         _learn(trials, found, atoms)
@@ -121,7 +137,7 @@ def _conventional(trials: _Trials) -> None:
         size = scope.table.measure(tree)
         for path in _modules(node)[:1]:
             owner = scope.model.get_submodule(path)
-            for name in NAMES[what]:
+            for name in NAMES.get(what, ()):
                 value = vars(owner).get(name)
                 if type(value) is int and value == size and size > 1:
                     trials.attributes.setdefault((path, name), tree)
@@ -136,17 +152,12 @@ def _sizes(scope: Scope, atoms: list[int]) -> dict[int, int]:
     return sizes
 
 
-Frames = list[tuple[str, str]]  # (file, line) of each call, innermost last
-
-
-def _trial(
-    trials: _Trials, atoms: list[int], build: Build, export: Export
-) -> Difference | Frames | None:
+def _trial(trials: _Trials, atoms: list[int], build: Build, export: Export) -> Difference | None:
     """Run the model at other sizes.
 
     Returns:
-        None where it does what the graph expects; the first difference; or, where it fails, where
-        in the code it failed.
+        None where it does what the graph expects, else the first difference. An operator that
+        fails is one.
     """
     scope = trials.scope
     sizes, resolve = _sizes(scope, atoms), scope.table.resolve
@@ -168,9 +179,16 @@ def _trial(
         new = export(build(shapes, attributes))
     except IntrafuseError as error:
         cause = error.__cause__ or error
-        found = first_difference(trials.nodes, _recorded(cause), *expected, whole=False)
-        frames = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
-        return frames if found is None else found
+        recorded = _recorded(cause)
+        found = first_difference(trials.nodes, recorded, *expected, whole=False)
+        lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+        done = len(calls(recorded))
+        if done and "val" not in calls(recorded)[-1].meta:
+            done -= 1  # the one that failed
+        following = calls(trials.nodes)[done:]
+        if found is None and not (following and _line(following[0]) in lines):
+            raise _Elsewhere(lines) from error
+        return found or Difference(following[0], "runs", "an error")
     return first_difference(trials.nodes, new, *expected)
 
 
@@ -185,24 +203,21 @@ def _recorded(error: BaseException) -> list[Node]:
     return []
 
 
-def _learn(trials: _Trials, found: Difference | Frames, atoms: list[int]) -> None:
+def _learn(trials: _Trials, found: Difference, atoms: list[int]) -> None:
     """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock."""
+    place = trials.places[found.node]
+    here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
+    if here:
+        _explain(trials, found, here)
+    elif not _scales(trials, found, atoms):
+        for node in (n for n in trials.nodes if trials.places[n] == place):
+            _lock_around(trials.scope, node, set(atoms))
+
+
+def _give_up(trials: _Trials, lines: list[tuple[str, str]], atoms: list[int]) -> None:
+    """Lock the numbers in the code that failed outside any operator, or else all numbers."""
     scope, at_stake = trials.scope, trials.at_stake(atoms)
-    if isinstance(found, Difference):
-        place = trials.places[found.node]
-        here = [item for item in at_stake if trials.places[item.node] == place]
-        if here:
-            _explain(trials, place, here)
-        elif not _scales(trials, found, atoms):
-            for node in (n for n in trials.nodes if trials.places[n] == place):
-                _lock_around(scope, node, set(atoms))
-        return
-    for frame in reversed(found):
-        here = [item for item in at_stake if _line(item.node) == frame]
-        if here:
-            _explain(trials, frame, here)
-            return
-    files = {file for file, _ in found}
+    files = {file for file, _ in lines}
     near = [item for item in at_stake if (_line(item.node) or ("", ""))[0] in files]
     for item in near or at_stake:
         _lock(scope, item)
@@ -216,7 +231,9 @@ def _lock(scope: Scope, item: Literal) -> None:
 
 
 def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> None:
-    reason = f"operator {operator_name(node)}{scope.where(node)} depends on its size"
+    reason = (
+        f"operator {operator_name(node)}{scope.where(node)} works with the size that was traced"
+    )
     trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
     trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
     for tree in trees:
@@ -229,40 +246,63 @@ def _flat(values: list) -> Iterator[Tree]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _explain(trials: _Trials, place: tuple, here: list[Literal]) -> None:
-    """Try the next attribute that may be where a number comes from; without one, lock."""
-    scope = trials.scope
+def _explain(trials: _Trials, found: Difference, here: list[Literal]) -> None:
+    """Try the next attribute that may be where a number comes from; without one, lock.
+
+    Only numbers that were wrong are tried for, one after the other; `here` holds those of every
+    layer where the same code runs.
+    """
+    wrong = _wrong(found)
+    for at in dict.fromkeys(item.at for item in here):
+        if wrong is None or at in wrong:
+            items = [item for item in here if item.at == at]
+            if _try_next(trials, (trials.places[found.node], at), items):
+                return
+    for item in here:
+        if wrong is None or item.at in wrong:
+            _lock(trials.scope, item)
+
+
+def _wrong(found: Difference) -> set[tuple[int, ...]] | None:
+    """List where a result differs in size; None where it is not known."""
+    if found.expected is None or not isinstance(found.value, list):
+        return None
+    expected, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
+    return {at for at, size in expected.items() if given.get(at) != size}
+
+
+def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    for i, n in enumerate(shape):
+        if isinstance(n, list):
+            yield from _indexed(n, *before, i)
+        else:
+            yield (*before, i), n
+
+
+def _try_next(trials: _Trials, place: tuple, items: list[Literal]) -> bool:
+    """Let another attribute follow the axis that a number belongs to; tell whether there is one."""
     tried = trials.tried.setdefault(place, [])
-    for key in trials.added.pop(place, ()):  # it did not help
+    options = [_candidates(trials, item) for item in items]
+    name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
+    if name is None:
+        return False
+    for key in trials.added.pop(place, ()):  # the last one did not help
         del trials.attributes[key]
-    options = [_candidates(trials, item) for item in here]
-    first = dict.fromkeys(name for found in options for name in found)
-    common = [n for n in first if n not in tried and _serves(here, options, n)]
-    if not common:
-        for item in here:
-            _lock(scope, item)
-        return
-    tried.append(common[0])
+    tried.append(name)
     trials.added[place] = []
-    for item, found in zip(here, options, strict=True):
-        if common[0] in found:
-            key = (found[common[0]], common[0])
-            if key not in trials.attributes:
-                trials.attributes[key] = item.part
-                trials.added[place].append(key)
-            scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
-
-
-def _serves(here: list[Literal], options: list[dict[str, str]], name: str) -> bool:
-    """Tell whether every operator at a place could take its number from an attribute."""
-    nodes = {item.node for item in here}
-    return nodes == {i.node for i, found in zip(here, options, strict=True) if name in found}
+    for item, paths in zip(items, options, strict=True):
+        key = (paths[name], name)
+        if key not in trials.attributes:
+            trials.attributes[key] = item.part
+            trials.added[place].append(key)
+        trials.scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
+    return True
 
 
 def _candidates(trials: _Trials, item: Literal) -> dict[str, str]:
     """Map attributes that equal a number to the module that holds them.
 
-    First those that follow another axis already, then those of the innermost module. One that
+    First those of the innermost module, last those that follow another axis already. One that
     follows this axis is no explanation of a number that does not.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
@@ -277,7 +317,7 @@ def _candidates(trials: _Trials, item: Literal) -> dict[str, str]:
                     found.setdefault(name, path)
                 elif resolve(tree) != resolve(item.part):
                     known.setdefault(name, path)
-    return {**known, **{name: path for name, path in found.items() if name not in known}}
+    return found | known
 
 
 def _modules(node: Node) -> list[str]:

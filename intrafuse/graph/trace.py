@@ -391,9 +391,20 @@ def _squared(tree: Tree) -> list[int]:
     return found
 
 
+def _kinds(scope: Scope) -> dict[int, str]:
+    """Say which atoms are heads of attention, and which the width inside them."""
+    found: dict[int, str] = {}
+    for _, what, tree in scope.heads:
+        kind = {"heads": "heads", "width": "width", "value width": "width"}.get(what)
+        for atom in leaves(scope.table.resolve(tree)) if kind else ():
+            found.setdefault(atom, str(kind))
+    return found
+
+
 def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
     groups = []
     taken: Counter[str] = Counter()
+    kinds = _kinds(scope)
     summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}
     for atom, rows in slots.items():
         writers = [slot for slot in rows if slot.role == "writer"]
@@ -409,6 +420,7 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
         elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
             reasons.append("no layer reads these channels")
         name = (writers or rows)[0].layer
+        name += f"#{kinds[atom]}" if atom in kinds else ""
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""
         choices = scope.table.choices(atom)

@@ -78,7 +78,7 @@ def repeat(scope: Scope, node: Node) -> Axes:
             result.append(tree)
         elif scope.table.measure(tree) == 1:
             result.append(scope.table.atom(count))
-            scope.literal(result[-1], node)
+            scope.literal(result[-1], node, len(result) - 1)
         else:
             result.append(scope.table.resolve(Product((scope.fixed(count, "copies"), tree))))
     return result

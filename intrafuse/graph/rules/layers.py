@@ -11,6 +11,8 @@ from intrafuse.graph.axes import Product, Tree
 from intrafuse.graph.groups import Kind, Layer, Norm
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 
+# Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
+INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
@@ -34,6 +36,8 @@ def linear(scope: Scope, node: Node) -> Axes:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
+    if args["weight"] not in scope.parameters or args["bias"] not in (None, *scope.parameters):
+        return [*rest, _part_of_linear(scope, args, channels)]
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
     rows, columns = scope.axes(args["weight"])
@@ -47,6 +51,31 @@ def linear(scope: Scope, node: Node) -> Axes:
     scope.attribute(weight, "in_features", columns)
     scope.cost(node, weight, scope.positions(node, scope.table.measure(rows)), rows, columns)
     return [*rest, rows]
+
+
+def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
+    """Couple a linear map whose weight or bias is a part of a parameter, as in packed attention."""
+    rows, columns = scope.axes(args["weight"])
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "weight"), ("bias", "bias"))
+    for argument, kind in parts:
+        if args[argument] is None:
+            continue
+        view = scope.parameter_view(args[argument])
+        if view is None:
+            raise LockError(f"its {argument} is computed, not a parameter")
+        name, axes = view
+        for axis, role in zip(axes, ("writer", "reader"), strict=False):
+            if axis is None:
+                raise LockError(f"its {argument} is computed, not a parameter")
+            scope.use(name, axis, role, kind)  # type: ignore[arg-type]
+        if kind == "bias":
+            scope.table.unify(rows, scope.axes(args[argument])[0])
+    scope.table.unify(columns, channels)
+    name = scope.parameter_view(args["weight"])[0]  # type: ignore[index]
+    follower = INPUT_WIDTHS.get(name.rpartition(".")[2])
+    if follower is not None:
+        scope.attribute(name, follower, columns)
+    return rows
 
 
 def _grouped(

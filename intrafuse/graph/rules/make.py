@@ -21,8 +21,8 @@ def count(scope: Scope, node: Node) -> Axes:
 def fill(scope: Scope, node: Node) -> Axes:
     """Make equal numbers in a shape that the code gives."""
     axes: Axes = [scope.table.atom(n) for n in scope.shape(node)]
-    for tree in axes:
-        scope.literal(tree, node)
+    for dim, tree in enumerate(axes):
+        scope.literal(tree, node, dim)
     return axes
 
 

@@ -26,7 +26,7 @@ SHARING = "the query heads of one key-value head stay together"
 def matmul(scope: Scope, node: Node) -> Axes:
     """Sum over the last dimension of the first tensor and the last but one of the second."""
     args = scope.arguments(node)
-    first, second = args["self"], args.get("mat2", args.get("other"))
+    first, second = args["self"], args["mat2"] if "mat2" in args else args["other"]
     return _product(scope, node, first, second)
 
 
@@ -34,14 +34,14 @@ def matmul(scope: Scope, node: Node) -> Axes:
 def addmm(scope: Scope, node: Node) -> Axes:
     """Add a tensor, such as a bias, to a product."""
     args = scope.arguments(node)
-    second = args.get("mat2", args.get("batch2"))
+    second = args["mat2"] if "mat2" in args else args["batch2"]
     bias = args["self"]
     weight = scope.parameter_view(second)
     if bias not in scope.parameters or weight is None or len(scope.shape(bias)) != 1:
-        result = _product(scope, node, args.get("mat1", args.get("batch1")), second)
-        for tree, other, size in zip(result[::-1], scope.axes(bias)[::-1], scope.shape(bias)[::-1]):
-            if size != 1:
-                scope.table.unify(tree, other)
+        result = _product(scope, node, args["mat1"] if "mat1" in args else args["batch1"], second)
+        for back, other in enumerate(reversed(scope.axes(bias)), 1):
+            if scope.shape(bias)[-back] != 1:
+                scope.table.unify(result[-back], other)
         return [scope.table.resolve(tree) for tree in result]
     if args["beta"] != 1 or args["alpha"] != 1:
         raise LockError("it multiplies its weight or its bias with a number")
@@ -119,15 +119,22 @@ def contract(
 
 def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
     """Say what a product of two activations allows."""
+    beside = [n for n in trees if n in output and all(n in names for names in labels)]
+    beside = [name for name in beside if sizes[name] > 1]
     for name in trees:
-        both = all(name in names for names in labels)
         if name not in output:
             scope.table.choose(trees[name], SUMMED)
             scope.contracted[node] = trees[name]
-        elif both and sizes[name] > 1:
+        elif name in beside:
             scope.table.choose(trees[name], BESIDE)
             _together(scope, trees[name])
             scope.follow(node, "heads", trees[name])
+    if beside:  # as in attention: queries meet keys, then weights meet values
+        for name in trees:
+            if name not in output:
+                scope.follow(node, "width", trees[name])
+            elif name not in beside and name in labels[1]:
+                scope.follow(node, "value width", trees[name])
 
 
 def _layer(
@@ -194,6 +201,7 @@ def attention(scope: Scope, node: Node) -> Axes:
         ("heads", q[batch - 1] if batch else UNIT),
         ("key heads", k[batch - 1] if batch else UNIT),
         ("width", q[-1]),
+        ("value width", v[-1]),
         ("all", Product((q[batch - 1], q[-1])) if batch else UNIT),
     ):
         scope.follow(node, what, tree)
@@ -217,5 +225,6 @@ def _together(scope: Scope, heads) -> None:
     """Let the query heads of one key-value head, repeated before the product, go together."""
     tree = scope.table.resolve(heads)
     if isinstance(tree, Product):
-        for factor in tree.factors[1:]:
+        free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
+        for factor in free[1:]:
             scope.table.lock(factor, SHARING)

@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 Axes = list[Tree]
-VIEWS = {"permute", "t", "transpose", "unsqueeze", "to", "contiguous", "clone", "alias", "detach"}
+VIEWS = frozenset(
+    "permute t transpose unsqueeze to contiguous clone alias detach slice narrow".split()
+)
+PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
@@ -49,11 +52,13 @@ class Literal:
         node: the operator.
         axis: the tree that is locked where the code does not follow.
         part: the tree whose size is the number.
+        at: where the part lies in the result: its dimension, or the number of a result first.
     """
 
     node: Node
     axis: Tree
     part: Tree
+    at: tuple[int, ...]
 
 
 class LockError(Exception):
@@ -159,14 +164,14 @@ class Scope:
         for x, y in zip(xs, ys, strict=True):
             self.table.unify(x, y)
 
-    def literal(self, tree: Tree, node: Node, part: Tree | None = None) -> None:
+    def literal(self, tree: Tree, node: Node, *at: int, part: Tree | None = None) -> None:
         """Note an axis whose size, or that of a part of it, the operator was given as a number.
 
         Whether the code computes the number from shapes and attributes is found out by running it
         (`intrafuse.graph.literals`); the axis is locked where it does not.
         """
         if not self.is_fixed(tree):
-            self.literals.append(Literal(node, tree, tree if part is None else part))
+            self.literals.append(Literal(node, tree, tree if part is None else part, at))
 
     def follow(self, node: Node, what: str, tree: Tree) -> None:
         """Note what an axis is to attention, for attributes that say how large it is."""
@@ -191,10 +196,15 @@ class Scope:
         if node in self.parameters:
             return self.parameters[node], list(range(len(self.shape(node))))
         name = operator_name(node) if node.op == "call_function" else ""
-        known = self.parameter_view(node.args[0]) if name in VIEWS else None  # type: ignore[arg-type]
+        source: Any = node.args[0] if name in VIEWS else None
+        if name == "getitem":  # a part of it
+            (whole,) = node.all_input_nodes
+            source = whole.args[0] if operator_name(whole) in PARTS else None
+        known = None if source is None else self.parameter_view(source)
         if known is None:
             return None
-        args, (parameter, axes) = self.arguments(node), known
+        parameter, axes = known
+        args = {} if name == "getitem" else self.arguments(node)
         if name == "permute":
             axes = [axes[dim] for dim in args["dims"]]
         elif name in ("t", "transpose"):

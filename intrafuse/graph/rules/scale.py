@@ -43,8 +43,7 @@ def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: fl
         scope.table.lock(size, "its size enters the scale of attention")
         return
     layer, before, part = found
-    args = scope.arguments(layer)
-    weight = args.get("mat2", args.get("weight"))
+    args, weight = scope.arguments(layer), _weight(scope, layer)
     name = scope.parameters[weight]
     bias = args["self"] if operator_name(layer) == "addmm" else args["bias"]
     known = scope.layers[name]
@@ -67,7 +66,7 @@ def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, T
     if not chain or operator_name(chain[-1]) not in LAYERS:
         return None
     layer = chain[-1]
-    weight = scope.arguments(layer).get("mat2", scope.arguments(layer).get("weight"))
+    weight = _weight(scope, layer)
     if scope.parameters.get(weight) not in scope.layers or scope.uses(weight) != 1:
         return None
     dim = 1 if operator_name(layer).startswith("conv") else -1
@@ -81,6 +80,11 @@ def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, T
             parts = None if rows is None else _range(scope, whole, *rows)
             return None if parts is None else (layer, *parts)
     return None
+
+
+def _weight(scope: Scope, layer: Node) -> Node:
+    args = scope.arguments(layer)
+    return args["mat2"] if "mat2" in args else args["weight"]
 
 
 def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
@@ -136,10 +140,8 @@ def _is_linear(node: Node, scaled: set[Node]) -> bool:
     if name in MOVES:
         return tensors[0] in scaled
     if name in ("add", "sub", "cat", "stack"):
-        numbers = [a for a in node.args[:2] if isinstance(a, int | float)] if name != "cat" else []
-        return all(tensor in scaled for tensor in tensors) and not (
-            name in ("add", "sub") and numbers
-        )
+        constant = name in ("add", "sub") and len(tensors) < 2
+        return all(tensor in scaled for tensor in tensors) and not constant
     if name == "mul":
         return sum(tensor in scaled for tensor in node.args[:2]) == 1
     if name == "div":

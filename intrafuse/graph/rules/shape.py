@@ -78,8 +78,8 @@ def split(scope: Scope, node: Node) -> list[Axes]:
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
     results = _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
-    for part in results:
-        scope.literal(x[dim], node, part[dim])
+    for i, part in enumerate(results):
+        scope.literal(x[dim], node, i, dim, part=part[dim])
     size = args.get("split_size")
     if isinstance(size, int) and scope.table.measure(x[dim]) == size * len(results):
         for other in results[1:]:  # one number for all of them: they stay equal
@@ -122,7 +122,7 @@ def slice_(scope: Scope, node: Node) -> Axes:
         return x
     if step == 1:
         part = scope.table.slice(x[dim], start, max(start, stop))
-        scope.literal(x[dim], node, part)
+        scope.literal(x[dim], node, dim, part=part)
     else:
         scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")
@@ -179,7 +179,7 @@ def view(scope: Scope, node: Node) -> Axes:
         given = dict(enumerate(args["size"] if "size" in args else args["shape"]))
     for dim, number in given.items():
         if number != -1 and shape[dim] > 1:
-            scope.literal(axes[dim], node)
+            scope.literal(axes[dim], node, dim)
     return axes
 
 
@@ -274,11 +274,11 @@ def expand(scope: Scope, node: Node) -> Axes:
             result.append(other[dim])
         elif kept:
             if args["size"][dim] != -1 and size > 1:
-                scope.literal(x[back], node)
+                scope.literal(x[back], node, dim)
             result.append(x[back])
         else:
             result.append(scope.table.atom(size))
-            scope.literal(result[-1], node)
+            scope.literal(result[-1], node, dim)
     return result
 
 
