@@ -206,9 +206,19 @@ def check_code(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> 
         IntrafuseError: an operator, a shape or a factor differs; names the line of code.
     """
     program = plan.graph.program
+    try:
+        now = export_program(pruned, example_inputs).graph.nodes
+    except IntrafuseError as error:
+        raise IntrafuseError(
+            f"the code depends on a number of channels: {error.rule}, but only once the network "
+            "is pruned",
+            layer=error.layer,
+            remedy="exclude the layers that write these channels, or let the code not use the "
+            "number",
+        ) from error
     found = first_difference(
         program.nodes,
-        export_program(pruned, example_inputs).graph.nodes,
+        now,
         program.values,
         program.scales,
         plan.graph.sizes,
