@@ -9,7 +9,14 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree
 from intrafuse.graph.groups import Kind, Layer, Norm
-from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+from intrafuse.graph.rules.registry import (
+    FOLLOWING,
+    Axes,
+    LockError,
+    Scope,
+    operator_name,
+    register,
+)
 
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
@@ -118,7 +125,10 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
         scope.use(bias, 0, "writer", "bias")
     else:
         which, out = _grouped(scope, x[at], w, groups, transposed)
-        scope.attribute(weight, "groups", which, needed=True)
+        if isinstance(scope.owner(weight), FOLLOWING):
+            scope.attribute(weight, "groups", which, needed=True)
+        else:
+            scope.literal(which, node)
         scope.use(weight, 0, "carrier", "scale")
         bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "carrier", "shift")

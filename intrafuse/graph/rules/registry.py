@@ -248,6 +248,10 @@ class Scope:
             elif needed:
                 self.table.lock(tree, f"{module} has no attribute {name} to follow it")
 
+    def owner(self, parameter: str) -> nn.Module:
+        """Return the module that holds a parameter."""
+        return self.model.get_submodule(parameter.rpartition(".")[0])
+
     def cost(self, node: Node, layer: str, positions: float, *trees: Tree) -> None:
         """Count multiply-accumulates: for each sample, positions times the sizes of the axes."""
         self.costs.append(Cost(layer, positions / self.batch, trees))
