@@ -115,40 +115,12 @@ def settle(
             continue
         if found is None:
             break
-        known = _known(trials)
         _learn(trials, found, atoms)
-        if _known(trials) == known and free() == atoms:
-            _blame(trials, found, atoms, build, export)
     else:
         for item in scope.literals:
             _lock(scope, item)
     for (module, name), tree in trials.attributes.items():
         scope.attributes.append(Attribute(module, name, tree))
-
-
-def _known(trials: _Trials) -> tuple:
-    """Sum up what the trials have found, to tell whether one brought something new."""
-    tried = {place: len(names) for place, names in trials.tried.items()}
-    return {**trials.attributes}, tried, {**trials.scope.scales}, len(trials.scope.rescales)
-
-
-def _blame(
-    trials: _Trials, found: Difference, atoms: list[int], build: Build, export: Export
-) -> None:
-    """Lock the atom that makes a trial fail: the last of the fewest, from the input on, that do.
-
-    The code may take a size from one tensor and use it for another, where no axis tells.
-    """
-    fine, failing = 0, len(atoms)
-    while failing - fine > 1:
-        half = (fine + failing) // 2
-        try:
-            difference = _trial(trials, atoms[:half], build, export)
-        except _Elsewhere:
-            difference = found
-        fine, failing = (half, failing) if difference is None else (fine, half)
-    where = f"the code fails where its size changes{trials.scope.where(found.node)}"
-    trials.scope.table.lock(atoms[failing - 1], where)
 
 
 def _open(scope: Scope, atoms: list[int]) -> bool:
