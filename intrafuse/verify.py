@@ -16,6 +16,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.compare import first_difference
 from intrafuse.graph.rules import location, operator_name
+from intrafuse.graph.rules.computed import COMPUTED
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, export_program
 from intrafuse.merge import MergeMap
 from intrafuse.plan import Plan
@@ -126,7 +127,8 @@ def _choose_inputs(plan: Plan, given: ExampleInputs | None) -> ExampleInputs:
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Copy a network and silence the channels that a plan of `select` drops.
 
-    Layers write nothing into them and read nothing out of them.
+    Layers write nothing into them and read nothing out of them. Weights that are computed from
+    parameters, by a norm that may not be zero, are left as they are: readers ignore their channels.
     """
     copied = copy.deepcopy(model)
     tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
@@ -134,7 +136,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         assert step.keep is not None
         group = plan.graph.by_name[step.group]
         dropped = sorted(set(range(group.size)) - set(step.keep.tolist()))
-        for slot in group.slots:
+        for slot in group.readers if COMPUTED in group.chosen else group.slots:
             tensor = tensors.get(slot.parameter)
             if tensor is None or slot.kind == "variance":
                 continue

@@ -5,6 +5,7 @@ imported here.
 """
 
 from intrafuse.graph.rules import (
+    computed,
     index,
     layers,
     make,
@@ -34,6 +35,7 @@ __all__ = [
     "LockError",
     "Scope",
     "arguments",
+    "computed",
     "entering",
     "index",
     "layers",
