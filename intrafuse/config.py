@@ -42,8 +42,11 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
     base = _built(model, config, {}) if options else None
     if base is None:
         return {}
-    found: dict[str, Any] = {}
-    best, improved = _misfit(model, base, base), True
+    pins = _pins(config, model)
+    pinned = _built(model, config, pins) if pins else None
+    if pinned is None or _misfit(model, pinned, base) == float("inf"):
+        pins = {}
+    found, best, improved = dict(pins), _misfit(model, base, base), True
     while best and improved:
         improved = False
         for field, value in options:
@@ -51,9 +54,14 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
             misfit = float("inf") if built is None else _misfit(model, built, base)
             if misfit < best - 1e-9:
                 best, improved, found[field] = misfit, True, value
+    for field in pins:  # those that make no difference
+        rest = {k: v for k, v in found.items() if k != field}
+        built = _built(model, config, rest)
+        if built is not None and _misfit(model, built, base) <= best:
+            found = rest
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for field, value in found.items():
-        old = getattr(config, field)
+        old = getattr(config, field, None)
         for other in configs.values():
             if getattr(other, field, None) == old:
                 setattr(other, field, value)
@@ -74,6 +82,20 @@ def _options(
             yield from ((field, value * ratio) for ratio in ratios)
         elif value is None and (field in names or any(word in field for word in WORDS)):
             yield from ((field, new) for new in sizes)
+
+
+def _pins(config: Any, model: nn.Module) -> dict[str, int]:
+    """List sizes that all modules agree on, and that the configuration leaves to be computed.
+
+    Such as the width of heads, which is the model's divided by their number unless it is said.
+    """
+    known: dict[str, set[int]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is int and any(word in name for word in WORDS):
+                known.setdefault(name, set()).add(value)
+    alike = {name: values.pop() for name, values in sorted(known.items()) if len(values) == 1}
+    return {k: v for k, v in alike.items() if getattr(config, k, None) is None}
 
 
 def _built(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> nn.Module | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 
 from torch import Tensor, nn
 
 from intrafuse.config import follow_sizes
-from intrafuse.graph.axes import tree_size
+from intrafuse.graph.axes import Product, tree_size
 from intrafuse.modules import copy_without, place
 from intrafuse.weights import Weights
 
@@ -39,6 +40,9 @@ def _changes(weights: Weights) -> set[tuple[int, int]]:
     graph = weights.graph
     trees = {tree for axes in graph.axes.values() for tree in axes}
     trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
+    for tree in [tree for tree in trees if isinstance(tree, Product)]:  # such as heads x width
+        for i, j in combinations(range(len(tree.factors) + 1), 2):
+            trees.add(Product(tree.factors[i:j]))
     both = ((tree_size(t, graph.sizes), tree_size(t, weights.sizes)) for t in trees)
     return {(old, new) for old, new in both if old != new}
 

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -104,23 +104,49 @@ def settle(
     """
     trials = _Trials(scope, nodes)
     _conventional(trials)
-    for _ in range(ROUNDS):
+    if not _open(scope, free()):
+        return
+    works = partial(_works, trials, build=build, export=export)
+    for left in range(ROUNDS, 0, -1):
         atoms = free()
-        if not atoms or not _open(scope, atoms):
-            break
         try:
-            found = _trial(trials, atoms, build, export)
+            found = _trial(trials, atoms, build, export) if atoms else None
+            if found is None:
+                break
+            learnt = _learn(trials, found, atoms)
         except _Elsewhere as failure:
-            _give_up(trials, failure.lines, atoms)
-            continue
-        if found is None:
-            break
-        _learn(trials, found, atoms)
+            learnt = _give_up(trials, failure.lines, atoms)
+        if not learnt:
+            _lock_culprits(trials, atoms, works, left)
     else:
-        for item in scope.literals:
-            _lock(scope, item)
+        for atom in free():
+            scope.table.lock(atom, "no trial of the code at other sizes succeeded")
     for (module, name), tree in trials.attributes.items():
         scope.attributes.append(Attribute(module, name, tree))
+
+
+def _works(trials: _Trials, atoms: list[int], build: Build, export: Export) -> bool:
+    try:
+        return not atoms or _trial(trials, atoms, build, export) is None
+    except _Elsewhere:
+        return False
+
+
+def _lock_culprits(
+    trials: _Trials, atoms: list[int], works: Callable[[list[int]], bool], budget: int
+) -> None:
+    """Find by halving which sizes the code does not bear, and lock these."""
+    waiting = [atoms]
+    while waiting:
+        some = waiting.pop()
+        budget -= 1
+        if budget > 0 and works(some):
+            continue
+        if len(some) == 1 or budget <= 0:
+            for atom in some:
+                trials.scope.table.lock(atom, "the code fails where its size is another")
+            continue
+        waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
 
 
 def _open(scope: Scope, atoms: list[int]) -> bool:
@@ -203,26 +229,33 @@ def _recorded(error: BaseException) -> list[Node]:
     return []
 
 
-def _learn(trials: _Trials, found: Difference, atoms: list[int]) -> None:
-    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock."""
+def _learn(trials: _Trials, found: Difference, atoms: list[int]) -> bool:
+    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
+
+    Returns:
+        Whether there was one.
+    """
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
     if here:
         _explain(trials, found, here)
-    elif not _scales(trials, found, atoms):
-        for node in (n for n in trials.nodes if trials.places[n] == place):
-            _lock_around(trials.scope, node, set(atoms))
+        return True
+    if _scales(trials, found, atoms):
+        return True
+    if found.expected is None and found.numbers is None:  # it fails, and perhaps not itself
+        return False
+    around = [node for node in trials.nodes if trials.places[node] == place]
+    return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
 
 
-def _give_up(trials: _Trials, lines: list[tuple[str, str]], atoms: list[int]) -> None:
-    """Lock the numbers in the code that failed outside any operator, or else all numbers."""
-    scope, at_stake = trials.scope, trials.at_stake(atoms)
+def _give_up(trials: _Trials, lines: list[tuple[str, str]], atoms: list[int]) -> bool:
+    """Lock the numbers in the code that failed outside any operator; tell whether there are any."""
+    at_stake = trials.at_stake(atoms)
     files = {file for file, _ in lines}
     near = [item for item in at_stake if (_line(item.node) or ("", ""))[0] in files]
     for item in near or at_stake:
-        _lock(scope, item)
-    for _, what, tree in scope.heads if not near else ():
-        scope.table.lock(tree, f"the code fails where the {what} of attention change")
+        _lock(trials.scope, item)
+    return bool(at_stake)
 
 
 def _lock(scope: Scope, item: Literal) -> None:
@@ -230,15 +263,16 @@ def _lock(scope: Scope, item: Literal) -> None:
     scope.table.lock(item.axis, f"{operator_name(item.node)} takes its size as a number{where}")
 
 
-def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> None:
-    reason = (
-        f"operator {operator_name(node)}{scope.where(node)} works with the size that was traced"
-    )
+def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> bool:
+    """Lock what enters and leaves an operator; tell whether something of that was wanted."""
+    where = scope.where(node)
+    reason = f"operator {operator_name(node)}{where} works with the size that was traced"
     trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
     trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
-    for tree in trees:
-        if not wanted.isdisjoint(leaves(scope.table.resolve(tree))):
-            scope.table.lock(tree, reason)
+    found = [t for t in trees if not wanted.isdisjoint(leaves(scope.table.resolve(t)))]
+    for tree in found:
+        scope.table.lock(tree, reason)
+    return bool(found)
 
 
 def _flat(values: list) -> Iterator[Tree]:
