@@ -263,7 +263,7 @@ def prune(
     )
     smaller = made.apply(model)
     if made.maps:
-        check_code(smaller, made, example_inputs)
+        check_code(smaller, made, example_inputs, original=model)
     if repair == "synthetic":
         data = synthesise(model, example_inputs, seed=seed, progress=progress)
     if repair in ("batchnorm", "synthetic"):

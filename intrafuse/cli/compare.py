@@ -31,11 +31,13 @@ def compare(
     common.start()
     import intrafuse
     from intrafuse.evaluate.compare import compare as compare_methods
+    from intrafuse.graph.trace import as_arguments
 
     resolved = model.resolve(common.device)
     if model.is_random:
         show_note(RANDOM)
-    spec = data.spec(tuple(resolved.example_inputs[0].shape[1:]))
+    args, kwargs = as_arguments(resolved.example_inputs)
+    spec = data.spec(tuple((*args, *kwargs.values())[0].shape[1:]))
     test = data.images(spec, "test", data.limit)
     with progress() as advance:
         found = compare_methods(

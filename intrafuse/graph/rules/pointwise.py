@@ -47,12 +47,10 @@ def unary(scope: Scope, node: Node) -> Axes:
 def binary(scope: Scope, node: Node) -> Axes:
     """Combine tensors element by element, broadcast as NumPy does from the last dimension."""
     result = broadcast(scope, node.all_input_nodes, len(scope.shape(node)))
-    for operand in node.all_input_nodes:
-        kind = PARAMETER_KIND.get(operator_name(node))
-        parameter = scope.parameters.get(operand) or scope.origins.get(operand)
-        if parameter is not None and kind is not None:
-            for axis in range(len(scope.parameter_axes[parameter])):
-                scope.use(parameter, axis, "carrier", kind)
+    kind = PARAMETER_KIND.get(operator_name(node))
+    if kind is not None:
+        for operand in node.all_input_nodes:
+            scope.carry(operand, kind)
     return [scope.table.resolve(tree) for tree in result]
 
 

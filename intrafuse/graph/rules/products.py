@@ -184,6 +184,7 @@ def attention(scope: Scope, node: Node) -> Axes:
     table.unify(q[-1], k[-1])
     table.unify(k[-2], v[-2])
     if args["attn_mask"] is not None:
+        scope.carry(args["attn_mask"], "shift")  # a table of relative positions
         mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
         for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
             if back <= len(mask) and shape[-back] != 1:

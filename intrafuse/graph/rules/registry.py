@@ -233,6 +233,12 @@ class Scope:
             for tree in self.parameter_axes[parameter]:
                 self.table.lock(tree, f"{parameter} is used as {known[0]} and as {role}")
 
+    def carry(self, node: Node, kind: Kind) -> None:
+        """Record that a parameter, perhaps reshaped, acts on channels that others write."""
+        parameter = self.parameters.get(node) or self.origins.get(node)
+        for axis in range(len(self.parameter_axes[parameter])) if parameter else ():
+            self.use(parameter, axis, "carrier", kind)
+
     def attribute(self, parameter: str, name: str, tree: Tree, *, needed: bool = False) -> None:
         """Let an attribute of a parameter's module follow the size of an axis.
 

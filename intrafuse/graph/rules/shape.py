@@ -23,11 +23,8 @@ def cat(scope: Scope, node: Node) -> Axes:
         axes = scope.axes(other)
         scope.unify(first[:dim] + first[dim + 1 :], axes[:dim] + axes[dim + 1 :])
     joined = Sum(tuple(scope.axes(tensor)[dim] for tensor in tensors))
-    for tensor in tensors:  # a token that is put before the others
-        parameter = scope.parameters.get(tensor) or scope.origins.get(tensor)
-        if parameter is not None:
-            for axis in range(len(scope.parameter_axes[parameter])):
-                scope.use(parameter, axis, "carrier", "shift")
+    for tensor in tensors:
+        scope.carry(tensor, "shift")  # such as a token that is put before the others
     return [*first[:dim], scope.table.resolve(joined), *first[dim + 1 :]]
 
 
