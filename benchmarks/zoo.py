@@ -97,19 +97,17 @@ def _report(name: str, pipe: Any) -> None:
 def examine(name: str) -> dict[str, Any]:
     """Trace, prune and verify one architecture; refusals and wrong results become rows."""
     model, inputs = build(name)
-    started = time.perf_counter()
-    try:
-        graph = intrafuse.trace(model, inputs)
-        row = describe(model, graph) | {"graph": round(time.perf_counter() - started, 2)}
-    except intrafuse.IntrafuseError as error:
-        return {"status": "refused", "why": str(error)[:600]}
-    if not graph.groups:
-        return {**row, "status": "refused", "why": "nothing can be pruned"}
     try:
         plan = intrafuse.plan(
             model, inputs, channels=SHARE, method="select", importance="random", seed=1
         )
-        row["removed"] = round(plan.removed["params"], 4)
+    except intrafuse.IntrafuseError as error:
+        return {"status": "refused", "why": str(error)[:600], **_described(model, inputs)}
+    row = describe(model, plan.graph) | {
+        "graph": round(plan.seconds, 2),
+        "removed": round(plan.removed["params"], 4),
+    }
+    try:
         found = intrafuse.verify(model, plan, example_inputs=inputs)
         row |= {"relative": found.relative, "effect": found.effect}
         small = plan.apply(model)
@@ -118,6 +116,14 @@ def examine(name: str) -> dict[str, Any]:
         return {**row, "status": status, "why": str(error)[:600]}
     backward(small, inputs)
     return {**row, "status": "pass"}
+
+
+def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
+    """Describe a network that could not be planned for, where it can be traced at all."""
+    try:
+        return describe(model, intrafuse.trace(model, inputs))
+    except intrafuse.IntrafuseError:
+        return {}
 
 
 def describe(model: torch.nn.Module, graph: intrafuse.ChannelGraph) -> dict[str, Any]:
@@ -187,6 +193,7 @@ median share of the parameters that can be pruned is {prunable:.0%}.
   1e-4 of its largest output in float32, and forward and backward run (backward in training mode);
   `refused` where nothing could be pruned, or a clear error said why not.
 - **prunable**: share of the parameters on an axis of which some group may shrink.
+- **graph**: seconds for the trace and the plan, on a machine that other work shared.
 - **removed**: share of the parameters that goes with half of every group's channels.
 - **difference**: of the largest output, between pruned network and masked original.
 - **what stays**: why groups are locked, with their number, the two commonest reasons but for the
