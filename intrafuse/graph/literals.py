@@ -292,17 +292,19 @@ def _explain(trials: _Trials, found: Difference, here: list[Literal]) -> None:
             items = [item for item in here if item.at == at]
             if _try_next(trials, (trials.places[found.node], at), items):
                 return
-    for item in here:
-        if wrong is None or item.at in wrong:
-            _lock(trials.scope, item)
+    guilty = [item for item in here if wrong is None or item.at in wrong]
+    # A number that is what it was when traced is one of the code's; others may follow from it.
+    same = [i for i in guilty if wrong and wrong[i.at] == trials.scope.table.measure(i.part)]
+    for item in same or guilty:
+        _lock(trials.scope, item)
 
 
-def _wrong(found: Difference) -> set[tuple[int, ...]] | None:
-    """List where a result differs in size; None where it is not known."""
+def _wrong(found: Difference) -> dict[tuple[int, ...], int] | None:
+    """Map where a result differs in size to the size that it has; None where it is not known."""
     if found.expected is None or not isinstance(found.value, list):
         return None
     expected, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
-    return {at for at, size in expected.items() if given.get(at) != size}
+    return {at: given.get(at, -1) for at, size in expected.items() if given.get(at) != size}
 
 
 def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:

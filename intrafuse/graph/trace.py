@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -49,13 +50,15 @@ PASS_ORIGIN = frozenset(
 class Program:
     """The traced operators: nodes in order, the trees of each result, names of parameters.
 
-    And numbers in the code that follow a size: operator -> (tree of the size, exponent).
+    It also keeps the inputs that the model was traced with, and numbers in the code that follow a
+    size: operator -> (tree of the size, exponent).
     """
 
     nodes: tuple[Node, ...]
     values: Mapping[Node, Any]
     parameters: Mapping[Node, str]
     scales: Mapping[Node, tuple[Tree, float]]
+    example_inputs: ExampleInputs
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
@@ -121,7 +124,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
         lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
         lambda resized: export_program(resized, example_inputs).graph.nodes,
     )
-    return _freeze(scope, nodes)
+    return _freeze(scope, nodes, example_inputs)
 
 
 def _resized(
@@ -204,12 +207,17 @@ def _plainly(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence what torch logs on the way to an error that says the same."""
+    """Silence what torch logs on the way to an error that says the same.
+
+    It also warns of modules that keep tensors in lists, as recurrent layers do.
+    """
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
 
@@ -320,7 +328,7 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
     return slots
 
 
-def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
+def _freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
     resolve = scope.table.resolve
     axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
     groups = _name_groups(scope, _slots(scope))
@@ -346,7 +354,7 @@ def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
             replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
             for r in scope.rescales
         ),
-        program=Program(nodes, values, scope.parameters, scales),
+        program=Program(nodes, values, scope.parameters, scales, example_inputs),
     )
 
 
