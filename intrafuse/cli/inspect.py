@@ -45,7 +45,7 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
     }
     if verify:
         data["verified"] = _verify(resolved, common)
-    write_json(common, data)
+    write_json(common, "inspection", data)
     show_table(
         common,
         f"{model.model}: {figures.channels:,} channels in {len(groups)} groups, "
