@@ -207,7 +207,8 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     found = figures("prune", "mynet:build", "--channels", 0.5, "--out", "out", "--data", "digits")
-    assert found["widths"] == {"1": {"before": 20, "after": 10}}
+    group = {"index": 0, "before": 20, "after": 10, "written_by": ["1"], "read_by": ["3"]}
+    assert found["widths"] == {"1": group}
     again = figures("evaluate", "out", "--model", "mynet:build", "--data", "digits")
     assert again["accuracy"] == found["figures"]["accuracy"] and again["params"] == 760
     refused = run("evaluate", "out", "--data", "digits")

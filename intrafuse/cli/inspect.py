@@ -47,7 +47,7 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
         data["verified"] = _verify(resolved, common)
     elif verify:
         show_note("note: nothing can be pruned, so that there is nothing to verify")
-    write_json(common, data)
+    write_json(common, "inspection", data)
     show_table(
         common,
         f"{model.model}: {figures.channels:,} channels in {len(groups)} groups, "
