@@ -20,6 +20,7 @@ import json
 import multiprocessing as mp
 import re
 import statistics
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -55,12 +56,13 @@ def main() -> None:
     for library in ("timm", "transformers"):  # once, before the processes fork
         importlib.import_module(library)
 
+    commit = _commit()
     patterns = options.only.split(",")
     for name in (n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in patterns)):
         known = rows.get(name, {}).get("status")
         if known is not None and not options.again and not (options.retry and known != "pass"):
             continue
-        rows[name] = apart(name, options.limit)
+        rows[name] = {**apart(name, options.limit), "commit": commit}
         print(name, line(rows[name]), flush=True)
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(rows, indent=1, sort_keys=True))
@@ -82,6 +84,12 @@ def apart(name: str, limit: float) -> dict[str, Any]:
     process.kill()
     process.join()
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def _report(name: str, pipe: Any) -> None:
@@ -177,6 +185,8 @@ def page(rows: dict[str, Any]) -> str:
     passed = [row for row in rows.values() if row["status"] == "pass"]
     worst = max((row["relative"] for row in passed), default=0.0)
     prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
+    commits = Counter(row.get("commit", "an earlier one") for row in rows.values())
+    measured = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
     header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
     return f"""# Architectures
 
@@ -187,7 +197,8 @@ def page(rows: dict[str, Any]) -> str:
 
 {summary(rows)} ({len(passed) / max(len(rows), 1):.1%} pass). Random weights, small inputs, one
 thread. Over those that pass, the largest difference is {worst:.1e} of the largest output, and the
-median share of the parameters that can be pruned is {prunable:.0%}.
+median share of the parameters that can be pruned is {prunable:.0%}. Measured at the commits
+{measured}.
 
 - **result**: `pass` where groups could be pruned, the pruned network equals the masked original to
   1e-4 of its largest output in float32, and forward and backward run (backward in training mode);
