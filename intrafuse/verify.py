@@ -78,17 +78,25 @@ def verify(
     if plan.maps and plan.graph.program is not None:
         check_code(plan.apply(model), plan, inputs, original=model)
     found = _compare(model, plan, inputs, tolerance)
-    if not found.relative <= tolerance:
-        alone = (replace(plan, maps=(step,)) for step in plan.maps)
-        wrong = [p.maps[0].group for p in alone if not _agrees(model, p, inputs, tolerance)]
-        raise IntrafuseError(
-            f"the pruned network must compute what the masked original does to {tolerance:g} of "
-            "the largest output",
-            value=found.relative,
-            layer=", ".join(wrong or [step.group for step in plan.maps]),
-            remedy="exclude these groups, and report the network",
-        )
+    if not found.relative <= tolerance:  # NaN too
+        raise _disagrees(model, plan, inputs, found)
     return found
+
+
+def _disagrees(
+    model: nn.Module, plan: Plan, inputs: ExampleInputs, found: Verification
+) -> IntrafuseError:
+    """Name the groups that alone, too, make the outputs differ, or else all."""
+    alone = (replace(plan, maps=(step,)) for step in plan.maps)
+    far = found.tolerance
+    wrong = [p.maps[0].group for p in alone if not _agrees(model, p, inputs, far)]
+    return IntrafuseError(
+        f"the pruned network must compute what the masked original does to {far:g} of the largest "
+        "output",
+        value=found.relative,
+        layer=", ".join(wrong or [step.group for step in plan.maps]),
+        remedy="exclude these groups, and report the network",
+    )
 
 
 def _require_selection(step: MergeMap) -> None:
