@@ -185,7 +185,7 @@ def page(rows: dict[str, Any]) -> str:
     passed = [row for row in rows.values() if row["status"] == "pass"]
     worst = max((row["relative"] for row in passed), default=0.0)
     prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
-    commits = Counter(row.get("commit", "an earlier one") for row in rows.values())
+    commits = Counter(row.get("commit", "earlier ones of the same day") for row in rows.values())
     measured = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
     header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
     return f"""# Architectures
