@@ -17,9 +17,9 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
 from intrafuse.graph.axes import leaves
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
+from intrafuse.modules import place
 from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
-from intrafuse.surgery import place
 from intrafuse.zoo import ZOO, file_sha256, resolve_model
 from intrafuse.zoo.weights import read_tensors
 

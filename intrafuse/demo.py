@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.batches import map_tensors
 from intrafuse.checkpoint import load, save
 from intrafuse.data import Images, load_data
 from intrafuse.evaluate.compare import Comparison, Row, compare
@@ -85,7 +86,7 @@ def run_demo(
         settings = TRAINING.model_copy(update={"epochs": epochs})
         steps = partial(report, "training")
         train(network.model, images, settings, seed=seed, device=device, progress=steps)
-    example = tuple(tensor.to(device) for tensor in network.example_inputs)
+    example = map_tensors(lambda tensor: tensor.to(device), network.example_inputs)
     out = Path(out)
     keeping = partial(save, architecture=NETWORK, arguments=ARGUMENTS)
     folders: list[Path] = [keeping(out / "original", network.model)]

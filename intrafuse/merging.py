@@ -11,7 +11,7 @@ from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.merge import MergeMap
-from intrafuse.methods import Method
+from intrafuse.methods import Method, Select
 from intrafuse.repair import analytic_repair
 
 __all__ = ["merge_groups"]
@@ -27,6 +27,12 @@ def merge_groups(
     repair: Literal["analytic"] | None = None,
 ) -> tuple[MergeMap, ...]:
     """Reduce groups to given widths, in the order that the method wants.
+
+    Channels that may not be combined (`ChannelGroup.chosen`: heads, the width of queries and keys)
+    are selected by their importance, unless the method chooses among them itself. Attention is a
+    softmax over products of two activations: the mean of two heads attends to neither's positions,
+    and P q and P k give the product q' P' P k, not q' k. The width of values is read linearly, so
+    every method may combine it.
 
     Args:
         method: scores and width to merge map.
@@ -47,7 +53,8 @@ def merge_groups(
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     maps = []
     for done, group in enumerate(shrinking):
-        step = method(group, scores[group.name], widths[group.name], context).check()
+        own = method if not group.chosen or getattr(method, "chooses", False) else Select()
+        step = own(group, scores[group.name], widths[group.name], context).check()
         if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
             raise IntrafuseError(
                 f"a method must return the map of {group.size} to {widths[group.name]} channels",

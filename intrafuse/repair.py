@@ -18,10 +18,10 @@ from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.merge import MergeMap
+from intrafuse.modules import place
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource
 from intrafuse.plan import Plan
-from intrafuse.surgery import place
 
 __all__ = ["Repair", "analytic_repair", "merged_output", "reestimate_batchnorm"]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from itertools import combinations
 
-import torch
 from torch import Tensor, nn
 
-from intrafuse.errors import IntrafuseError
+from intrafuse.config import follow_sizes
+from intrafuse.graph.axes import Product, tree_size
+from intrafuse.modules import copy_without, place
 from intrafuse.weights import Weights
 
-__all__ = ["install", "place"]
+__all__ = ["install"]
 
 
 def install(
@@ -27,81 +28,26 @@ def install(
     """
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {k: t for k, t in weights.state.items() if k not in old or t is not _detached(old[k], t)}
-    target = model if inplace else _copy_without(model, [old[k] for k in new if k in old])
+    target = model if inplace else copy_without(model, [old[k] for k in new if k in old])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
+    follow_sizes(target, _changes(weights))
     return target
+
+
+def _changes(weights: Weights) -> set[tuple[int, int]]:
+    """List sizes before and after, of groups, of attributes and of the axes of parameters."""
+    graph = weights.graph
+    trees = {tree for axes in graph.axes.values() for tree in axes}
+    trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
+    for tree in [tree for tree in trees if isinstance(tree, Product)]:  # such as heads x width
+        for i, j in combinations(range(len(tree.factors) + 1), 2):
+            trees.add(Product(tree.factors[i:j]))
+    both = ((tree_size(t, graph.sizes), tree_size(t, weights.sizes)) for t in trees)
+    return {(old, new) for old, new in both if old != new}
 
 
 def _detached(old: Tensor, new: Tensor) -> Tensor | None:
     """Return `new` if it is still the model's own tensor, else None."""
     same = old.data_ptr() == new.data_ptr() and old.shape == new.shape
     return new if same else None
-
-
-def _copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
-    """Copy a module but for tensors that will be replaced, which would double its memory."""
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in replaced})
-    except RuntimeError as error:  # a module that keeps an activation, old weight norm
-        raise IntrafuseError(
-            f"the model cannot be copied: {str(error).splitlines()[0]}",
-            remedy="call the model under torch.no_grad() first, and remove hooks such as "
-            "weight_norm",
-        ) from error
-
-
-def place(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    attributes: Mapping[str, Mapping[str, int]],
-    remove: Iterable[str] = (),
-    aliases: Mapping[str, str] | None = None,
-) -> None:
-    """Set tensors and attributes of a module by name, whatever shapes it had before."""
-    names: dict[str, list[str]] = {}
-    for other, name in (aliases or {}).items():
-        names.setdefault(name, []).append(other)
-    for name, tensor in tensors.items():
-        parameter = None
-        for path in (name, *names.get(name, ())):
-            owner, leaf = _owner(model, path)
-            old = getattr(owner, leaf)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = tensor
-            elif leaf in owner._parameters:
-                trained = old.requires_grad if old is not None else _trains(owner)
-                if parameter is None:
-                    parameter = nn.Parameter(_in_layout_of(old, tensor), requires_grad=trained)
-                owner._parameters[leaf] = parameter
-            else:
-                raise IntrafuseError("the module has no such parameter", layer=path)
-    for path, values in attributes.items():
-        for attribute, value in values.items():
-            setattr(model.get_submodule(path), attribute, value)
-    for path in remove:
-        owner, leaf = _owner(model, path)
-        setattr(owner, leaf, nn.Identity())
-
-
-def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    module, _, leaf = path.rpartition(".")
-    try:
-        owner = model.get_submodule(module)
-    except AttributeError as error:
-        raise IntrafuseError("the module has no such layer", layer=module) from error
-    if not hasattr(owner, leaf):
-        raise IntrafuseError("the module has no such parameter", layer=path)
-    return owner, leaf
-
-
-def _in_layout_of(old: Tensor | None, new: Tensor) -> Tensor:
-    """Lay out a convolution's weight as the old one was: channels first or channels last."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
-    if old is None or last is None or old.dim() != new.dim() or old.is_contiguous():
-        return new
-    return new.contiguous(memory_format=last) if old.is_contiguous(memory_format=last) else new
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

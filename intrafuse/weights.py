@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.blocks import channel_rows, merge_channels, put_channels, select_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
 from intrafuse.merge import MergeMap
@@ -120,6 +121,7 @@ class Weights:
             self.state[slot.parameter] = new
         self._merge_statistics(step, group, before)
         self.sizes[group.id] = step.width
+        self._rescale_with(group, n)
         for weight in sorted({*step.writer_gain, *step.writer_shift}):
             at = next(s for s in group.writers + group.carriers if s.parameter == weight)
             blocks = self.graph.blocks(at, group.id, self.sizes)
@@ -134,6 +136,20 @@ class Weights:
                 self.statistics[weight] = mean * gain + shift, std * gain.abs()
         for weight in sorted({*step.gain, *step.shift}):
             self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
+
+    def _rescale_with(self, group: ChannelGroup, old: int) -> None:
+        """Let the outputs of layers follow a size that has changed (`Rescale`)."""
+        for item in self.graph.rescales:
+            if group.id not in leaves(item.over):
+                continue
+            size = tree_size(item.over, self.sizes)
+            was = tree_size(item.over, {**self.sizes, group.id: old})
+            start, length = (tree_size(tree, self.sizes) for tree in (item.before, item.part))
+            for name, axis in ((item.weight, item.axis), (item.bias, 0)):
+                if name in self.state:
+                    tensor = self.state[name].clone()
+                    tensor.narrow(axis, start, length).mul_((size / was) ** item.exponent)
+                    self.state[name] = tensor
 
     def _merge_statistics(
         self, step: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]

@@ -1,10 +1,11 @@
 """Masked references: what a network computes when channels are silenced instead of removed.
 
-Two independent ones, for plans of `select`. Each keeps every shape of the original network:
+Independent ones, for plans of `select`. Each keeps every shape of the original network:
 
 - `mask_readers` sets to zero what readers take from dropped channels;
 - `mask_writers` sets to zero what writers and carriers put into them, which is the same only
-  where every operator between them maps zero to zero.
+  where every operator between them maps zero to zero;
+- `mask_channels` does both, which also silences the width of queries and keys, that no layer reads.
 """
 
 from __future__ import annotations
@@ -39,3 +40,8 @@ def mask_readers(model: nn.Module, plan: Plan) -> nn.Module:
 
 def mask_writers(model: nn.Module, plan: Plan) -> nn.Module:
     return _mask(model, plan, ("writer", "carrier"))
+
+
+def mask_channels(model: nn.Module, plan: Plan) -> nn.Module:
+    """Silence dropped channels everywhere: also those that only meet in a product, as queries."""
+    return _mask(model, plan, ("writer", "carrier", "reader"))

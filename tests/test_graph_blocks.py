@@ -144,8 +144,10 @@ def test_packed_heads_are_a_group_with_block_structure():
 
 def test_grouped_query_heads_are_found():
     found = groups_by_layer(LlamaBlock())
-    assert {g.size for g in found["q_proj"]} >= {2}  # query heads in step with key-value heads
-    assert all(g.locked for layer in ("q_proj", "k_proj", "v_proj") for g in found[layer])
+    sizes = {g.name.partition("#")[2]: (g.size, bool(g.locked)) for g in found["q_proj"]}
+    assert sizes["heads"] == (2, False)  # key-value heads, each with its query heads
+    assert sizes["heads#2"] == (2, True)  # the query heads of one key-value head
+    assert sizes["width"] == (4, True)  # cosines and sines are inputs: their width is given
 
 
 def test_the_residual_stream_is_locked_by_its_norms():

@@ -116,7 +116,7 @@ def test_example_inputs_do_not_depend_on_the_global_seed():
         ("mlp", {"width": float("nan")}, "width must be above 0", False),
         ("mlp", {"num_classes": 0}, r"num_classes .* at least 1 \(at mlp\); got 0", True),
         ("mlp", {"input_shape": (3, 0, 8)}, r"positive sizes .*at mlp.*got \(3, 0, 8\)", True),
-        ("hf:bert", {}, "not supported yet; got 'hf:bert'.*module:factory", False),
+        ("hf:no/such/folder", {}, "cannot be loaded .*got 'hf:no/such/folder'.*config.json", False),
         ("no_such_module:net", {}, "cannot be imported .*ModuleNotFoundError.*got 'no_such", False),
         ("torch.nn:Lineer", {}, "torch.nn has no 'Lineer'.*try Linear", False),
         ("torch.nn:Linear", {}, "cannot be built .*TypeError", False),

@@ -53,7 +53,7 @@ def cost(
         else:
             arguments = {} if num_classes is None else {"num_classes": num_classes}
             resolved = resolve_model(name, input_shape=shape, **arguments)
-            network, known = resolved.model, tuple(resolved.example_inputs[0].shape[1:])
+            network, known = resolved.model, resolved.input_shape
         shape = shape or known
         found[name] = network.to(common.device)
     if shape is None:

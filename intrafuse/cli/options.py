@@ -152,7 +152,7 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A name in the zoo, package.module:factory, torchvision:NAME or timm:NAME.",
+        help="A name in the zoo, package.module:factory, torchvision:NAME, timm:NAME or hf:FOLDER.",
     ),
 ]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="Outputs of the network.")]
@@ -194,6 +194,7 @@ class ModelOptions:
         """Build the network on a device."""
         from dataclasses import replace
 
+        from intrafuse.batches import map_tensors
         from intrafuse.zoo import load_weights, resolve_model
 
         shape = self.input_shape
@@ -201,7 +202,7 @@ class ModelOptions:
         resolved = resolve_model(self.model, input_shape=shape, **self.arguments)
         if self.weights is not None:
             load_weights(resolved.model, self.weights)
-        example = tuple(tensor.to(device) for tensor in resolved.example_inputs)
+        example = map_tensors(lambda tensor: tensor.to(device), resolved.example_inputs)
         return replace(resolved, model=resolved.model.to(device), example_inputs=example)
 
 

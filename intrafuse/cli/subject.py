@@ -29,7 +29,7 @@ class Subject:
     """
 
     model: nn.Module
-    example_inputs: tuple[Any, ...]
+    example_inputs: Any
     test: Images
     training: Batches | None
     title: str
@@ -41,7 +41,7 @@ class Subject:
         resolved = model.resolve(common.device)
         if model.is_random:
             show_note(RANDOM)
-        spec = data.spec(tuple(resolved.example_inputs[0].shape[1:]))
+        spec = data.spec(resolved.input_shape)
         test = data.images(spec, "test", data.limit)
         return cls(
             resolved.model,

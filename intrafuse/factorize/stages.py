@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.batches import map_tensors
 from intrafuse.checkpoint import MANIFEST, PLAN, load, save
 from intrafuse.data import Images
 from intrafuse.errors import IntrafuseError
@@ -142,7 +143,7 @@ class Line:
         images = self.data or self.test
         shape = None if images is None else images.input_shape
         found = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
-        example = tuple(tensor.to(self.device) for tensor in found.example_inputs)
+        example = map_tensors(lambda tensor: tensor.to(self.device), found.example_inputs)
         model = copy.deepcopy(found.model)  # MODEL may name one module, not a factory
         return replace(found, model=model.to(self.device), example_inputs=example)
 

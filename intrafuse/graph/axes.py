@@ -109,6 +109,7 @@ class AxisTable:
         self._parent: list[int] = []
         self._meaning: dict[int, Tree] = {}
         self._reasons: dict[int, list[str]] = {}
+        self._choices: dict[int, list[str]] = {}
 
     def atom(self, size: int, lock: str | None = None) -> Tree:
         """Make an axis of one new atom; an axis of size 1 has nothing to prune."""
@@ -121,6 +122,10 @@ class AxisTable:
     def reasons(self, atom: int) -> tuple[str, ...]:
         """List why an atom must keep its size; empty where it may shrink."""
         return tuple(self._reasons.get(self._find(atom), ()))
+
+    def choices(self, atom: int) -> tuple[str, ...]:
+        """List why the channels of an atom may be chosen among but not combined."""
+        return tuple(self._choices.get(self._find(atom), ()))
 
     def measure(self, tree: Tree) -> int:
         return tree_size(tree, self.size)
@@ -159,8 +164,15 @@ class AxisTable:
 
     def lock(self, tree: Tree, reason: str) -> None:
         """Forbid every atom of an axis to shrink."""
+        self._note(self._reasons, tree, reason)
+
+    def choose(self, tree: Tree, reason: str) -> None:
+        """Forbid to combine the channels of an axis; each may stay or go."""
+        self._note(self._choices, tree, reason)
+
+    def _note(self, notes: dict[int, list[str]], tree: Tree, reason: str) -> None:
         for atom in leaves(self.resolve(tree)):
-            reasons = self._reasons.setdefault(atom, [])
+            reasons = notes.setdefault(atom, [])
             if reason not in reasons:
                 reasons.append(reason)
 
@@ -194,13 +206,15 @@ class AxisTable:
         """Let an atom mean the same as a tree; its locks pass to the tree's atoms."""
         if not isinstance(tree, int) and atom in leaves(tree):
             return False
-        reasons = self._reasons.pop(atom, [])
+        reasons, choices = self._reasons.pop(atom, []), self._choices.pop(atom, [])
         if isinstance(tree, int):
             self._parent[atom] = tree
         else:
             self._meaning[atom] = tree
         for reason in reasons:
             self.lock(tree, reason)
+        for reason in choices:
+            self.choose(tree, reason)
         return True
 
     def _match_products(self, xs: list[Tree], ys: list[Tree]) -> bool:

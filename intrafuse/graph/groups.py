@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from intrafuse.graph.axes import Block, Tree, locate, tree_size
 
-__all__ = ["Attribute", "ChannelGraph", "ChannelGroup", "Cost", "Layer", "Norm", "Role", "Slot"]
+__all__ = [
+    "Attribute",
+    "ChannelGraph",
+    "ChannelGroup",
+    "Cost",
+    "Layer",
+    "Norm",
+    "Rescale",
+    "Role",
+    "Slot",
+]
 
 Role = Literal["writer", "carrier", "reader"]
 Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance"]
@@ -53,6 +63,7 @@ class ChannelGroup:
         size: number of channels.
         slots: every parameter axis of the group, in the order of execution.
         locked: why the group must keep its size; empty where it may shrink.
+        chosen: why its channels may be chosen among but not combined; empty where they may be.
     """
 
     id: int
@@ -61,6 +72,7 @@ class ChannelGroup:
     size: int
     slots: tuple[Slot, ...]
     locked: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     @property
     def writers(self) -> tuple[Slot, ...]:
@@ -144,6 +156,31 @@ class Cost:
     trees: tuple[Tree, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Outputs of a layer that must follow a size, because the code divides by its root.
+
+    Attention divides products of queries and keys by the root of their width. Where the width
+    shrinks from d to m, the layer that writes the queries is multiplied by (m / d) ** exponent,
+    and the products are what they were.
+
+    Attributes:
+        weight, bias: names in the state dict; bias is None where there is none.
+        axis: the axis of the weight that holds the outputs.
+        before, part: trees of the outputs that lie before those that are multiplied, and of these.
+        over: tree of the size.
+        exponent: of the ratio of sizes.
+    """
+
+    weight: str
+    bias: str | None
+    axis: int
+    before: Tree
+    part: Tree
+    over: Tree
+    exponent: float
+
+
 @dataclass(frozen=True)
 class ChannelGraph:
     """What a trace knows of a model's channels.
@@ -158,6 +195,7 @@ class ChannelGraph:
         attributes: the module attributes that follow the sizes.
         costs: the terms whose sum is the number of multiply-accumulates.
         aliases: other names of shared (tied) parameters -> the name used here.
+        rescales: the layers whose outputs follow a size.
         program: the traced operator graph (torch.fx), absent from a graph that was loaded.
     """
 
@@ -170,6 +208,7 @@ class ChannelGraph:
     attributes: tuple[Attribute, ...]
     costs: tuple[Cost, ...]
     aliases: Mapping[str, str]
+    rescales: tuple[Rescale, ...] = ()
     program: Any = field(default=None, repr=False, compare=False)
 
     @cached_property

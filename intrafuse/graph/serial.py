@@ -6,7 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Layer, Norm, Slot
+from intrafuse.graph.groups import (
+    Attribute,
+    ChannelGraph,
+    ChannelGroup,
+    Cost,
+    Layer,
+    Norm,
+    Rescale,
+    Slot,
+)
 
 __all__ = ["graph_from_data", "graph_to_data"]
 
@@ -41,11 +50,13 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
             "size": item.size,
             "slots": slots,
             "locked": list(item.locked),
+            "chosen": list(item.chosen),
         }
 
     trees = [tree for axes in graph.axes.values() for tree in axes]
     trees += [item.tree for item in graph.attributes]
     trees += [tree for cost in graph.costs for tree in cost.trees]
+    trees += [tree for r in graph.rescales for tree in (r.before, r.part, r.over)]
     used = sorted({atom for tree in trees for atom in leaves(tree)})
     return {
         "groups": [group(g) for g in graph.groups],
@@ -57,6 +68,10 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
         "attributes": [[a.module, a.name, _pack(a.tree)] for a in graph.attributes],
         "costs": [[c.layer, c.factor, [*map(_pack, c.trees)]] for c in graph.costs],
         "aliases": dict(graph.aliases),
+        "rescales": [
+            [r.weight, r.bias, r.axis, _pack(r.before), _pack(r.part), _pack(r.over), r.exponent]
+            for r in graph.rescales
+        ],
     }
 
 
@@ -71,7 +86,13 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
             for name, axis, role, kind in item["slots"]
         )
         return ChannelGroup(
-            item["id"], item["name"], item["index"], item["size"], slots, tuple(item["locked"])
+            item["id"],
+            item["name"],
+            item["index"],
+            item["size"],
+            slots,
+            tuple(item["locked"]),
+            tuple(item.get("chosen", ())),
         )
 
     return ChannelGraph(
@@ -84,4 +105,8 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         attributes=tuple(Attribute(m, n, _unpack(tree)) for m, n, tree in data["attributes"]),
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
+        rescales=tuple(
+            Rescale(weight, bias, axis, _unpack(before), _unpack(part), _unpack(over), exponent)
+            for weight, bias, axis, before, part, over, exponent in data.get("rescales", ())
+        ),
     )

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import linecache
-import logging
-import os
-import re
-import sys
-import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from intrafuse import errors
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.export import (
+    ExampleInputs,
+    as_arguments,
+    evaluating,
+    export_program,
+    record,
+)
+from intrafuse.graph.frozen import Program, free_atoms, freeze, lock_unclear
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.modules import copy_without, place
 
 __all__ = [
     "ExampleInputs",
@@ -35,38 +32,10 @@ __all__ = [
     "trace",
 ]
 
-ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
-PASS_ORIGIN = {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"}
-
-
-@dataclass(frozen=True)
-class Program:
-    """The traced operators: nodes in order, the trees of each result, names of parameters."""
-
-    nodes: tuple[Node, ...]
-    values: Mapping[Node, Any]
-    parameters: Mapping[Node, str]
-
-
-def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in evaluation mode, and every module back into its own mode at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+PASS_ORIGIN = frozenset(
+    "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
+    "contiguous alias detach repeat".split()
+)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
@@ -102,76 +71,37 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
-    return _freeze(scope, tuple(program.graph.nodes))
+    nodes = tuple(program.graph.nodes)
+    lock_unclear(scope)
+    settle(
+        scope,
+        [*nodes],
+        lambda: free_atoms(scope),
+        Workshop(
+            lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
+            lambda resized: record(resized, example_inputs),
+            lambda resized: [*export_program(resized, example_inputs).graph.nodes],
+        ),
+    )
+    return freeze(scope, nodes, example_inputs)
 
 
-def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
-    """Export a model in evaluation mode; it is not changed.
-
-    Raises:
-        IntrafuseError: it is no module, or it cannot be traced.
-    """
-    if not isinstance(model, nn.Module):
-        raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
-    args, kwargs = as_arguments(example_inputs)
-    try:
-        with evaluating(model):
-            return _export(model, args, kwargs)
-    except NotImplementedError as error:  # an exported program has no evaluation mode
-        raise IntrafuseError(
-            f"the model cannot be put in evaluation mode: {error}",
-            remedy="pass the module that was exported, not the exported one",
-        ) from error
-
-
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    printed = io.StringIO()  # torch prints the graph of a failed export to standard error
-    try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings():
-            program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        text = str(error).strip() or type(error).__name__
-        operator = _last_operator(error)
-        raise IntrafuseError(
-            "the model cannot be traced by torch.export: "
-            f"{type(error).__name__}: {text.splitlines()[0]}"
-            + (f", in operator {operator}" if operator else ""),
-            layer=_failing_line(error),
-            remedy="check that model(*example_inputs) runs, replace control flow that depends on "
-            "tensor values, or trace the part of the model that should be pruned",
-        ) from error
-    sys.stderr.write(printed.getvalue())
-    return program
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence what torch logs on the way to an error that says the same."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _last_operator(error: Exception) -> str | None:
-    """Name the last operator that was recorded before an export failed, where it tells."""
-    graph = getattr(error, "partial_fx_graph", None)
-    names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
-    return names[-1] if names else None
-
-
-def _failing_line(error: Exception) -> str | None:
-    """Find the last line of the model's code, outside PyTorch and this package, that was run."""
-    libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    own = [(name, line) for name, line in frames if not name.startswith((*libraries, "<"))]
-    if not own:
-        return None
-    name, line = own[-1]
-    return f"{name}:{line}: {linecache.getline(name, line or 0).strip()}"
+def _resized(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    attributes: Mapping[str, Mapping[str, int]],
+    aliases: Mapping[str, str],
+) -> nn.Module:
+    """Copy a model without its values: tensors of other shapes are new, and hold nothing."""
+    old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    new = {
+        name: torch.empty(shape, dtype=old[name].dtype, device=old[name].device)
+        for name, shape in shapes.items()
+        if name in old and tuple(old[name].shape) != shape
+    }
+    target = copy_without(model, [*old.values()])
+    place(target, new, attributes, (), aliases)
+    return target
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -249,93 +179,3 @@ def _lock_all(scope: Scope, node: Node, reason: str) -> None:
     for item in values:
         for tree in item if isinstance(item, list) else [item]:
             scope.table.lock(tree, reason)
-
-
-def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
-    resolve = scope.table.resolve
-    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
-    _lock_unclear(scope, axes)
-    slots: dict[int, list[Slot]] = {}
-    for (parameter, axis), (role, kind) in scope.roles.items():
-        tree = axes[parameter][axis]
-        for atom in dict.fromkeys(leaves(tree)):
-            blocks = locate(tree, atom, scope.table.size)
-            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
-    groups = _name_groups(scope, slots)
-    free = [group for group in groups if not group.locked]
-    free = [
-        ChannelGroup(g.id, g.name, len(free) - 1 - i, g.size, g.slots) for i, g in enumerate(free)
-    ]
-    attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
-    values = {
-        node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
-        for node, value in scope.values.items()
-    }
-    return ChannelGraph(
-        groups=tuple(free),
-        locked=tuple(group for group in groups if group.locked),
-        axes=axes,
-        sizes=dict(enumerate(scope.table.size)),
-        layers=scope.layers,
-        norms=_list_norms(scope),
-        attributes=tuple(dict.fromkeys(attributes)),
-        costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
-        aliases=scope.aliases,
-        program=Program(nodes, values, scope.parameters),
-    )
-
-
-def _list_norms(scope: Scope) -> tuple[Norm, ...]:
-    """List each norm once; one that is called twice or shares a parameter folds into no layer."""
-    uses = Counter(name for norm in scope.norms for name in norm.tensors)
-    alone = [max(uses[name] for name in norm.tensors) == 1 for norm in scope.norms]
-    norms = (
-        norm if once else replace(norm, layer=None)
-        for norm, once in zip(scope.norms, alone, strict=True)
-    )
-    return tuple(dict.fromkeys(norms))
-
-
-def _lock_unclear(scope: Scope, axes: Mapping[str, tuple[Tree, ...]]) -> None:
-    """Lock what no rule accounts for: parameters without a role, channels squared."""
-    for name, trees in axes.items():
-        for axis, tree in enumerate(trees):
-            if (name, axis) not in scope.roles:
-                scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
-            for atom in _squared(tree):
-                scope.table.lock(atom, "it is multiplied with itself along one axis")
-
-
-def _squared(tree: Tree) -> list[int]:
-    """List atoms that lie in two factors of one product."""
-    if isinstance(tree, int):
-        return []
-    children = tree.parts if isinstance(tree, Sum) else tree.factors
-    found = [atom for child in children for atom in _squared(child)]
-    if isinstance(tree, Product):
-        counts = Counter(atom for child in children for atom in set(leaves(child)))
-        found += [atom for atom, count in counts.items() if count > 1]
-    return found
-
-
-def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
-    groups = []
-    taken: Counter[str] = Counter()
-    for atom, rows in slots.items():
-        writers = [slot for slot in rows if slot.role == "writer"]
-        reasons = list(scope.table.reasons(atom))
-        size = scope.table.size[atom]
-        if size < 2:
-            reasons.append("a single channel")
-        if not writers:
-            if not reasons:
-                reasons.append("no layer writes these channels")
-            if all(slot.role == "reader" for slot in rows):
-                continue  # the model's own inputs
-        elif all(slot.role != "reader" for slot in rows) and not reasons:
-            reasons.append("no layer reads these channels")
-        name = (writers or rows)[0].layer
-        taken[name] += 1
-        name += f"#{taken[name]}" if taken[name] > 1 else ""
-        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons)))
-    return groups

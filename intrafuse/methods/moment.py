@@ -49,6 +49,7 @@ class Moment(MomentSource):
     name: ClassVar[str] = "moment"
     folds_batchnorm: ClassVar[bool] = True
     order: ClassVar[Literal["forward", "backward"]] = "forward"
+    chooses: ClassVar[bool] = True  # selects, where channels may not be combined, and reads out
 
     transport: Transport = "folding"
     choice: Choice = "greedy"
@@ -60,7 +61,8 @@ class Moment(MomentSource):
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        if self.transport == "folding":
+        transport = "none" if group.chosen else self.transport
+        if transport == "folding":
             step = Folding()(group, scores, width, context)
         else:
             keep = most_important(scores, width)
@@ -69,10 +71,10 @@ class Moment(MomentSource):
                 known = self.readings(group, context.weights, context)
                 keep = explaining_channels(list(known.values()), width) if known else keep
             step = MergeMap.select(group.name, len(scores), keep)
-            if self.transport == "none" and known:
+            if transport == "none" and (known or group.chosen):
                 found = {name: r.narrowed(slice(None), keep) for name, r in known.items()}
                 return self._read_out(step, found, context)
-            if self.transport == "intra-fusion":
+            if transport == "intra-fusion":
                 step = fused(group, keep, context)
         (found,) = self.readings_beside(group, [step], context)
         return self._read_out(step, found, context)

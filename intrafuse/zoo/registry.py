@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from intrafuse.data import import_extra
 from intrafuse.errors import IntrafuseError
 from intrafuse.zoo import networks
+from intrafuse.zoo.hub import from_hub
 
 __all__ = ["ZOO", "ResolvedModel", "ZooEntry", "resolve_model"]
 
@@ -49,14 +50,21 @@ class ResolvedModel:
     Args:
         name: the MODEL string.
         model: the network, in evaluation mode, with random weights unless its factory loads some.
-        example_inputs: positional arguments of its forward, with a batch of one.
+        example_inputs: arguments of its forward, with a batch of one: positional, or by name.
         arguments: what its factory was called with, beyond the defaults.
     """
 
     name: str
     model: nn.Module
-    example_inputs: tuple[Tensor, ...]
+    example_inputs: tuple[Tensor, ...] | dict[str, Tensor]
     arguments: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample of the first input."""
+        given = self.example_inputs
+        first = next(iter(given.values())) if isinstance(given, dict) else given[0]
+        return tuple(first.shape[1:])
 
 
 ZOO: dict[str, ZooEntry] = {
@@ -78,7 +86,8 @@ def resolve_model(
 
     Args:
         name: a name in ZOO, `package.module:factory` (a callable or an nn.Module; the current
-            folder is searched too), `torchvision:NAME` or `timm:NAME`.
+            folder is searched too), `torchvision:NAME`, `timm:NAME`, or `hf:FOLDER` as
+            transformers saves a model (or `hf:NAME`).
         input_shape: of one input without its batch, (C, H, W) for images; None for what the
             network is known to take, or for the attribute ``example_inputs`` of the network or
             of its factory.
@@ -104,8 +113,10 @@ def resolve_model(
     return ResolvedModel(name, model.eval(), _example_inputs(example, name), arguments)
 
 
-def _example_inputs(example: object, name: str) -> tuple[Tensor, ...]:
-    """Turn a shape, a tensor or a tuple of tensors into the arguments of forward."""
+def _example_inputs(example: object, name: str) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Turn a shape, a tensor, a tuple or a dictionary of tensors into the arguments of forward."""
+    if isinstance(example, dict):
+        return example
     if isinstance(example, Tensor):
         return (example,)
     if isinstance(example, tuple | list) and example:
@@ -248,16 +259,8 @@ def _from_timm(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, obje
     return model, tuple(getattr(model, "default_cfg", {}).get("input_size", _IMAGENET))
 
 
-def _from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, object]:
-    raise IntrafuseError(
-        "hf models are not supported yet",
-        value=f"hf:{name}",
-        remedy="write a factory that loads the model and name it as module:factory",
-    )
-
-
 _SOURCES: dict[str, Callable[[str, Mapping[str, Any]], tuple[nn.Module, object]]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
-    "hf": _from_hub,
+    "hf": from_hub,
 }

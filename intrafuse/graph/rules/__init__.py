@@ -4,9 +4,22 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.graph.rules import layers, pointwise, reduce, shape
+from intrafuse.graph.rules import (
+    computed,
+    index,
+    layers,
+    make,
+    patches,
+    pointwise,
+    products,
+    recurrent,
+    reduce,
+    shape,
+    statistics,
+)
 from intrafuse.graph.rules.registry import (
     RULES,
+    Literal,
     LockError,
     Scope,
     arguments,
@@ -18,15 +31,23 @@ from intrafuse.graph.rules.registry import (
 
 __all__ = [
     "RULES",
+    "Literal",
     "LockError",
     "Scope",
     "arguments",
+    "computed",
     "entering",
+    "index",
     "layers",
     "location",
+    "make",
     "operator_name",
+    "patches",
     "pointwise",
+    "products",
+    "recurrent",
     "reduce",
     "register",
     "shape",
+    "statistics",
 ]

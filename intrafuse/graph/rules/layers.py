@@ -9,12 +9,22 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree
 from intrafuse.graph.groups import Kind, Layer, Norm
-from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+from intrafuse.graph.rules.computed import layer_of_computed
+from intrafuse.graph.rules.registry import (
+    FOLLOWING,
+    Axes,
+    LockError,
+    Scope,
+    operator_name,
+    register,
+)
 
+# Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
+INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
-def _declare(
+def declare(
     scope: Scope, node: Node, weight: str, bias: str | None, axes: tuple[int, int], out: Tree
 ) -> str | None:
     """Record a layer and name its bias: one that it has, or one that its module could hold."""
@@ -34,6 +44,10 @@ def linear(scope: Scope, node: Node) -> Axes:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
+    if scope.parameter_view(args["weight"]) is None:
+        return [*rest, layer_of_computed(scope, node, channels, 1)]
+    if args["weight"] not in scope.parameters or args["bias"] not in (None, *scope.parameters):
+        return [*rest, _part_of_linear(scope, args, channels)]
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
     rows, columns = scope.axes(args["weight"])
@@ -42,11 +56,36 @@ def linear(scope: Scope, node: Node) -> Axes:
         scope.table.unify(rows, scope.axes(args["bias"])[0])
     scope.use(weight, 1, "reader", "weight")
     scope.use(weight, 0, "writer", "weight")
-    scope.use(_declare(scope, node, weight, bias, (0, 1), rows), 0, "writer", "bias")
+    scope.use(declare(scope, node, weight, bias, (0, 1), rows), 0, "writer", "bias")
     scope.attribute(weight, "out_features", rows)
     scope.attribute(weight, "in_features", columns)
     scope.cost(node, weight, scope.positions(node, scope.table.measure(rows)), rows, columns)
     return [*rest, rows]
+
+
+def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
+    """Couple a linear map whose weight or bias is a part of a parameter, as in packed attention."""
+    rows, columns = scope.axes(args["weight"])
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "weight"), ("bias", "bias"))
+    for argument, kind in parts:
+        if args[argument] is None:
+            continue
+        view = scope.parameter_view(args[argument])
+        if view is None:
+            raise LockError(f"its {argument} is computed, not a parameter")
+        name, axes = view
+        for axis, role in zip(axes, ("writer", "reader"), strict=False):
+            if axis is None:
+                raise LockError(f"its {argument} is computed, not a parameter")
+            scope.use(name, axis, role, kind)  # type: ignore[arg-type]
+        if kind == "bias":
+            scope.table.unify(rows, scope.axes(args[argument])[0])
+    scope.table.unify(columns, channels)
+    name = scope.parameter_view(args["weight"])[0]  # type: ignore[index]
+    follower = INPUT_WIDTHS.get(name.rpartition(".")[2])
+    if follower is not None:
+        scope.attribute(name, follower, columns)
+    return rows
 
 
 def _grouped(
@@ -73,25 +112,30 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     at = len(x) - spatial - 1  # the channel dimension; an unbatched input has no axis before it
     if at == 0:
         scope.batch = 1  # an unbatched input: the first dimension holds channels, not samples
-    weight = scope.parameter(args["weight"], "weight")
-    bias = scope.optional_parameter(args["bias"], "bias")
-    w = scope.axes(args["weight"])
     for tree in x[at + 1 :]:
         scope.table.lock(tree, "spatial")
-    groups = args["groups"]
+    positions = [scope.fixed(n, "spatial") for n in scope.shape(node)[at + 1 :]]
     reader, writer = (0, 1) if transposed else (1, 0)
+    if args["weight"] not in scope.parameters:
+        return [*x[:at], layer_of_computed(scope, node, x[at], reader), *positions]
+    weight = scope.parameter(args["weight"], "weight")
+    bias = scope.optional_parameter(args["bias"], "bias")
+    w, groups = scope.axes(args["weight"]), args["groups"]
     if groups == 1:
         scope.table.unify(w[reader], x[at])
         out = w[writer]
         scope.use(weight, reader, "reader", "weight")
         scope.use(weight, writer, "writer", "weight")
-        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "writer", "bias")
     else:
         which, out = _grouped(scope, x[at], w, groups, transposed)
-        scope.attribute(weight, "groups", which, needed=True)
+        if isinstance(scope.owner(weight), FOLLOWING):
+            scope.attribute(weight, "groups", which, needed=True)
+        else:
+            scope.literal(which, node)
         scope.use(weight, 0, "carrier", "scale")
-        bias = _declare(scope, node, weight, bias, (writer, reader), out)
+        bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "carrier", "shift")
     if args["bias"] is not None:
         scope.table.unify(out, scope.axes(args["bias"])[0])
@@ -99,10 +143,9 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     scope.attribute(weight, "out_channels", out)
     w = scope.axes(args["weight"])
     counted = args["input"] if transposed else node
-    positions = scope.positions(counted, scope.table.measure(x[at] if transposed else out))
-    scope.cost(node, weight, positions * prod(scope.shape(args["weight"])[2:]), w[0], w[1])
-    size = scope.shape(node)[at + 1 :]
-    return [*x[:at], out, *(scope.fixed(n, "spatial") for n in size)]
+    times = scope.positions(counted, scope.table.measure(x[at] if transposed else out))
+    scope.cost(node, weight, times * prod(scope.shape(args["weight"])[2:]), w[0], w[1])
+    return [*x[:at], out, *positions]
 
 
 @register("conv1d", "conv2d", "conv3d")
@@ -132,13 +175,16 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
         ("running_mean", "mean"),
         ("running_var", "variance"),
     )
+    given = [args[argument] for argument, _ in parts if args[argument] is not None]
     for argument, kind in parts:
-        name = names[argument] = scope.optional_parameter(args[argument], argument)
-        if name is not None:
+        name = names[argument] = scope.parameters.get(args[argument])
+        if args[argument] is not None:
             scope.table.unify(x[1], scope.axes(args[argument])[0])
+        if name is not None:
             scope.use(name, 0, "carrier", kind)
             scope.attribute(name, "num_features", x[1])
-    if names["running_mean"] and names["running_var"] and not args["training"]:
+    plain = all(tensor in scope.parameters for tensor in given)  # nothing is computed
+    if plain and names["running_mean"] and names["running_var"] and not args["training"]:
         scope.norms.append(
             Norm(
                 names["running_mean"].rpartition(".")[0],
@@ -220,9 +266,13 @@ def layer_norm(scope: Scope, node: Node) -> Axes:
     normalised = x[len(x) - len(args["normalized_shape"]) :]
     for tree in normalised:
         scope.table.lock(tree, f"{operator_name(node)} takes its statistics over it")
-    for argument in ("weight", "bias"):
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "scale"), ("bias", "shift"))
+    for argument, kind in parts:
         if args.get(argument) is not None:
             scope.unify(scope.axes(args[argument]), normalised)
+            name = scope.parameter(args[argument], argument)
+            for axis in range(len(normalised)):
+                scope.use(name, axis, "carrier", kind)
     return x
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT
@@ -21,7 +23,8 @@ UNARY = (
 BINARY = (
     "add sub rsub mul div floor_divide remainder fmod maximum minimum atan2 where lerp addcmul "
     "addcdiv eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or "
-    "masked_fill copysign fmax fmin multiply divide subtract true_divide copy"
+    "masked_fill copysign fmax fmin multiply divide subtract true_divide copy __and__ __or__ "
+    "__xor__"
 ).split()
 # How a parameter that meets the channels in an operator acts on them.
 PARAMETER_KIND: dict[str, Kind] = {
@@ -43,21 +46,27 @@ def unary(scope: Scope, node: Node) -> Axes:
 @register(*BINARY)
 def binary(scope: Scope, node: Node) -> Axes:
     """Combine tensors element by element, broadcast as NumPy does from the last dimension."""
-    result: Axes = [UNIT] * len(scope.shape(node))
-    for operand in node.all_input_nodes:
+    result = broadcast(scope, node.all_input_nodes, len(scope.shape(node)))
+    kind = PARAMETER_KIND.get(operator_name(node))
+    if kind is not None:
+        for operand in node.all_input_nodes:
+            scope.carry(operand, kind)
+    return [scope.table.resolve(tree) for tree in result]
+
+
+def broadcast(scope: Scope, operands: Sequence[Node], dimensions: int) -> Axes:
+    """Lay tensors over each other from the last dimension; those of size 1 are repeated."""
+    result: Axes = [UNIT] * dimensions
+    sizes = [1] * dimensions
+    for operand in operands:
         axes, shape = scope.axes(operand), scope.shape(operand)
         for back in range(1, len(axes) + 1):
-            if shape[-back] == 1 and scope.shape(node)[-back] != 1:
+            if shape[-back] == 1 and sizes[-back] != 1:
                 continue
-            if result[-back] == UNIT:
-                result[-back] = axes[-back]
+            if result[-back] == UNIT or sizes[-back] != shape[-back]:
+                result[-back], sizes[-back] = axes[-back], shape[-back]
             else:
                 scope.table.unify(result[-back], axes[-back])
-        kind = PARAMETER_KIND.get(operator_name(node))
-        parameter = scope.parameters.get(operand) or scope.origins.get(operand)
-        if parameter is not None and kind is not None:
-            for axis in range(len(scope.parameter_axes[parameter])):
-                scope.use(parameter, axis, "carrier", kind)
     return [scope.table.resolve(tree) for tree in result]
 
 

@@ -1,4 +1,4 @@
-"""Rules for operators that reduce or resample positions: pooling, mean, upsampling, attention."""
+"""Rules for operators that reduce or resample positions: pooling, mean, upsampling."""
 
 from __future__ import annotations
 
@@ -52,32 +52,3 @@ def reduce(scope: Scope, node: Node) -> Axes | list[Axes]:
     axes = [UNIT if dim in dims else t for dim, t in enumerate(x) if keep or dim not in dims]
     several = isinstance(node.meta["val"], tuple | list)
     return [axes] * len(node.meta["val"]) if several else axes
-
-
-@register("scaled_dot_product_attention")
-def attention(scope: Scope, node: Node) -> Axes:
-    """softmax(q k^T / sqrt(d)) v: heads are coupled; d enters the scale and stays."""
-    args = scope.arguments(node)
-    q, k, v = (scope.axes(args[name]) for name in ("query", "key", "value"))
-    table = scope.table
-    batch = len(q) - 2
-    if args["enable_gqa"]:
-        table.lock(q[batch - 1], "heads that share keys and values")
-        table.lock(k[batch - 1], "heads that share keys and values")
-        scope.unify(k[:batch], v[:batch])
-    else:
-        for axes in (k, v):
-            scope.unify(q[:batch], axes[:batch])
-    table.unify(q[-1], k[-1])
-    table.unify(k[-2], v[-2])
-    table.lock(q[-1], "its size enters the scale of attention")
-    if args["attn_mask"] is not None:
-        mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
-        for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
-            if back <= len(mask) and shape[-back] != 1:
-                table.unify(mask[-back], other)
-    for tree in (q[-2], k[-2]):
-        table.lock(tree, "positions of a sequence")
-    scope.cost(node, "attention", 1, *q, k[-2])
-    scope.cost(node, "attention", 1, *q[:-1], *v[-2:])
-    return [*(table.resolve(tree) for tree in q[:-1]), table.resolve(v[-1])]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
@@ -17,10 +18,11 @@ from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
-from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Role
+from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Rescale, Role
 
 __all__ = [
     "RULES",
+    "Literal",
     "LockError",
     "Scope",
     "arguments",
@@ -31,9 +33,32 @@ __all__ = [
 ]
 
 Axes = list[Tree]
+VIEWS = frozenset(
+    "permute t transpose unsqueeze to contiguous clone alias detach slice narrow".split()
+)
+PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
+# Modules of PyTorch whose forward takes sizes from attributes that may be set.
+FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A size that an operator was given as a number, so that the code may not follow the size.
+
+    Attributes:
+        node: the operator.
+        axis: the tree that is locked where the code does not follow.
+        part: the tree whose size is the number.
+        at: where the part lies in the result: its dimension, or the number of a result first.
+    """
+
+    node: Node
+    axis: Tree
+    part: Tree
+    at: tuple[int, ...]
 
 
 class LockError(Exception):
@@ -94,6 +119,7 @@ class Scope:
         self.table = AxisTable()
         self.model = model
         self.batch = batch
+        self.trained = {name for name, _ in model.named_parameters()}
         self.aliases = aliases  # other name of a shared parameter -> the name used here
         self.values: dict[Node, Any] = {}  # node -> axes of its tensor, or a list of these
         self.parameters: dict[Node, str] = {}  # placeholder -> name in the state dict
@@ -104,6 +130,11 @@ class Scope:
         self.norms: list[Norm] = []
         self.attributes: list[Attribute] = []
         self.costs: list[Cost] = []
+        self.literals: list[Literal] = []  # sizes that the code may hold as numbers
+        self.contracted: dict[Node, Tree] = {}  # product of activations -> what it sums over
+        self.heads: list[tuple[Node, str, Tree]] = []  # attention, what an axis is to it, the axis
+        self.rescales: list[Rescale] = []
+        self.scales: dict[Node, tuple[Tree, float]] = {}  # number = constant * size ** exponent
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return the arguments of a node by name, with the operator's defaults."""
@@ -133,11 +164,18 @@ class Scope:
         for x, y in zip(xs, ys, strict=True):
             self.table.unify(x, y)
 
-    def literal(self, tree: Tree, node: Node) -> None:
-        """Lock an axis whose size the model's code holds as a number."""
+    def literal(self, tree: Tree, node: Node, *at: int, part: Tree | None = None) -> None:
+        """Note an axis whose size, or that of a part of it, the operator was given as a number.
+
+        Whether the code computes the number from shapes and attributes is found out by running it
+        (`intrafuse.graph.literals`); the axis is locked where it does not.
+        """
         if not self.is_fixed(tree):
-            where = self.where(node)
-            self.table.lock(tree, f"{operator_name(node)} takes its size as a number{where}")
+            self.literals.append(Literal(node, tree, tree if part is None else part, at))
+
+    def follow(self, node: Node, what: str, tree: Tree) -> None:
+        """Note what an axis is to attention, for attributes that say how large it is."""
+        self.heads.append((node, what, tree))
 
     def where(self, node: Node) -> str:
         """Say at which line of the model's code a node was recorded, for a sentence."""
@@ -149,6 +187,32 @@ class Scope:
         if node not in self.parameters:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
+
+    def parameter_view(self, node: Node) -> tuple[str, list[int | None]] | None:
+        """Name the parameter that a tensor is, with the parameter's axis behind each dimension.
+
+        None where the tensor is no parameter, or one that was reshaped.
+        """
+        if node in self.parameters:
+            return self.parameters[node], list(range(len(self.shape(node))))
+        name = operator_name(node) if node.op == "call_function" else ""
+        source: Any = node.args[0] if name in VIEWS else None
+        if name == "getitem":  # a part of it
+            (whole,) = node.all_input_nodes
+            source = whole.args[0] if operator_name(whole) in PARTS else None
+        known = None if source is None else self.parameter_view(source)
+        if known is None:
+            return None
+        parameter, axes = known
+        args = {} if name == "getitem" else self.arguments(node)
+        if name == "permute":
+            axes = [axes[dim] for dim in args["dims"]]
+        elif name in ("t", "transpose"):
+            i, j = args.get("dim0", 0), args.get("dim1", -1)
+            axes[i], axes[j] = axes[j], axes[i]
+        elif name == "unsqueeze":
+            axes.insert(args["dim"] % (len(axes) + 1), None)
+        return parameter, axes
 
     def uses(self, node: Node) -> int:
         """Count the operators that take the parameter behind a node, under any of its names."""
@@ -169,6 +233,12 @@ class Scope:
             for tree in self.parameter_axes[parameter]:
                 self.table.lock(tree, f"{parameter} is used as {known[0]} and as {role}")
 
+    def carry(self, node: Node, kind: Kind) -> None:
+        """Record that a parameter, perhaps reshaped, acts on channels that others write."""
+        parameter = self.parameters.get(node) or self.origins.get(node)
+        for axis in range(len(self.parameter_axes[parameter])) if parameter else ():
+            self.use(parameter, axis, "carrier", kind)
+
     def attribute(self, parameter: str, name: str, tree: Tree, *, needed: bool = False) -> None:
         """Let an attribute of a parameter's module follow the size of an axis.
 
@@ -177,12 +247,16 @@ class Scope:
         names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
         for module in (alias.rpartition(".")[0] for alias in names):
             owner = self.model.get_submodule(module)
-            known = isinstance(owner, nn.modules.conv._ConvNd | nn.GroupNorm)
+            known = isinstance(owner, FOLLOWING)
             value = getattr(owner, name, None) if known or not needed else None
             if isinstance(value, int) and value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
             elif needed:
                 self.table.lock(tree, f"{module} has no attribute {name} to follow it")
+
+    def owner(self, parameter: str) -> nn.Module:
+        """Return the module that holds a parameter."""
+        return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def cost(self, node: Node, layer: str, positions: float, *trees: Tree) -> None:
         """Count multiply-accumulates: for each sample, positions times the sizes of the axes."""

@@ -23,6 +23,8 @@ def cat(scope: Scope, node: Node) -> Axes:
         axes = scope.axes(other)
         scope.unify(first[:dim] + first[dim + 1 :], axes[:dim] + axes[dim + 1 :])
     joined = Sum(tuple(scope.axes(tensor)[dim] for tensor in tensors))
+    for tensor in tensors:
+        scope.carry(tensor, "shift")  # such as a token that is put before the others
     return [*first[:dim], scope.table.resolve(joined), *first[dim + 1 :]]
 
 
@@ -72,8 +74,14 @@ def split(scope: Scope, node: Node) -> list[Axes]:
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
-    scope.literal(x[dim], node)
-    return _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+    results = _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
+    for i, part in enumerate(results):
+        scope.literal(x[dim], node, i, dim, part=part[dim])
+    size = args.get("split_size")
+    if isinstance(size, int) and scope.table.measure(x[dim]) == size * len(results):
+        for other in results[1:]:  # one number for all of them: they stay equal
+            scope.table.unify(results[0][dim], other[dim])
+    return results
 
 
 @register("unbind")
@@ -109,10 +117,11 @@ def slice_(scope: Scope, node: Node) -> Axes:
         start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
     if (start, stop, step) == (0, size, 1):
         return x
-    scope.literal(x[dim], node)
     if step == 1:
         part = scope.table.slice(x[dim], start, max(start, stop))
+        scope.literal(x[dim], node, dim, part=part)
     else:
+        scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")
     return [*x[:dim], part, *x[dim + 1 :]]
 
@@ -167,7 +176,7 @@ def view(scope: Scope, node: Node) -> Axes:
         given = dict(enumerate(args["size"] if "size" in args else args["shape"]))
     for dim, number in given.items():
         if number != -1 and shape[dim] > 1:
-            scope.literal(axes[dim], node)
+            scope.literal(axes[dim], node, dim)
     return axes
 
 
@@ -262,10 +271,11 @@ def expand(scope: Scope, node: Node) -> Axes:
             result.append(other[dim])
         elif kept:
             if args["size"][dim] != -1 and size > 1:
-                scope.literal(x[back], node)
+                scope.literal(x[back], node, dim)
             result.append(x[back])
         else:
-            result.append(scope.fixed(size, "expanded to a size that the code holds as a number"))
+            result.append(scope.table.atom(size))
+            scope.literal(result[-1], node, dim)
     return result
 
 

@@ -1,0 +1,109 @@
+"""Compare what a resized network runs with what its channel graph expects, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isclose
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree, tree_size
+from intrafuse.graph.rules import operator_name
+from intrafuse.graph.rules.pointwise import BINARY, UNARY
+
+__all__ = ["Difference", "calls", "first_difference", "numbers"]
+
+NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
+COPIES = frozenset(
+    ("contiguous", "alias", "detach", "_assert_tensor_metadata", "_set_grad_enabled")
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first operator that does not do what was expected.
+
+    Attributes:
+        node: the operator of the traced network.
+        rule: what it should do, in words.
+        value: what it does.
+        expected: the shape that it should give, where that is what differs.
+        numbers: what it computes with, where that is what differs.
+    """
+
+    node: Node
+    rule: str
+    value: object
+    expected: list | None = None
+    numbers: tuple[float, ...] | None = None
+
+
+def calls(nodes: Iterable[Node]) -> list[Node]:
+    """List the operators among the nodes of a graph, but for copies, which may be left out."""
+    return [n for n in nodes if n.op == "call_function" and operator_name(n) not in COPIES]
+
+
+def numbers(node: Node) -> tuple[float, ...]:
+    """List the numbers that an operator was given."""
+    return tuple(
+        float(a) for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float)
+    )
+
+
+def first_difference(
+    old: Iterable[Node],
+    new: Iterable[Node],
+    values: Mapping[Node, list],
+    scales: Mapping[Node, tuple[Tree, float]],
+    before: Mapping[int, int],
+    sizes: Mapping[int, int],
+    *,
+    whole: bool = True,
+) -> Difference | None:
+    """Find the first operator whose kind, result or numbers are not what sizes make of them.
+
+    Args:
+        old, new: the operators of the traced network and of the resized one.
+        values: the trees of each result of the traced network.
+        scales: numbers that follow a size: operator -> (tree of the size, exponent).
+        before, sizes: the size of every atom when traced, and now.
+        whole: whether the resized network ran to its end; else only sizes and numbers count.
+    """
+    first, second = calls(old), calls(new)
+    for node, now in zip(first, second, strict=False):
+        if operator_name(node) != operator_name(now):
+            different = Difference(node, "runs another operator", operator_name(now))
+            return different if whole else None
+        wanted_shape, shape = _wanted(values[node], sizes), _shape(now.meta.get("val"))
+        if shape is not None and shape != wanted_shape:
+            return Difference(node, f"should give {wanted_shape}", shape, wanted_shape)
+        if operator_name(node) in NUMERIC:
+            wanted, given = numbers(node), numbers(now)
+            if node in scales:
+                tree, exponent = scales[node]
+                ratio = (tree_size(tree, sizes) / tree_size(tree, before)) ** exponent
+                wanted = tuple(number * ratio for number in wanted)
+            if len(wanted) != len(given) or not all(
+                a == b or isclose(a, b, rel_tol=1e-9) for a, b in zip(wanted, given, strict=True)
+            ):
+                return Difference(node, f"computes with {[*wanted]}", [*given], numbers=given)
+    if whole and len(first) != len(second):
+        return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
+    return None
+
+
+def _wanted(trees: list, sizes: Mapping[int, int]) -> list:
+    """Compute the shape of a result, or of each of several results."""
+    return [_wanted(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
+
+
+def _shape(value: Any) -> list | None:
+    """Read the shape of a result, or of each of several results; None where it has none."""
+    if isinstance(value, Tensor):
+        return [int(n) for n in value.shape]
+    if isinstance(value, tuple | list) and all(isinstance(item, Tensor) for item in value):
+        return [_shape(item) for item in value]
+    return None

@@ -1,0 +1,170 @@
+"""Find out by trial which sizes in a model's code follow when channels go.
+
+Code is full of sizes: `x.view(b, t, self.heads, -1)`, `x[..., : x.shape[-1] // 2]`, a literal 64.
+A trace shows numbers only. So a copy of the model is given other sizes in every group that may be
+pruned, without any values, and is traced again: a number that changed as the graph expects was
+computed from shapes. One that did not may come from an attribute of the module; then the attribute
+is changed as well, and the trial repeated. What does not follow in the end is locked. So is
+attention whose scale follows the width in a way that no layer before it can make up for.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import leaves, tree_size
+from intrafuse.graph.compare import Difference, calls, first_difference
+from intrafuse.graph.explain import Trials, follow_names, give_up, learn, line_of, trial_sizes
+from intrafuse.graph.export import recorded
+from intrafuse.graph.groups import Attribute
+from intrafuse.graph.rules import Scope
+
+__all__ = ["Workshop", "settle"]
+
+Export = Callable[[nn.Module], Any]
+Build = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Mapping[str, int]]], nn.Module]
+ROUNDS = 24  # of trials; what is open after them is locked
+
+
+class _Elsewhere(Exception):
+    """Raised where a model fails at another size, but not in an operator of the trace.
+
+    Attributes:
+        lines: (file, line) of each call, innermost last.
+    """
+
+    def __init__(self, lines: list[tuple[str, str]]) -> None:
+        super().__init__(lines)
+        self.lines = lines
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """How a model is put together and run at other sizes.
+
+    Attributes:
+        build: makes a copy of the model with parameters of other shapes, and other attributes.
+        record: lists the operators that a model runs; those that lead nowhere are among them.
+        export: lists those that an export keeps.
+    """
+
+    build: Build
+    record: Export
+    export: Export
+
+
+def settle(
+    scope: Scope, nodes: list[Node], free: Callable[[], list[int]], workshop: Workshop
+) -> None:
+    """Lock the sizes that the code does not follow, and note the attributes that it needs.
+
+    Args:
+        scope: the trace; its literals are what is open.
+        nodes: its operators.
+        free: lists the atoms that may be pruned now.
+        workshop: runs the model at other sizes.
+    """
+    trials = Trials(scope, nodes)
+    follow_names(trials)
+    if not _open(scope, free()):
+        return
+    works = partial(_works, trials, workshop=workshop)
+    for left in range(ROUNDS, 0, -1):
+        atoms = free()
+        try:
+            found = _trial(trials, atoms, workshop) if atoms else None
+            if found is None:
+                break
+            learnt = learn(trials, found, atoms)
+        except _Elsewhere as failure:
+            learnt = give_up(trials, failure.lines, atoms)
+        if not learnt:
+            _lock_culprits(trials, atoms, works, left)
+    else:
+        for atom in free():
+            scope.table.lock(atom, "no trial of the code at other sizes succeeded")
+    for (module, name), tree in trials.attributes.items():
+        scope.attributes.append(Attribute(module, name, tree))
+
+
+def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
+    try:
+        return not atoms or _trial(trials, atoms, workshop) is None
+    except _Elsewhere:
+        return False
+
+
+def _lock_culprits(
+    trials: Trials, atoms: list[int], works: Callable[[list[int]], bool], budget: int
+) -> None:
+    """Find by halving which sizes the code does not bear, and lock these."""
+    waiting = [atoms]
+    while waiting:
+        some = waiting.pop()
+        budget -= 1
+        if budget > 0 and works(some):
+            continue
+        if len(some) == 1 or budget <= 0:
+            for atom in some:
+                trials.scope.table.lock(atom, "the code fails where its size is another")
+            continue
+        waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
+
+
+def _open(scope: Scope, atoms: list[int]) -> bool:
+    """Tell whether some number in the code may belong to the atoms that may be pruned."""
+    wanted = set(atoms)
+    trees = [item.axis for item in scope.literals] + [tree for _, _, tree in scope.heads]
+    return any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
+
+
+def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference | None:
+    """Run the model at other sizes.
+
+    Returns:
+        None where it does what the graph expects, else the first difference. An operator that
+        fails is one.
+    """
+    scope = trials.scope
+    sizes, resolve = trial_sizes(scope, atoms), scope.table.resolve
+    shapes = {
+        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
+        for name, trees in scope.parameter_axes.items()
+    }
+    attributes: dict[str, dict[str, int]] = {}
+    known = [((a.module, a.name), a.tree) for a in scope.attributes]
+    for (module, name), tree in [*known, *trials.attributes.items()]:
+        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    values = {
+        node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
+        for node, value in scope.values.items()
+    }
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    expected = (values, scales, dict(enumerate(scope.table.size)), sizes)
+    try:
+        model = workshop.build(shapes, attributes)
+        new = workshop.record(model)
+    except IntrafuseError as error:
+        cause = error.__cause__ or error
+        ran = recorded(cause)
+        found = first_difference(trials.nodes, ran, *expected, whole=False)
+        lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+        done = len(calls(ran))
+        if done and "val" not in calls(ran)[-1].meta:
+            done -= 1  # the one that failed
+        following = calls(trials.nodes)[done:]
+        if found is None and not (following and line_of(following[0]) in lines):
+            raise _Elsewhere(lines) from error
+        return found or Difference(following[0], "runs", "an error")
+    found = first_difference(trials.nodes, new, *expected)
+    if found is not None and found.expected is None and found.numbers is None:
+        return first_difference(trials.nodes, workshop.export(model), *expected)
+    return found

@@ -1,0 +1,96 @@
+"""Rules for operators that move positions by number: index, gather, roll, repeat."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import UNIT, Product
+from intrafuse.graph.rules.pointwise import broadcast
+from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+
+NUMBERED = "its positions are taken by number"
+
+
+@register("index", "_unsafe_index")
+def index(scope: Scope, node: Node) -> Axes:
+    """Take positions of some dimensions by tensors of numbers; the others stay as they are."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    wanted = [*args["indices"], *[None] * (len(x) - len(args["indices"]))]
+    given = [dim for dim, tensor in enumerate(wanted) if tensor is not None]
+    if any(wanted[dim].meta["val"].dtype.itemsize == 1 for dim in given):
+        raise LockError("its result has as many positions as a mask says")
+    for dim in given:
+        scope.table.lock(x[dim], NUMBERED)
+    rest = [tree for dim, tree in enumerate(x) if dim not in given]
+    new = broadcast(scope, [wanted[dim] for dim in given], len(scope.shape(node)) - len(rest))
+    together = given == list(range(given[0], given[-1] + 1))
+    at = given[0] if together else 0
+    return [*rest[:at], *new, *rest[at:]]
+
+
+@register("gather", "take_along_dim")
+def gather(scope: Scope, node: Node) -> Axes:
+    """Take positions of one dimension, by numbers for each place of the others."""
+    args = scope.arguments(node)
+    x, numbers = scope.axes(args["self"]), scope.axes(args.get("index") or args["indices"])
+    if args["dim"] is None or len(x) != len(numbers):
+        raise LockError("it takes positions of all dimensions at once")
+    dim = args["dim"] % len(x)
+    scope.table.lock(x[dim], NUMBERED)
+    for other in range(len(x)):
+        if other != dim:
+            scope.table.unify(x[other], numbers[other])
+    return [scope.table.resolve(tree) for tree in numbers]
+
+
+@register("index_select")
+def index_select(scope: Scope, node: Node) -> Axes:
+    """Take positions of one dimension by a list of numbers."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    scope.table.lock(x[dim], NUMBERED)
+    return [*x[:dim], *scope.axes(args["index"]), *x[dim + 1 :]]
+
+
+@register("roll")
+def roll(scope: Scope, node: Node) -> Axes:
+    """Move positions along dimensions, by a number."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    for dim in args["dims"] or range(len(x)):
+        scope.table.lock(x[dim], "roll moves its positions by a number")
+    return scope.axes(args["self"])
+
+
+@register("repeat", "tile")
+def repeat(scope: Scope, node: Node) -> Axes:
+    """Lay copies of a tensor side by side."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    counts = args["repeats" if operator_name(node) == "repeat" else "dims"]
+    counts = [1] * (len(x) - len(counts)) + list(counts)
+    x = [UNIT] * (len(counts) - len(x)) + x
+    result: Axes = []
+    for tree, count in zip(x, counts, strict=True):
+        if count == 1:
+            result.append(tree)
+        elif scope.table.measure(tree) == 1:
+            result.append(scope.table.atom(count))
+            scope.literal(result[-1], node, len(result) - 1)
+        else:
+            result.append(scope.table.resolve(Product((scope.fixed(count, "copies"), tree))))
+    return result
+
+
+@register("repeat_interleave")
+def repeat_interleave(scope: Scope, node: Node) -> Axes:
+    """Repeat each position of a dimension."""
+    args = scope.arguments(node)
+    if not isinstance(args.get("repeats"), int) or args["dim"] is None:
+        raise LockError("its result has as many positions as a tensor says")
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    copies = scope.fixed(args["repeats"], "copies")
+    return [*x[:dim], scope.table.resolve(Product((x[dim], copies))), *x[dim + 1 :]]

@@ -1,0 +1,252 @@
+"""Rules for products of two tensors: matmul, einsum, and attention, fused or written by hand.
+
+A product with a parameter is a layer: it reads the axis that is summed over and writes the one
+that only the parameter has. A product of two activations couples them: queries with keys, weights
+of attention with values. What is summed over then, and what lies beside it in both (heads), can
+be chosen among, but not combined (see `intrafuse.merging.merge_groups`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import UNIT, Product
+from intrafuse.graph.rules.layers import declare
+from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+from intrafuse.graph.rules.scale import follow_size
+
+SUMMED = "a product of two activations sums over it"
+BESIDE = "each of its channels multiplies two activations on its own"
+SHARING = "the query heads of one key-value head stay together"
+
+
+@register("matmul", "bmm", "mm")
+def matmul(scope: Scope, node: Node) -> Axes:
+    """Sum over the last dimension of the first tensor and the last but one of the second."""
+    args = scope.arguments(node)
+    first, second = args["self"], args["mat2"] if "mat2" in args else args["other"]
+    return _product(scope, node, first, second)
+
+
+@register("addmm", "baddbmm")
+def addmm(scope: Scope, node: Node) -> Axes:
+    """Add a tensor, such as a bias, to a product."""
+    args = scope.arguments(node)
+    second = args["mat2"] if "mat2" in args else args["batch2"]
+    bias = args["self"]
+    weight = scope.parameter_view(second)
+    if bias not in scope.parameters or weight is None or len(scope.shape(bias)) != 1:
+        result = _product(scope, node, args["mat1"] if "mat1" in args else args["batch1"], second)
+        for back, other in enumerate(reversed(scope.axes(bias)), 1):
+            if scope.shape(bias)[-back] != 1:
+                scope.table.unify(result[-back], other)
+        return [scope.table.resolve(tree) for tree in result]
+    if args["beta"] != 1 or args["alpha"] != 1:
+        raise LockError("it multiplies its weight or its bias with a number")
+    name = scope.parameters[bias]
+    result = _product(scope, node, args["mat1"], second, name)
+    scope.table.unify(result[-1], scope.axes(bias)[0])
+    scope.use(name, 0, "writer", "bias")
+    return [scope.table.resolve(tree) for tree in result]
+
+
+def _product(scope: Scope, node: Node, a: Node, b: Node, bias: str | None = None) -> Axes:
+    """Write a product of matrices, with dimensions before them that broadcast, as labels."""
+    rows, columns = len(scope.shape(a)), len(scope.shape(b))
+    if rows < 2 or columns < 2:
+        raise LockError("one of its factors is a vector")
+    batch = max(rows, columns) - 2
+    letters = list(range(batch))
+    one = [*letters[batch - (rows - 2) :], -1, -2]
+    two = [*letters[batch - (columns - 2) :], -2, -3]
+    return contract(scope, node, (a, b), (one, two), [*letters, -1, -3], bias)
+
+
+@register("einsum")
+def einsum(scope: Scope, node: Node) -> Axes:
+    """Sum products of two tensors over the letters that the result does not name."""
+    args = scope.arguments(node)
+    equation = args["equation"].replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    operands, terms = args["tensors"], left.split(",")
+    if (
+        "." in equation
+        or not arrow
+        or len(operands) != 2
+        or any(len(set(t)) != len(t) for t in terms)
+    ):
+        raise LockError(f"no rule reads the equation {equation}")
+    labels = [[ord(letter) for letter in term] for term in terms]
+    return contract(scope, node, operands, labels, [ord(letter) for letter in right])
+
+
+def contract(
+    scope: Scope, node: Node, operands, labels, output: list[int], bias: str | None = None
+) -> Axes:
+    """Couple the axes of two tensors that carry the same label, and name what each is for.
+
+    Args:
+        scope, node: as for a rule.
+        operands: the two tensors.
+        labels: for each, a label for each of its dimensions.
+        output: the labels of the result; the others are summed over.
+        bias: a parameter that is added to the result.
+    """
+    table, trees, sizes = scope.table, {}, {}
+    for operand, names in zip(operands, labels, strict=True):
+        for name, tree, size in zip(names, scope.axes(operand), scope.shape(operand), strict=True):
+            if name not in trees or sizes[name] == 1:
+                trees[name], sizes[name] = tree, size
+            elif size != 1:
+                table.unify(trees[name], tree)
+    weights = [scope.parameter_view(operand) for operand in operands]
+    summed = [name for name in trees if name not in output]
+    if weights[0] is None and weights[1] is None:
+        _couple(scope, node, labels, output, trees, sizes)
+    elif weights[0] is not None and weights[1] is not None:
+        raise LockError("it multiplies two parameters")
+    else:
+        which = 0 if weights[0] is not None else 1
+        _layer(scope, node, operands[which], labels[which], labels[1 - which], output, trees, bias)
+    count = prod(sizes[name] for name in (*output, *summed))
+    scaled = [trees[name] for name in (*output, *summed) if sizes[name] > 1]
+    whole = prod(table.measure(tree) for tree in scaled)
+    scope.cost(node, operator_name(node), count / max(whole, 1), *scaled)
+    return [table.resolve(trees[name]) for name in output]
+
+
+def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
+    """Say what a product of two activations allows."""
+    beside = [n for n in trees if n in output and all(n in names for names in labels)]
+    beside = [name for name in beside if sizes[name] > 1]
+    for name in trees:
+        if name not in output:
+            scope.table.choose(trees[name], SUMMED)
+            scope.contracted[node] = trees[name]
+        elif name in beside:
+            scope.table.choose(trees[name], BESIDE)
+            _together(scope, trees[name])
+            scope.follow(node, "heads", trees[name])
+    if beside:  # as in attention: queries meet keys, then weights meet values
+        for name in trees:
+            if name not in output:
+                scope.follow(node, "width", trees[name])
+            elif name not in beside and name in labels[1]:
+                scope.follow(node, "value width", trees[name])
+
+
+def _layer(
+    scope: Scope, node: Node, operand: Node, own, others, output, trees, bias: str | None
+) -> None:
+    """Name what a parameter does in a product with an activation."""
+    known = scope.parameter_view(operand)
+    assert known is not None
+    parameter, axes = known
+    written, read = [], []
+    for label, axis in zip(own, axes, strict=True):
+        if axis is None:
+            continue
+        if label not in output:
+            read.append(axis)
+            scope.use(parameter, axis, "reader", "weight")
+        elif label in others:
+            scope.use(parameter, axis, "carrier", "scale")
+        else:
+            written.append(axis)
+            buffer = parameter not in scope.trained
+            role = ("carrier", "scale") if buffer else ("writer", "weight")
+            scope.use(parameter, axis, *role)
+    if len(written) == len(read) == 1 and len(scope.parameter_axes[parameter]) == 2:
+        out = trees[own[axes.index(written[0])]]
+        declare(scope, node, parameter, bias, (written[0], read[0]), out)
+        for attribute in ("nf", "out_features"):
+            scope.attribute(parameter, attribute, out)
+        for attribute in ("nx", "in_features"):
+            scope.attribute(parameter, attribute, trees[own[axes.index(read[0])]])
+
+
+@register("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_product(scope: Scope, node: Node) -> Axes:
+    """Multiply runs of rows by the matrix of the expert that they were sent to."""
+    x, weight = node.args[0], node.args[1]
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    known, trees = scope.parameter_view(weight), scope.axes(weight)
+    if known is None or None in known[1] or len(trees) != 3 or len(scope.shape(x)) != 2:
+        raise LockError("its weight is no parameter with a matrix for each expert")
+    parameter, axes = known
+    experts, columns, rows = trees
+    scope.table.lock(experts, "tokens are sent to experts by number")
+    scope.table.unify(columns, scope.axes(x)[-1])
+    for axis, role, kind in zip(
+        axes, ("carrier", "reader", "writer"), ("scale", "weight", "weight"), strict=True
+    ):
+        assert axis is not None
+        scope.use(parameter, axis, role, kind)  # type: ignore[arg-type]
+    scope.cost(node, "experts", scope.shape(x)[0], columns, rows)
+    return [scope.axes(x)[0], scope.table.resolve(rows)]
+
+
+@register("scaled_dot_product_attention")
+def attention(scope: Scope, node: Node) -> Axes:
+    """softmax(q k^T scale) v: heads are coupled, widths of queries and keys, and lengths."""
+    args = scope.arguments(node)
+    q, k, v = (scope.axes(args[name]) for name in ("query", "key", "value"))
+    table = scope.table
+    batch = len(q) - 2
+    if args["enable_gqa"]:
+        _share_heads(scope, q[batch - 1], k[batch - 1])
+        scope.unify(q[: batch - 1], k[: batch - 1])
+        scope.unify(k[:batch], v[:batch])
+    else:
+        for axes in (k, v):
+            scope.unify(q[:batch], axes[:batch])
+    table.unify(q[-1], k[-1])
+    table.unify(k[-2], v[-2])
+    if args["attn_mask"] is not None:
+        scope.carry(args["attn_mask"], "shift")  # a table of relative positions
+        mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
+        for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
+            if back <= len(mask) and shape[-back] != 1:
+                table.unify(mask[-back], other)
+    for tree in (q[-2], k[-2]):
+        table.lock(tree, "positions of a sequence")
+    table.choose(q[-1], SUMMED)
+    scope.contracted[node] = q[-1]
+    for tree in q[:batch]:
+        table.choose(tree, BESIDE)
+    _together(scope, q[batch - 1] if batch else UNIT)
+    if args["scale"] is None:
+        follow_size(scope, node, args["query"], q[-1], 0.5)
+    for what, tree in (
+        ("heads", q[batch - 1] if batch else UNIT),
+        ("key heads", k[batch - 1] if batch else UNIT),
+        ("width", q[-1]),
+        ("value width", v[-1]),
+        ("all", Product((q[batch - 1], q[-1])) if batch else UNIT),
+    ):
+        scope.follow(node, what, tree)
+    scope.cost(node, "attention", 1, *q, k[-2])
+    scope.cost(node, "attention", 1, *q[:-1], *v[-2:])
+    return [*(table.resolve(tree) for tree in q[:-1]), table.resolve(v[-1])]
+
+
+def _share_heads(scope: Scope, queries, keys) -> None:
+    """Couple each key-value head with the query heads that share it."""
+    table = scope.table
+    many, few = table.measure(queries), table.measure(keys)
+    split = table.factor(queries, (few, many // few))
+    if split is None:
+        raise LockError("its query heads cannot be divided among its key-value heads")
+    table.unify(split[0], keys)
+    table.lock(split[1], SHARING)
+
+
+def _together(scope: Scope, heads) -> None:
+    """Let the query heads of one key-value head, repeated before the product, go together."""
+    tree = scope.table.resolve(heads)
+    if isinstance(tree, Product):
+        free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
+        for factor in free[1:]:
+            scope.table.lock(factor, SHARING)

@@ -1,0 +1,193 @@
+"""Numbers that follow a size: attention divides by the root of the width of its queries.
+
+When the width shrinks, the code's own number changes with it, and with it what is computed from
+the channels that stay. The layer that writes the queries then takes the ratio into its weights,
+where nothing but products with constants lies between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Sum, Tree, leaves
+from intrafuse.graph.groups import Rescale
+from intrafuse.graph.rules.registry import Scope, operator_name
+
+__all__ = ["follow_size"]
+
+MOVES = frozenset(
+    "view reshape _unsafe_view unflatten flatten permute transpose t unsqueeze squeeze expand "
+    "contiguous clone to alias detach neg slice select chunk split split_with_sizes unbind "
+    "getitem dropout _to_copy type_as float movedim".split()
+)
+PARTS = frozenset(("slice", "select", "getitem"))
+LAYERS = frozenset(("linear", "addmm", "conv1d", "conv2d"))
+
+
+def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: float) -> None:
+    """Let the layer behind a tensor make up for a number that follows a size, or lock the size.
+
+    Args:
+        scope: the trace.
+        node: the operator with the number.
+        source: the tensor that it multiplies, in degree one.
+        size: the tree of the size d.
+        exponent: the layer is multiplied by (m / d) ** exponent where m of d channels stay.
+    """
+    found = _writer(scope, node, source, size)
+    if found is None:
+        scope.table.lock(size, "its size enters the scale of attention")
+        return
+    layer, before, part = found
+    args, weight = scope.arguments(layer), _weight(scope, layer)
+    name = scope.parameters[weight]
+    bias = args["self"] if operator_name(layer) == "addmm" else args["bias"]
+    known = scope.layers[name]
+    scope.rescales.append(
+        Rescale(
+            name,
+            scope.parameters.get(bias) or known.bias,
+            known.output_axis,
+            before,
+            part,
+            size,
+            exponent,
+        )
+    )
+
+
+def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, Tree, Tree] | None:
+    """Find the layer that a tensor is linear in, and which of its outputs the tensor holds."""
+    chain = list(_back(scope, source, size))
+    if not chain or operator_name(chain[-1]) not in LAYERS:
+        return None
+    layer = chain[-1]
+    weight = _weight(scope, layer)
+    if scope.parameters.get(weight) not in scope.layers or scope.uses(weight) != 1:
+        return None
+    dim = 1 if operator_name(layer).startswith("conv") else -1
+    whole = scope.axes(layer)[dim]
+    if _only_leads_to(scope, layer, node):
+        return layer, Sum(()), whole
+    for i in range(len(chain) - 2, -1, -1):
+        start = chain[i]
+        if operator_name(start) in PARTS and _only_leads_to(scope, start, node):
+            rows = _rows(scope, chain[i:], dim)
+            parts = None if rows is None else _range(scope, whole, *rows)
+            return None if parts is None else (layer, *parts)
+    return None
+
+
+def _weight(scope: Scope, layer: Node) -> Node:
+    args = scope.arguments(layer)
+    return args["mat2"] if "mat2" in args else args["weight"]
+
+
+def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
+    """Go back from a tensor, along those that hold the size, until a layer writes it."""
+    wanted = set(leaves(scope.table.resolve(size)))
+    while node.op == "call_function":
+        yield node
+        if operator_name(node) in LAYERS:
+            return
+        ahead = [
+            n for n in node.all_input_nodes
+            if n in scope.values and wanted & {a for t in _trees(scope, n) for a in leaves(t)}
+            and n.op == "call_function"
+        ]  # fmt: skip
+        if not ahead:
+            return
+        node = ahead[0]
+
+
+def _trees(scope: Scope, node: Node) -> list[Tree]:
+    values = scope.values[node]
+    flat = [t for value in values for t in (value if isinstance(value, list) else [value])]
+    return [scope.table.resolve(tree) for tree in flat]
+
+
+def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
+    """Tell whether a tensor reaches nothing but one operator, and that in degree one."""
+    scaled, waiting = {start}, [start]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop(0)
+        for user in node.users:
+            if user is end or user in scaled or operator_name(user) in ("_assert_tensor_metadata",):
+                continue
+            if user.op != "call_function":
+                return False
+            if _is_linear(user, scaled):
+                scaled.add(user)
+                seen.discard(user)
+                waiting.append(user)
+            else:
+                seen.add(user)  # its other operands may turn out to be scaled as well
+    if seen:
+        return False
+    operands = [n for n in end.all_input_nodes if n in scaled]
+    return len(operands) == 1
+
+
+def _is_linear(node: Node, scaled: set[Node]) -> bool:
+    """Tell whether an operator's result is multiplied by whatever the scaled tensors are."""
+    name = operator_name(node)
+    tensors = node.all_input_nodes
+    if name in MOVES:
+        return tensors[0] in scaled
+    if name in ("add", "sub", "cat", "stack"):
+        constant = name in ("add", "sub") and len(tensors) < 2
+        return all(tensor in scaled for tensor in tensors) and not constant
+    if name == "mul":
+        return sum(tensor in scaled for tensor in node.args[:2]) == 1
+    if name == "div":
+        return node.args[0] in scaled and node.args[1] not in scaled
+    if name in ("matmul", "bmm"):
+        return sum(tensor in scaled for tensor in node.args[:2]) == 1
+    return False
+
+
+def _rows(scope: Scope, chain: list[Node], dim: int) -> tuple[int, int] | None:
+    """Find which outputs of a layer, at the end of a chain, its first tensor holds: a range."""
+    shape = scope.shape(chain[-1])
+    count = shape[dim]
+    line = torch.arange(count).view([-1 if i == dim % len(shape) else 1 for i in range(len(shape))])
+    value: Any = line.expand(shape)
+    for node in reversed(chain[:-1]):
+        if operator_name(node) not in MOVES - {"neg"} or len(node.all_input_nodes) != 1:
+            return None
+        if operator_name(node) == "getitem":
+            value = value[node.args[1]]
+        else:
+            value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    found = value.unique()
+    low, high = int(found[0]), int(found[-1]) + 1
+    return (low, high) if high - low == len(found) else None
+
+
+def _range(scope: Scope, tree: Tree, low: int, high: int) -> tuple[Tree, Tree] | None:
+    """Write a range of an axis as the trees of what lies before it and of what it holds."""
+    if isinstance(tree, Sum):
+        pieces = list(tree.parts)
+    elif isinstance(tree, Product) and isinstance(tree.factors[0], int):
+        rest = Product(tree.factors[1:])
+        if not scope.table.reasons(tree.factors[0]):
+            return None
+        pieces = [rest] * scope.table.measure(tree.factors[0])
+    else:
+        return None
+    before, part, at = [], [], 0
+    for piece in pieces:
+        end = at + scope.table.measure(piece)
+        if end <= low:
+            before.append(piece)
+        elif at >= low and end <= high:
+            part.append(piece)
+        elif at < high:
+            return None
+        at = end
+    return Sum(tuple(before)), Sum(tuple(part))
