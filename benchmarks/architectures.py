@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from language_models import CONFIGURATIONS, from_transformers
 from own_networks import OWN
 from torch import Tensor, nn
+from transformer_models import CONFIGURATIONS, from_transformers
 
 __all__ = ["ARCHITECTURES", "build", "import_torchvision"]
 

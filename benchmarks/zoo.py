@@ -20,6 +20,7 @@ import json
 import multiprocessing as mp
 import re
 import statistics
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -55,12 +56,13 @@ def main() -> None:
     for library in ("timm", "transformers"):  # once, before the processes fork
         importlib.import_module(library)
 
+    commit = _commit()
     patterns = options.only.split(",")
     for name in (n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in patterns)):
         known = rows.get(name, {}).get("status")
         if known is not None and not options.again and not (options.retry and known != "pass"):
             continue
-        rows[name] = apart(name, options.limit)
+        rows[name] = {**apart(name, options.limit), "commit": commit}
         print(name, line(rows[name]), flush=True)
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(rows, indent=1, sort_keys=True))
@@ -84,6 +86,12 @@ def apart(name: str, limit: float) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
 def _report(name: str, pipe: Any) -> None:
     try:
         row = examine(name)
@@ -97,19 +105,17 @@ def _report(name: str, pipe: Any) -> None:
 def examine(name: str) -> dict[str, Any]:
     """Trace, prune and verify one architecture; refusals and wrong results become rows."""
     model, inputs = build(name)
-    started = time.perf_counter()
-    try:
-        graph = intrafuse.trace(model, inputs)
-        row = describe(model, graph) | {"graph": round(time.perf_counter() - started, 2)}
-    except intrafuse.IntrafuseError as error:
-        return {"status": "refused", "why": str(error)[:600]}
-    if not graph.groups:
-        return {**row, "status": "refused", "why": "nothing can be pruned"}
     try:
         plan = intrafuse.plan(
             model, inputs, channels=SHARE, method="select", importance="random", seed=1
         )
-        row["removed"] = round(plan.removed["params"], 4)
+    except intrafuse.IntrafuseError as error:
+        return {"status": "refused", "why": str(error)[:600], **_described(model, inputs)}
+    row = describe(model, plan.graph) | {
+        "graph": round(plan.seconds, 2),
+        "removed": round(plan.removed["params"], 4),
+    }
+    try:
         found = intrafuse.verify(model, plan, example_inputs=inputs)
         row |= {"relative": found.relative, "effect": found.effect}
         small = plan.apply(model)
@@ -118,6 +124,14 @@ def examine(name: str) -> dict[str, Any]:
         return {**row, "status": status, "why": str(error)[:600]}
     backward(small, inputs)
     return {**row, "status": "pass"}
+
+
+def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
+    """Describe a network that could not be planned for, where it can be traced at all."""
+    try:
+        return describe(model, intrafuse.trace(model, inputs))
+    except intrafuse.IntrafuseError:
+        return {}
 
 
 def describe(model: torch.nn.Module, graph: intrafuse.ChannelGraph) -> dict[str, Any]:
@@ -171,6 +185,8 @@ def page(rows: dict[str, Any]) -> str:
     passed = [row for row in rows.values() if row["status"] == "pass"]
     worst = max((row["relative"] for row in passed), default=0.0)
     prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
+    commits = Counter(row.get("commit", "earlier ones of the same day") for row in rows.values())
+    measured = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
     header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
     return f"""# Architectures
 
@@ -181,12 +197,14 @@ def page(rows: dict[str, Any]) -> str:
 
 {summary(rows)} ({len(passed) / max(len(rows), 1):.1%} pass). Random weights, small inputs, one
 thread. Over those that pass, the largest difference is {worst:.1e} of the largest output, and the
-median share of the parameters that can be pruned is {prunable:.0%}.
+median share of the parameters that can be pruned is {prunable:.0%}. Measured at the commits
+{measured}.
 
 - **result**: `pass` where groups could be pruned, the pruned network equals the masked original to
   1e-4 of its largest output in float32, and forward and backward run (backward in training mode);
   `refused` where nothing could be pruned, or a clear error said why not.
 - **prunable**: share of the parameters on an axis of which some group may shrink.
+- **graph**: seconds for the trace and the plan, on a machine that other work shared.
 - **removed**: share of the parameters that goes with half of every group's channels.
 - **difference**: of the largest output, between pruned network and masked original.
 - **what stays**: why groups are locked, with their number, the two commonest reasons but for the

@@ -283,7 +283,7 @@ def prune(
     )
     smaller = made.apply(model)
     if made.maps:
-        check_code(smaller, made, example_inputs)
+        check_code(smaller, made, example_inputs, original=model)
     took = (
         latencies({"before": model, "after": smaller}, example_inputs)
         if latency is not None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from intrafuse.batches import map_tensors
 from intrafuse.errors import IntrafuseError
@@ -77,19 +76,27 @@ def verify(
         _require_selection(step)
     inputs = _choose_inputs(plan, example_inputs)
     if plan.maps and plan.graph.program is not None:
-        check_code(plan.apply(model), plan, inputs)
+        check_code(plan.apply(model), plan, inputs, original=model)
     found = _compare(model, plan, inputs, tolerance)
-    if not found.relative <= tolerance:
-        alone = (replace(plan, maps=(step,)) for step in plan.maps)
-        wrong = [p.maps[0].group for p in alone if not _agrees(model, p, inputs, tolerance)]
-        raise IntrafuseError(
-            f"the pruned network must compute what the masked original does to {tolerance:g} of "
-            "the largest output",
-            value=found.relative,
-            layer=", ".join(wrong or [step.group for step in plan.maps]),
-            remedy="exclude these groups, and report the network",
-        )
+    if not found.relative <= tolerance:  # NaN too
+        raise _disagrees(model, plan, inputs, found)
     return found
+
+
+def _disagrees(
+    model: nn.Module, plan: Plan, inputs: ExampleInputs, found: Verification
+) -> IntrafuseError:
+    """Name the groups that alone, too, make the outputs differ, or else all."""
+    alone = (replace(plan, maps=(step,)) for step in plan.maps)
+    far = found.tolerance
+    wrong = [p.maps[0].group for p in alone if not _agrees(model, p, inputs, far)]
+    return IntrafuseError(
+        f"the pruned network must compute what the masked original does to {far:g} of the largest "
+        "output",
+        value=found.relative,
+        layer=", ".join(wrong or [step.group for step in plan.maps]),
+        remedy="exclude these groups, and report the network",
+    )
 
 
 def _require_selection(step: MergeMap) -> None:
@@ -198,26 +205,46 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
-def check_code(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> None:
+def check_code(
+    pruned: nn.Module,
+    plan: Plan,
+    example_inputs: ExampleInputs,
+    *,
+    original: nn.Module | None = None,
+) -> None:
     """Trace a pruned network and compare it with the plan, operator by operator.
 
     Code may hold a size as a number (a reshape, a branch, a factor such as ``x.shape[1] ** -0.5``).
     Then the pruned network would run something else than was planned.
 
+    Args:
+        pruned: what the plan made of its network.
+        plan: a plan that was made, not loaded.
+        example_inputs: what to trace with.
+        original: the network that the plan was made for; with it, an error names the groups that
+            must keep their size.
+
     Raises:
         IntrafuseError: an operator, a shape or a factor differs; names the line of code.
     """
+    error = _fault(pruned, plan, example_inputs)
+    if error is None:
+        return
+    remedy = "exclude the layers that write these channels, or let the code not use the number"
+    if original is not None:
+        guilty = _guilty(original, plan, example_inputs)
+        remedy = f"exclude={guilty} (--exclude), or let the code not use the number"
+    raise IntrafuseError(error.rule, layer=error.layer, remedy=remedy) from error
+
+
+def _fault(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> IntrafuseError | None:
+    """Find what a pruned network does otherwise than planned."""
     program = plan.graph.program
     try:
         now = export_program(pruned, example_inputs).graph.nodes
     except IntrafuseError as error:
-        raise IntrafuseError(
-            f"the code depends on a number of channels: {error.rule}, but only once the network "
-            "is pruned",
-            layer=error.layer,
-            remedy="exclude the layers that write these channels, or let the code not use the "
-            "number",
-        ) from error
+        rule = f"the code depends on a number of channels: {error.rule}"
+        return IntrafuseError(f"{rule}, but only once the network is pruned", layer=error.layer)
     found = first_difference(
         program.nodes,
         now,
@@ -226,15 +253,27 @@ def check_code(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> 
         plan.graph.sizes,
         plan.graph.resized(plan.widths),
     )
-    if found is not None:
-        raise _differs(found.node, found.rule, found.value)
-
-
-def _differs(node: Node, rule: str, value: object) -> IntrafuseError:
+    if found is None:
+        return None
     return IntrafuseError(
-        f"the code depends on a number of channels: operator {operator_name(node)} {rule}, but "
-        "not once the network is pruned",
-        value=value,
-        layer=location(node) or node.name,
-        remedy="exclude the layers that write these channels, or let the code not use the number",
+        f"the code depends on a number of channels: operator {operator_name(found.node)} "
+        f"{found.rule}, but not once the network is pruned, where it is {found.value}",
+        layer=location(found.node) or found.node.name,
     )
+
+
+def _guilty(original: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> list[str]:
+    """List groups without which the code does what was planned, found by halving."""
+
+    def works(steps: list[MergeMap]) -> bool:
+        some = replace(plan, maps=tuple(steps))
+        return not steps or _fault(some.apply(original), some, example_inputs) is None
+
+    steps, guilty = [*plan.maps], []
+    while not works(steps):
+        fine, failing = 0, len(steps)
+        while failing - fine > 1:
+            half = (fine + failing) // 2
+            fine, failing = (half, failing) if works(steps[:half]) else (fine, half)
+        guilty.append(steps.pop(failing - 1).group)
+    return guilty

@@ -84,6 +84,14 @@ def test_inspect_verifies_against_a_masked_copy():
     assert "verified" not in figures("inspect", "mlp")
 
 
+def test_a_network_that_cannot_be_pruned_is_inspected_all_the_same(tmp_path, monkeypatch):
+    text = "import torch\n\n\ndef build():\n    return torch.nn.Linear(4, 2)\n"
+    (tmp_path / "single_layer.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = run("inspect", "single_layer:build", "--input-shape", "4", "--verify")
+    assert "nothing to verify" in found.stderr and "model output" in found.stdout
+
+
 def test_compare_gives_the_rows_of_the_design(weights):
     arguments = ["compare", "mlp", "--weights", weights, "--channels", "0.3,0.5,0.7"]
     found = figures(*arguments, "--methods", "select,intra-fusion", "--data", "digits")

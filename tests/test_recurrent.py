@@ -163,7 +163,7 @@ def test_merging_methods_run(method):
     assert all(torch.isfinite(tensor).all() for tensor in found)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from([0.2, 0.5, 0.9]), st.integers(0, 1000))
 def test_select_equals_the_masked_references(data, share, seed):
     kind = data.draw(st.sampled_from([*LAYERS]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,11 +41,38 @@ def test_code_that_depends_on_the_number_of_channels_is_refused(name):
     model = Scaled(NUMBERS[name])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(2, 3, 6, 6)
-    with pytest.raises(IntrafuseError, match=r"number of channels.*test_verify\.py.*exclude"):
+    with pytest.raises(
+        IntrafuseError, match=r"number of channels.*test_verify\.py.*exclude=\['body'\]"
+    ):
         intrafuse.prune(model, x, channels=0.5, inplace=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert intrafuse.prune(model, x, channels=0.0).model.body.out_channels == 8
+
+
+def test_all_layers_that_must_be_excluded_are_named():
+    class Strict(nn.Module):
+        """A chain whose code insists on two of its four widths."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(SIZES))
+
+        def forward(self, x):
+            for i, layer in enumerate(self.layers):
+                x = layer(x).relu()
+                if i in (1, 3):
+                    assert x.shape[1] == SIZES[i + 1], "another width"
+            return x
+
+    SIZES = (5, 12, 10, 8, 6, 3)
+    model, x = Strict(), torch.randn(2, 5)
+    with pytest.raises(IntrafuseError, match=r"another width.*test_verify\.py") as caught:
+        intrafuse.prune(model, x, channels=0.5)
+    named = re.search(r"exclude=(\[.*?\])", str(caught.value))
+    assert named and sorted(ast.literal_eval(named[1])) == ["layers.1", "layers.3"]
+    small = intrafuse.prune(model, x, channels=0.5, exclude=["layers.1", "layers.3"]).model
+    assert [layer.out_features for layer in small.layers] == [6, 10, 4, 6, 3]
 
 
 def test_channels_on_a_spatial_axis_of_a_convolution_stay():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intrafuse.cli.options import Common, ModelOptions
-from intrafuse.cli.output import show_table, write_json
+from intrafuse.cli.output import show_note, show_table, write_json
 
 if TYPE_CHECKING:
     from intrafuse.graph import ChannelGroup, Slot
@@ -43,8 +43,10 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
         "groups": [{"index": g.index, **_data(g)} for g in groups],
         "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
     }
-    if verify:
+    if verify and groups:
         data["verified"] = _verify(resolved, common)
+    elif verify:
+        show_note("note: nothing can be pruned, so that there is nothing to verify")
     write_json(common, "inspection", data)
     show_table(
         common,
@@ -57,7 +59,7 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
     if graph.locked:
         rows = [[g.name, str(g.size), "; ".join(g.locked)] for g in graph.locked]
         show_table(common, "Locked", ["group", "channels", "why"], rows, numbers=(1,))
-    if verify:
+    if "verified" in data:
         rows = [[name, f"{value:g}"] for name, value in data["verified"].items()]
         show_table(common, "Verified against a masked copy", ["", ""], rows, numbers=(1,))
 

@@ -6,6 +6,7 @@ which a statistic of the weight is taken stay: filters that lose inputs would be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 
@@ -81,10 +82,10 @@ def _sources(scope: Scope, weight: Node) -> list[str]:
 def _follow(scope: Scope, node: Node, inputs: Tree, out: Tree) -> None:
     """Let the sizes that a layer's module holds follow."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    if not stack or not isinstance(scope.model.get_submodule(stack[-1]), FOLLOWING):
-        return
-    for name, tree in (("in_channels", inputs), ("out_channels", out)):
-        scope.attribute(f"{stack[-1]}.weight", name, tree)
+    owner = re.sub(r"@\d+", "", stack[-1]) if stack else ""  # a second call is module@1
+    if isinstance(scope.model.get_submodule(owner), FOLLOWING):
+        for name, tree in (("in_channels", inputs), ("out_channels", out)):
+            scope.attribute(f"{owner}.weight", name, tree)
 
 
 @register("_weight_norm")

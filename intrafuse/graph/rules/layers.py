@@ -120,8 +120,7 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
         return [*x[:at], layer_of_computed(scope, node, x[at], reader), *positions]
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
-    w = scope.axes(args["weight"])
-    groups = args["groups"]
+    w, groups = scope.axes(args["weight"]), args["groups"]
     if groups == 1:
         scope.table.unify(w[reader], x[at])
         out = w[writer]
