@@ -24,7 +24,7 @@ from intrafuse.prune import Pruned, prune
 from intrafuse.report.page import write_report
 from intrafuse.report.record import as_record, write_record
 from intrafuse.training import PRESETS, train
-from intrafuse.zoo import resolve_model
+from intrafuse.zoo import ResolvedModel, resolve_model
 
 __all__ = ["Demo", "run_demo"]
 
@@ -79,13 +79,8 @@ def run_demo(
         IntrafuseError: a folder cannot be written.
     """
     report = progress or (lambda what, done, total: None)
-    images, test = (load_data("digits", split=split) for split in ("train", "test"))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = resolve_model(NETWORK, **ARGUMENTS)
-        settings = TRAINING.model_copy(update={"epochs": epochs})
-        steps = partial(report, "training")
-        train(network.model, images, settings, seed=seed, device=device, progress=steps)
+    network = _trained(seed, epochs, device, partial(report, "training"))
+    test = load_data("digits")
     example = map_tensors(lambda tensor: tensor.to(device), network.example_inputs)
     out = Path(out)
     keeping = partial(save, architecture=NETWORK, arguments=ARGUMENTS)
@@ -123,6 +118,19 @@ def run_demo(
     if find_spec("matplotlib") is not None and find_spec("jinja2") is not None:
         page = write_report([out], out / "report.html", title="intrafuse demo")
     return Demo(comparison, tuple(folders), folders[-1], same, page)
+
+
+def _trained(
+    seed: int, epochs: int, device: str, progress: Callable[[int, int], None]
+) -> ResolvedModel:
+    """Train the network, and leave the stream of random numbers as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = resolve_model(NETWORK, **ARGUMENTS)
+        settings = TRAINING.model_copy(update={"epochs": epochs})
+        images = load_data("digits", split="train")
+        train(network.model, images, settings, seed=seed, device=device, progress=progress)
+    return network
 
 
 @dataclass(frozen=True)

@@ -169,13 +169,7 @@ def plan(
         overrides=dict(overrides or {}),
     )
     require_rereadable(data)
-    if repair not in (None, "analytic"):
-        raise IntrafuseError(
-            "repair of a plan must be analytic, or None",
-            value=repair,
-            usage=True,
-            remedy="intrafuse.prune repairs batch norm",
-        )
+    _require_plannable(repair)
     chosen = resolve_method(method)
     graph = trace(model, example_inputs)
     groups = choose_groups(graph, include, exclude)
@@ -188,13 +182,10 @@ def plan(
     scores = {group.name: score(group, context, importance) for group in groups}
     damage = damage_by_width(groups, _folded(weights)) if scope == "predicted" else None
     choose = partial(choose_widths, graph, groups, scores, budget, damage=damage)
-    predicted = None
     if budget.kind == "latency":
-        timed = LatencyModel(model, graph, groups, example_inputs)
-        widths = _settle(choose, timed)
-        predicted = {"before": timed.milliseconds({}), "after": timed.milliseconds(widths)}
+        widths, predicted = _settle(choose, LatencyModel(model, graph, groups, example_inputs))
     else:
-        widths = choose(amount=_counting(budget.kind, original, before))
+        widths, predicted = choose(amount=_counting(budget.kind, original, before)), None
     maps = merge_groups(chosen, groups, scores, widths, context, repair=repair)
     settings = {
         "method": _describe(chosen),
@@ -330,15 +321,31 @@ def _counting(kind: str, weights: Weights, before: Figures) -> Callable[[Mapping
     return amount
 
 
-def _settle(choose: Callable[..., dict[str, int]], timed: LatencyModel) -> dict[str, int]:
-    """Choose widths by predicted latency, time them, and choose again until nothing changes."""
+def _settle(
+    choose: Callable[..., dict[str, int]], timed: LatencyModel
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Choose widths by predicted latency, time them, and choose again until nothing changes.
+
+    Returns:
+        The widths, and the predicted milliseconds "before" and "after".
+    """
     widths = choose(amount=timed.milliseconds)
     for _ in range(OBSERVED):
         timed.observe(widths)
-        before, widths = widths, choose(amount=timed.milliseconds)
-        if widths == before:
+        known, widths = widths, choose(amount=timed.milliseconds)
+        if widths == known:
             break
-    return widths
+    return widths, {"before": timed.milliseconds({}), "after": timed.milliseconds(widths)}
+
+
+def _require_plannable(repair: str | None) -> None:
+    if repair not in (None, "analytic"):
+        raise IntrafuseError(
+            "repair of a plan must be analytic, or None",
+            value=repair,
+            usage=True,
+            remedy="intrafuse.prune repairs batch norm",
+        )
 
 
 def _name(function: object) -> str:
