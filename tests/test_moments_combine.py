@@ -1,4 +1,4 @@
-"""Moment rules of sums, gates, cat, shapes, attention, held against Monte Carlo.
+"""Moment rules of sums, gates, cat, shapes, held against Monte Carlo.
 
 Where a rule is exact, mean and covariance agree to sampling error. Where it approximates, the
 test says so, asks for the exact parts, and that it beats what it replaces.
@@ -233,38 +233,6 @@ def test_pooling_keeps_order_and_correlation(pool):
     assert float(torch.corrcoef(torch.stack([moments.mean, mean]))[0, 1]) > 0.9
     known, true = correlation(moments.covariance)[0], correlation(covariance)[0]
     assert distance(known, true) < 0.8 * distance(torch.eye(6).double(), true)
-
-
-class Attention(nn.Module):
-    """Multi-head attention, then its output without the last layer."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
-        self.qkv, self.fused = nn.Linear(6, 24), fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        if self.fused:
-            q, k, v = self.qkv(x).reshape(b, t, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            q, k, v = (f(x).view(b, t, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, 8)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_has_the_moments_of_its_values(fused):
-    """Approximate: exact for weights that put all on one value; else the spread is a bound."""
-    model = seeded(lambda: Attention(fused))
-    with torch.no_grad():  # equal weights: no key differs, so the output is the mean value
-        for weight in (model.k.weight, model.qkv.weight[8:16]):
-            weight.zero_()
-    moments, (mean, covariance) = (
-        found(model, noise(2, 5, 6)),
-        measured(model, noise(40_000, 5, 6), axis=2),
-    )
-    torch.testing.assert_close(moments.mean, mean, rtol=0, atol=0.01)
-    torch.testing.assert_close(moments.covariance / 5, covariance, rtol=0, atol=0.01)
 
 
 UNKNOWN = {

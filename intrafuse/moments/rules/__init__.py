@@ -4,6 +4,6 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.moments.rules import combine, layers, norms, pointwise, shape
+from intrafuse.moments.rules import attention, combine, layers, norms, pointwise, shape
 
-__all__ = ["combine", "layers", "norms", "pointwise", "shape"]
+__all__ = ["attention", "combine", "layers", "norms", "pointwise", "shape"]

@@ -1,4 +1,4 @@
-"""Moment rules for operators that combine activations: sums, gates, cat, attention."""
+"""Moment rules for operators that combine activations: sums, gates, cat."""
 
 from __future__ import annotations
 
@@ -159,18 +159,6 @@ def _mixture(parts: list[Moments], shares: Tensor) -> Moments:
     for share, one in zip(shares, parts, strict=True):
         covariance += share * one.covariance
     return Moments(parts[0].tree, mean, covariance)
-
-
-@register("scaled_dot_product_attention")
-def attention(self: Propagation, node: Node) -> Moments | None:
-    """Take the moments of the values, of which attention forms convex combinations.
-
-    The mean holds where weights and values are independent; the spread is that of attention to a
-    single position, an upper bound, and alike for all channels of a head.
-    """
-    before = self.operand(arguments(node)["value"])
-    found = None if before is None else kept(self, before, self.axes(node))
-    return None if found is None else replace(found, origin=None)
 
 
 def _operands(self: Propagation, node: Node) -> tuple[Moments, Moments] | None:

@@ -55,9 +55,11 @@ def group_norm(self: Propagation, node: Node) -> Moments | None:
 def layer_norm(self: Propagation, node: Node) -> Moments | None:
     """Describe the first normalised axis; over the others, gamma and beta are averaged.
 
-    Layer norm shares mean and spread out evenly: mean beta, spread gamma, and channels that sum
-    to zero. RMS norm tells the second moment, gamma squared; how much of it is the mean, what
-    enters says.
+    Layer norm leaves channels that sum to zero before gamma, of mean square one over all of them.
+    How the spread is shared among them, what enters says; their means count as beta, because
+    the means of a residual stream, inferred layer upon layer, are worse than none (measured:
+    docs/research.md). RMS norm tells the second moment, gamma squared; how much of it is the
+    mean, what enters says.
     """
     args = arguments(node)
     rank = len(args["normalized_shape"])
@@ -65,7 +67,7 @@ def layer_norm(self: Propagation, node: Node) -> Moments | None:
     gamma, beta = self.tensor(args["weight"]), self.tensor(args.get("bias"))
     if operator_name(node) == "layer_norm":
         if rank == 1 and before is not None and before.tree == tree:
-            before = _centred(before)
+            return _shared(_centred(before), gamma, beta, float(args["eps"]), self.axes(node)[-1])
         return _normalised(self, before, tree, gamma, beta, self.axes(node)[-rank])
     found = _normalised(self, before, tree, gamma, None, self.axes(node)[-rank])
     if before is None or before.tree != tree:
@@ -95,8 +97,22 @@ def _normalised(
     else:
         among, _ = correlation(before.covariance)
     scale = _levels(gamma, n)
-    mean = torch.zeros(n).double() if beta is None else beta.double().reshape(n, -1).mean(1)
-    return Moments(result, mean, among * scale * scale[:, None])
+    return Moments(result, _offsets(beta, n), among * scale * scale[:, None])
+
+
+def _shared(
+    before: Moments, gamma: Tensor | None, beta: Tensor | None, eps: float, result: Tree
+) -> Moments:
+    """Bring the mean variance of all channels to one: each keeps its share of the spread."""
+    n = len(before.mean)
+    level = before.covariance.diagonal().clamp_min(0).mean() + eps
+    scale = _levels(gamma, n) / level.clamp_min(1e-300).sqrt()
+    return Moments(result, _offsets(beta, n), before.covariance * scale * scale[:, None])
+
+
+def _offsets(beta: Tensor | None, n: int) -> Tensor:
+    """Return beta (n,): the mean over several positions."""
+    return torch.zeros(n).double() if beta is None else beta.double().reshape(n, -1).mean(1)
 
 
 def _levels(gamma: Tensor | None, n: int) -> Tensor:
