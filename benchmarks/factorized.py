@@ -22,7 +22,7 @@ import intrafuse
 from intrafuse.checkpoint import MANIFEST
 from intrafuse.factorize.recipe import Recipe, make_recipe, write_recipe
 from intrafuse.factorize.result import Result
-from intrafuse.factorize.timeline import draw_timeline
+from intrafuse.report.kinds.factorized import timeline
 
 METHODS = ("intra-fusion", "select", "moment")
 SHARES = (0.5, 0.7)
@@ -101,8 +101,8 @@ def main() -> None:
                     f"| {whole / seconds:.2f} | {moved:,.0f} |",
                     flush=True,
                 )
-            shown = {scheme: results[0] for scheme, results in found.items()}
-            draw_timeline(shown, options.out / f"timeline-{method}-{share:g}.png")
+            shown = {scheme: results[0].record({}) for scheme, results in found.items()}
+            timeline(shown).write(options.out / f"timeline-{method}-{share:g}.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from intrafuse.moments.synthetic import synthesise
     from intrafuse.plan import Plan
     from intrafuse.prune import Pruned, Report, plan, prune
+    from intrafuse.verify import Verification, verify
 
 __all__ = [
     "Budget",
@@ -36,6 +37,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "Report",
+    "Verification",
     "factorize",
     "fold_batchnorm",
     "fuse",
@@ -45,6 +47,7 @@ __all__ = [
     "save",
     "synthesise",
     "trace",
+    "verify",
 ]
 __version__ = "0.1.0"
 
@@ -63,6 +66,7 @@ _HOMES = {
     "moments.synthetic": ("synthesise",),
     "plan": ("Plan",),
     "prune": ("Pruned", "Report", "plan", "prune"),
+    "verify": ("Verification", "verify"),
 }
 _MODULES = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 

@@ -18,9 +18,9 @@ from intrafuse.patterns import matches, require_matches
 
 __all__ = ["Budget", "Figures", "choose_widths", "measure"]
 
-Kind = Literal["channels", "params", "macs"]
+Kind = Literal["channels", "params", "macs", "latency"]
 Scope = Literal["uniform", "global", "predicted"]
-KINDS: tuple[Kind, ...] = ("channels", "params", "macs")
+KINDS: tuple[Kind, ...] = ("channels", "params", "macs")  # that are counted, not timed
 SCOPES: tuple[Scope, ...] = ("uniform", "global", "predicted")
 STEPS = 64  # widths of a group that `predicted` looks at
 UNKNOWN = 1e12  # damage of a step in a group without moments
@@ -50,7 +50,7 @@ class Budget:
     """How much to remove, and where.
 
     Attributes:
-        kind: what is counted: `channels`, `params` or `macs`.
+        kind: what the share is of: `channels`, `params`, `macs`, or `latency` as it is predicted.
         share: the fraction to remove, in [0, 1).
         scope: `uniform` removes the same share of channels in every group; `global` ranks the
             channels of all groups together, each score divided by the mean of its group;
@@ -137,7 +137,7 @@ def choose_widths(
     groups: list[ChannelGroup],
     scores: Mapping[str, Tensor],
     budget: Budget,
-    figures: Callable[[Mapping[str, int]], Figures],
+    amount: Callable[[Mapping[str, int]], float],
     damage: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
     """Choose how many channels each group keeps.
@@ -147,7 +147,7 @@ def choose_widths(
         groups: the groups that may shrink.
         scores: importance (channels,) by group name, for `scope="global"`.
         budget: what to remove.
-        figures: sizes of the network when the named groups have the given widths.
+        amount: what the budget counts, of the network when the named groups have given widths.
         damage: for `scope="predicted"`: damage (channels + 1,) by width, by group name.
 
     Returns:
@@ -166,20 +166,20 @@ def choose_widths(
         if g.name in fixed
     }
     if budget.scope == "predicted":
-        steps, widths_at = _predicted_ladder(free, damage or {}, base, budget, figures)
+        steps, widths_at = _predicted_ladder(free, damage or {}, base, budget, amount)
     else:
         ladder = _uniform_ladder if budget.scope == "uniform" else _global_ladder
         steps, widths_at = ladder(free, scores, budget)
     if groups and budget.kind == "channels" and budget.scope == "uniform":
         return {**base, **widths_at(budget.share)}
-    before = figures({})
+    before = amount({})
     groups_before = sum(group.size for group in groups)
 
     def removed(step: float) -> float:
         widths = {**base, **widths_at(step)}
         if budget.kind == "channels":  # of the groups that may shrink
             return 1 - sum(widths.values()) / groups_before if groups_before else 0.0
-        return figures(widths).removed(before)[budget.kind]
+        return 1 - amount(widths) / max(before, 1e-300)
 
     return {**base, **widths_at(_first_enough(steps, removed, budget))}
 
@@ -265,18 +265,18 @@ def _predicted_ladder(
     damage: Mapping[str, np.ndarray],
     base: Mapping[str, int],
     budget: Budget,
-    figures: Callable[[Mapping[str, int]], Figures],
+    amount: Callable[[Mapping[str, int]], float],
 ):
     """Every step of a greedy descent: always the group that costs least for what it saves."""
     widths = {group.name: group.size for group in groups}
     offers = {g.name: _offers(g, damage.get(g.name), budget) for g in groups}
     path = [dict(widths)]
-    now = getattr(figures({**base, **widths}), budget.kind)
+    now = amount({**base, **widths})
     while any(offers.values()):
         best = (float("inf"), "", 0)
         for name, own in offers.items():
             if own:
-                then = getattr(figures({**base, **widths, name: own[0][0]}), budget.kind)
+                then = amount({**base, **widths, name: own[0][0]})
                 price = (own[0][1] + 1e-12) / max(now - then, 1e-9)
                 best = min(best, (price, name, then))
         _, name, now = best

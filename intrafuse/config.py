@@ -59,13 +59,18 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
         built = _built(model, config, rest)
         if built is not None and _misfit(model, built, base) <= best:
             found = rest
+    _write(model, config, found)
+    return found
+
+
+def _write(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> None:
+    """Set fields of a configuration, and of the copies that modules hold."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    for field, value in found.items():
+    for field, value in fields.items():
         old = getattr(config, field, None)
         for other in configs.values():
             if getattr(other, field, None) == old:
                 setattr(other, field, value)
-    return found
 
 
 def _options(

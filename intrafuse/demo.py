@@ -1,25 +1,35 @@
-"""The demonstration: train on the embedded digits, prune by two methods, save and reload."""
+"""The demonstration: train on the embedded digits, prune by two methods, save, reload, report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from intrafuse.batches import map_tensors
 from intrafuse.checkpoint import load, save
-from intrafuse.data import load_data
+from intrafuse.data import Images, load_data
 from intrafuse.evaluate.compare import Comparison, Row, compare
+from intrafuse.evaluate.cost import costs, costs_record
+from intrafuse.evaluate.divergences import divergences
+from intrafuse.evaluate.landscape import landscape
+from intrafuse.evaluate.sensitivity import sensitivity
 from intrafuse.prune import Pruned, prune
+from intrafuse.report.page import write_report
+from intrafuse.report.record import as_record, write_record
 from intrafuse.training import PRESETS, train
 from intrafuse.zoo import resolve_model
 
 __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
+POINTS = 11  # of the landscape's grid, in each direction
 ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
 TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64})
 Progress = Callable[[str, int, int], None]
@@ -34,12 +44,14 @@ class Demo:
         folders: where the networks were saved; the unpruned one first.
         reloaded: the folder that was loaded again.
         identical: whether the outputs of that network are the same bit for bit.
+        report: the page of it all; None where the extra `plots` is not installed.
     """
 
     comparison: Comparison
     folders: tuple[Path, ...]
     reloaded: Path
     identical: bool
+    report: Path | None
 
 
 def run_demo(
@@ -48,6 +60,7 @@ def run_demo(
     seed: int = 0,
     epochs: int = TRAINING.epochs,
     shares: Sequence[float] = SHARES,
+    points: int = POINTS,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Demo:
@@ -58,6 +71,7 @@ def run_demo(
         seed: of weights and order of images.
         epochs: of training.
         shares: of channels to remove.
+        points: of the landscape's grid, in each direction.
         device: where to compute.
         progress: called with (what, done, total).
 
@@ -72,17 +86,17 @@ def run_demo(
         settings = TRAINING.model_copy(update={"epochs": epochs})
         steps = partial(report, "training")
         train(network.model, images, settings, seed=seed, device=device, progress=steps)
-    example = tuple(tensor.to(device) for tensor in network.example_inputs)
+    example = map_tensors(lambda tensor: tensor.to(device), network.example_inputs)
     out = Path(out)
     keeping = partial(save, architecture=NETWORK, arguments=ARGUMENTS)
     folders: list[Path] = [keeping(out / "original", network.model)]
-    last: list[Pruned] = []
+    kept: dict[str, Pruned] = {}
 
     def keep(row: Row, pruned: Pruned) -> None:
         share = next(iter(pruned.report.wanted.values()))
         folder = out / f"{row.method}-{share:g}"
         folders.append(keeping(folder, pruned, figures={"accuracy": row.accuracy}))
-        last[:] = [pruned]
+        kept[folder.name] = pruned
 
     comparison = compare(
         network.model,
@@ -98,5 +112,67 @@ def run_demo(
     some = test.unlabelled(64, seed=seed).to(device)
     with torch.inference_mode():
         again = load(folders[-1]).to(device)(some)
-        same = torch.equal(again, last[0].model.eval()(some))
-    return Demo(comparison, tuple(folders), folders[-1], same)
+        same = torch.equal(again, kept[folders[-1].name].model.eval()(some))
+    study = _Study(network.model, example, test, device, report)
+    records = {"comparison": comparison.as_data(), **study.measure(shares, kept, points)}
+    page = None
+    for kind, record in records.items():
+        facts = {"model": NETWORK, "data": "digits", "images": len(test)}
+        found = as_record(kind, {**facts, **record}, command=f"intrafuse demo --seed {seed}")
+        write_record(out / f"{kind}.json", found)
+    if find_spec("matplotlib") is not None and find_spec("jinja2") is not None:
+        page = write_report([out], out / "report.html", title="intrafuse demo")
+    return Demo(comparison, tuple(folders), folders[-1], same, page)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What is looked at of the network and its prunings."""
+
+    model: nn.Module
+    example_inputs: tuple[Any, ...]
+    test: Images
+    device: str
+    report: Progress
+
+    def measure(
+        self, shares: Sequence[float], kept: Mapping[str, Pruned], points: int
+    ) -> dict[str, dict[str, Any]]:
+        """Measure divergence, landscape, sensitivity and cost: a record of each kind."""
+        middle = shares[len(shares) // 2]
+        common: Any = {"device": self.device}
+        network = (self.model, self.example_inputs, self.test)
+        networks = {f"{method}-{middle:g}": kept[f"{method}-{middle:g}"] for method in METHODS}
+        plans = {
+            pruned.plan.settings["method"]["name"]: pruned.plan for pruned in networks.values()
+        }
+        apart = divergences(
+            *network,
+            channels=shares,
+            methods=METHODS,
+            layers=True,
+            progress=partial(self.report, "divergence"),
+            **common,
+        )
+        plane = landscape(
+            self.model,
+            plans,
+            self.test,
+            points=points,
+            progress=partial(self.report, "landscape"),
+            **common,
+        )
+        alone = sensitivity(
+            *network,
+            shares=shares,
+            methods=METHODS,
+            progress=partial(self.report, "sensitivity"),
+            **common,
+        )
+        models = {NETWORK: self.model, **{name: one.model for name, one in networks.items()}}
+        return {
+            "divergence": apart.as_data(),
+            "landscape": {"channels_removed": middle, **plane.as_data()},
+            "sensitivity": alone.as_data(),
+            "cost": costs_record(costs(models, self.example_inputs), self.example_inputs),
+        }

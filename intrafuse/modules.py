@@ -47,9 +47,15 @@ def place(
                 trained = old.requires_grad if old is not None else _trains(owner)
                 if parameter is None:
                     parameter = nn.Parameter(_in_layout_of(old, tensor), requires_grad=trained)
-                owner._parameters[leaf] = parameter
+                if isinstance(owner, nn.RNNBase):  # it keeps a list of its weights
+                    setattr(owner, leaf, parameter)
+                else:
+                    owner._parameters[leaf] = parameter
             else:
                 raise IntrafuseError("the module has no such parameter", layer=path)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN wants the weights in one piece of memory
     for path, values in attributes.items():
         for attribute, value in values.items():
             setattr(model.get_submodule(path), attribute, value)

@@ -119,6 +119,29 @@ class Plan:
         title = f"Plan: {self.settings.get('method', {}).get('name', '?')}"
         return f"{text_table(title, header, rows, numbers=(0, 2, 3))}{summary}"
 
+    def as_data(self) -> dict[str, Any]:
+        """Give what was asked for, sizes and widths as JSON data."""
+        names = ("method", "importance", "budget", "seed")
+        widths = {
+            group.name: {
+                "index": group.index,
+                "before": group.size,
+                "after": self.widths[group.name],
+                "written_by": list(group.layers),
+                "read_by": list(dict.fromkeys(slot.layer for slot in group.readers)),
+            }
+            for group in self.graph.groups
+        }
+        return {
+            **{name: self.settings[name] for name in names},
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "removed": dict(self.removed),
+            "widths": widths,
+            "notes": {group: dict(note) for group, note in self.notes.items()},
+            "seconds": self.seconds,
+        }
+
     def save(self, path: str | Path) -> None:
         """Write the plan to one safetensors file; no half-written file is left on failure."""
         tensors = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +17,8 @@ from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.importance import Importance, score
+from intrafuse.latency import Latency, latencies
+from intrafuse.latency_model import LatencyModel
 from intrafuse.merging import merge_groups
 from intrafuse.methods import Method, resolve_method
 from intrafuse.methods.settings import check_choice
@@ -30,6 +33,8 @@ from intrafuse.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]
 
+OBSERVED = 6  # networks that are timed while widths for a budget of latency are chosen
+
 
 @dataclass(frozen=True)
 class Report:
@@ -40,6 +45,7 @@ class Report:
         reached: shares removed of channels, params and macs, in [0, 1].
         before, after: sizes of the network.
         seconds: time for tracing, planning and surgery (and repair, where asked for).
+        latency: of a call, measured "before" and "after"; empty but for a budget of latency.
         notes: what the method says of its choices, by group name: for `auto` what was "chosen",
             and the "predicted" error of each candidate.
     """
@@ -49,6 +55,7 @@ class Report:
     before: Figures
     after: Figures
     seconds: float
+    latency: Mapping[str, Latency] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -62,6 +69,12 @@ class Report:
             ]
             for kind in KINDS
         ]
+        if self.latency:
+            before, after = (self.latency[name].median for name in ("before", "after"))
+            milliseconds = ["latency (ms)", f"{before:.3f}", f"{after:.3f}"]
+            rows.append(
+                [*milliseconds, f"{1 - after / before:.1%}", f"{self.wanted['latency']:.1%}"]
+            )
         header = ["", "before", "after", "removed", "wanted"]
         table = text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
         header, rows = self.choices()
@@ -96,6 +109,7 @@ def plan(
     channels: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    latency: float | None = None,
     method: str | Method = "intra-fusion",
     importance: str | Importance = "l1",
     scope: Scope = "uniform",
@@ -114,7 +128,9 @@ def plan(
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace it with.
-        channels, params, macs: the budget, exactly one of them: the share to remove, in [0, 1).
+        channels, params, macs, latency: the budget, exactly one of them: the share to remove, in
+            [0, 1). Latency is that of a call with the example inputs where the model is, predicted
+            from some networks that are timed (`LatencyModel`).
         method: `select`, `intra-fusion`, `folding`, or a method with settings of your own, such
             as `IntraFusion(p=2)`.
         importance: a metric's name, or a callable `(group, context) -> scores (channels,)`.
@@ -146,7 +162,7 @@ def plan(
     """
     started = time.perf_counter()
     budget = Budget.of(
-        {"channels": channels, "params": params, "macs": macs},
+        {"channels": channels, "params": params, "macs": macs, "latency": latency},
         scope=scope,
         floor=floor,
         round_to=round_to,
@@ -168,16 +184,17 @@ def plan(
     if chosen.folds_batchnorm:
         fold_norms(weights)
     original = weights.snapshot()
-    counted = original.counted()
-
-    def figures(widths: Mapping[str, int]) -> Figures:
-        shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
-        return measure(graph, graph.resized(widths), counted) if shrinks else before
-
     context = Context(weights, original, model, example_inputs, data, seed, progress)
     scores = {group.name: score(group, context, importance) for group in groups}
     damage = damage_by_width(groups, _folded(weights)) if scope == "predicted" else None
-    widths = choose_widths(graph, groups, scores, budget, figures, damage)
+    choose = partial(choose_widths, graph, groups, scores, budget, damage=damage)
+    predicted = None
+    if budget.kind == "latency":
+        timed = LatencyModel(model, graph, groups, example_inputs)
+        widths = _settle(choose, timed)
+        predicted = {"before": timed.milliseconds({}), "after": timed.milliseconds(widths)}
+    else:
+        widths = choose(amount=_counting(budget.kind, original, before))
     maps = merge_groups(chosen, groups, scores, widths, context, repair=repair)
     settings = {
         "method": _describe(chosen),
@@ -187,6 +204,7 @@ def plan(
         "exclude": list(exclude),
         "seed": seed,
         "repair": repair,
+        "latency": predicted,
     }
     after = measure(graph, weights.sizes, weights.counted()) if maps else before
     fold = chosen.folds_batchnorm and bool(maps)
@@ -200,6 +218,7 @@ def prune(
     channels: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    latency: float | None = None,
     method: str | Method = "intra-fusion",
     importance: str | Importance = "l1",
     scope: Scope = "uniform",
@@ -248,6 +267,7 @@ def prune(
         channels=channels,
         params=params,
         macs=macs,
+        latency=latency,
         method=method,
         importance=importance,
         scope=scope,
@@ -263,7 +283,12 @@ def prune(
     )
     smaller = made.apply(model)
     if made.maps:
-        check_code(smaller, made, example_inputs)
+        check_code(smaller, made, example_inputs, original=model)
+    took = (
+        latencies({"before": model, "after": smaller}, example_inputs)
+        if latency is not None
+        else {}
+    )
     if repair == "synthetic":
         data = synthesise(model, example_inputs, seed=seed, progress=progress)
     if repair in ("batchnorm", "synthetic"):
@@ -278,6 +303,7 @@ def prune(
         made.before,
         made.after,
         time.perf_counter() - started,
+        took,
         made.notes,
     )
     return Pruned(smaller, made, report)
@@ -290,6 +316,29 @@ def _folded(weights: Weights) -> Weights:
     copy = weights.snapshot()
     fold_norms(copy)
     return copy
+
+
+def _counting(kind: str, weights: Weights, before: Figures) -> Callable[[Mapping[str, int]], float]:
+    """Make the function that counts what a budget is of, at some widths of groups."""
+    graph, counted = weights.graph, weights.counted()
+
+    def amount(widths: Mapping[str, int]) -> float:
+        shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
+        found = measure(graph, graph.resized(widths), counted) if shrinks else before
+        return getattr(found, kind)
+
+    return amount
+
+
+def _settle(choose: Callable[..., dict[str, int]], timed: LatencyModel) -> dict[str, int]:
+    """Choose widths by predicted latency, time them, and choose again until nothing changes."""
+    widths = choose(amount=timed.milliseconds)
+    for _ in range(OBSERVED):
+        timed.observe(widths)
+        before, widths = widths, choose(amount=timed.milliseconds)
+        if widths == before:
+            break
+    return widths
 
 
 def _name(function: object) -> str:

@@ -46,6 +46,11 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "head_dim": 8}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**DECODER, "head_dim": 8}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "opt": (
         "OPTForCausalLM",
         "OPTConfig",

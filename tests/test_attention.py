@@ -134,6 +134,30 @@ def test_merging_methods_choose_heads_and_queries_and_may_merge_the_rest(method)
         assert not selected["v_proj#width"] and not selected["fc1"]
 
 
+class Experts(nn.Module):
+    """A dense mixture of experts, written with einsum and weights of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(24, 3)
+        self.up = nn.Parameter(torch.zeros(3, 24, 10))
+        self.down = nn.Parameter(torch.zeros(3, 10, 24))
+
+    def forward(self, x):
+        h = torch.relu(torch.einsum("bth,ehi->btei", x, self.up))
+        y = torch.einsum("btei,eih->bteh", h, self.down)
+        return (y * self.gate(x).softmax(-1).unsqueeze(-1)).sum(2)
+
+
+def test_experts_lose_inner_width():
+    model = randomise(Classifier(Block(Attention(), Experts())), 2)
+    result = pruned_like_masked(model, include=["blocks.0.mlp"])
+    assert list(result.plan.widths.values()).count(5) == 1
+    assert result.model.get_submodule("blocks.0.mlp").up.shape == (3, 24, 5)
+    (locked,) = (g for g in result.plan.graph.locked if g.size == 3 and "mlp" in g.name)
+    assert any("taken over it" in reason for reason in locked.locked)
+
+
 def test_removing_nothing_changes_nothing():
     model = network(rotary=True, scores="root of shape")
     small = intrafuse.prune(model, TOKENS, channels=0.0, method="select").model

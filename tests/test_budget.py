@@ -33,7 +33,8 @@ def tower():
 def widths_of(scores=None, groups=None, **settings):
     graph, figures = tower()
     chosen = [g for g in graph.groups if groups is None or g.name in groups]
-    found = choose_widths(graph, chosen, scores or {}, Budget(**settings), figures)
+    amount = lambda widths: getattr(figures(widths), settings["kind"])  # noqa: E731
+    found = choose_widths(graph, chosen, scores or {}, Budget(**settings), amount)
     return [found[group.name] for group in chosen]
 
 

@@ -76,6 +76,22 @@ def test_inspect_lists_groups_and_what_is_locked():
     assert "layer3.2.conv1" in table and "model output" in table and "40,551,040" in table
 
 
+def test_inspect_verifies_against_a_masked_copy():
+    found = figures("inspect", "digits_resnet", "--verify")["verified"]
+    assert found["relative"] < 1e-5 < found["effect"] and found["tolerance"] == 1e-4
+    assert found["groups"] > 3 and 0.4 < found["channels_removed"] < 0.6
+    assert "masked copy" in run("inspect", "mlp", "--verify").stdout
+    assert "verified" not in figures("inspect", "mlp")
+
+
+def test_a_network_that_cannot_be_pruned_is_inspected_all_the_same(tmp_path, monkeypatch):
+    text = "import torch\n\n\ndef build():\n    return torch.nn.Linear(4, 2)\n"
+    (tmp_path / "single_layer.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = run("inspect", "single_layer:build", "--input-shape", "4", "--verify")
+    assert "nothing to verify" in found.stderr and "model output" in found.stdout
+
+
 def test_compare_gives_the_rows_of_the_design(weights):
     arguments = ["compare", "mlp", "--weights", weights, "--channels", "0.3,0.5,0.7"]
     found = figures(*arguments, "--methods", "select,intra-fusion", "--data", "digits")
@@ -191,7 +207,8 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
     found = figures("prune", "mynet:build", "--channels", 0.5, "--out", "out", "--data", "digits")
-    assert found["widths"] == {"1": {"before": 20, "after": 10}}
+    group = {"index": 0, "before": 20, "after": 10, "written_by": ["1"], "read_by": ["3"]}
+    assert found["widths"] == {"1": group}
     again = figures("evaluate", "out", "--model", "mynet:build", "--data", "digits")
     assert again["accuracy"] == found["figures"]["accuracy"] and again["params"] == 760
     refused = run("evaluate", "out", "--data", "digits")

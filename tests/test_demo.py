@@ -22,7 +22,12 @@ def test_a_short_demo_finds_saves_and_reloads(tmp_path):
     random = torch.get_rng_state()
     calls = []
     found = run_demo(
-        tmp_path, seed=1, epochs=2, shares=[0.3, 0.6], progress=lambda *call: calls.append(call)
+        tmp_path,
+        seed=1,
+        epochs=2,
+        shares=[0.3, 0.6],
+        points=2,
+        progress=lambda *call: calls.append(call),
     )
     assert torch.equal(torch.get_rng_state(), random)
     assert found.identical and found.comparison.accuracy > 90
@@ -39,12 +44,19 @@ def test_a_short_demo_finds_saves_and_reloads(tmp_path):
     assert [call for call in calls if call[1] == call[2]] == [
         ("training", 44, 44),
         ("pruning", 5, 5),
+        ("divergence", 4, 4),
+        ("landscape", 7, 7),
+        ("sensitivity", 25, 25),
     ]
+    assert found.report == tmp_path / "report.html"
+    told = json.loads((tmp_path / "comparison.json").read_text())
+    assert told["rows"] == found.comparison.as_data()["rows"]
+    assert told["command"] == "intrafuse demo --seed 1"
 
 
 def test_a_seed_repeats_the_demo(tmp_path):
     first, second = (
-        run_demo(tmp_path / name, seed=2, epochs=1, shares=[0.5]) for name in ("a", "b")
+        run_demo(tmp_path / name, seed=2, epochs=1, shares=[0.5], points=2) for name in ("a", "b")
     )
     assert first.comparison.accuracy == second.comparison.accuracy
     for one, two in zip(first.folders, second.folders, strict=True):
@@ -55,7 +67,7 @@ def test_the_command_prints_a_table_and_json(tmp_path, monkeypatch):
     monkeypatch.setattr(
         intrafuse.demo.run_demo,
         "__kwdefaults__",
-        {**intrafuse.demo.run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,)},
+        {**intrafuse.demo.run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,), "points": 2},
     )
     arguments = ["demo", "--out", str(tmp_path / "d"), "--json", str(tmp_path / "x.json")]
     result = CliRunner().invoke(app, arguments)
@@ -63,3 +75,4 @@ def test_the_command_prints_a_table_and_json(tmp_path, monkeypatch):
     assert "intra-fusion" in result.stdout and "agree bit for bit" in result.stderr
     data = json.loads((tmp_path / "x.json").read_text())
     assert data["identical"] and len(data["saved"]) == 3 and len(data["rows"]) == 2
+    assert data["kind"] == "comparison" and data["report"] in result.stderr

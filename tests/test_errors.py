@@ -53,7 +53,7 @@ def test_a_budget_outside_the_range_names_the_argument(kind, share):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one budget of channels, params, macs must be given; got None"),
+        ({}, "exactly one budget of channels, params, macs, latency must be given; got None"),
         (
             {"channels": 0.5, "params": 0.1},
             r"exactly one budget .*got \{'channels': 0\.5, 'params': 0\.1\}.*channels=0\.5",

@@ -25,7 +25,7 @@ from intrafuse.factorize import read_recipe
 from intrafuse.factorize.recipe import make_recipe
 from intrafuse.factorize.result import read_result
 from intrafuse.factorize.stages import Line
-from intrafuse.factorize.timeline import draw_timeline
+from intrafuse.report.kinds.factorized import timeline
 
 TRAINING = {"epochs": 4, "batch": 32, "rate": 0.1, "schedule": "one-cycle"}
 SETTINGS = {
@@ -139,8 +139,8 @@ def test_the_record_of_a_run(undisturbed):
 
 
 def test_a_picture_of_several_runs(undisturbed, tmp_path):
-    results = {name: run.result for name, run in undisturbed.items()}
-    text = draw_timeline(results, tmp_path / "t.svg").read_text()
+    records = {name: run.result.record({}) for name, run in undisturbed.items()}
+    text = timeline(records).write(tmp_path / "t.svg").read_text()
     assert "<svg" in text
 
 

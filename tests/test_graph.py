@@ -70,8 +70,8 @@ def test_channels_pass_through(name):
 LOCKS = {
     "softmax over channels": (lambda m, h: h.softmax(1), "softmax is taken over it"),
     "mean over channels": (lambda m, h: h + h.mean(1, keepdim=True), "mean is taken over it"),
-    "cumsum": (lambda m, h: h.cumsum(1), "operator cumsum at test_graph.py"),
-    "flip": (lambda m, h: h.flip(1), "operator flip at test_graph.py"),
+    "cumsum": (lambda m, h: h.cumsum(1), "the order along it matters to cumsum"),
+    "flip": (lambda m, h: h.flip(1), "the order along it matters to flip"),
     "literal split": (lambda m, h: torch.cat(h.split([3, 5], 1), 1), "takes its size as a number"),
     "literal slice": (
         lambda m, h: torch.cat([h[:, 3:], h[:, :3]], 1),

@@ -22,7 +22,7 @@ GROUPS = {
     "bert": (2, 2, 2), "distilbert": (2, 2, 2), "vit": (2, 2, 2), "deit": (2, 2, 2),
     "swin": (4, 4, 4), "gpt2": (2, 2, 2), "llama": (2, 1, 2), "mistral": (2, 1, 2),
     "qwen2": (2, 1, 2), "qwen3": (2, 0, 2), "gemma": (2, 1, 2), "opt": (2, 2, 2),
-    "t5": (3, 6, 4), "whisper": (6, 6, 5),
+    "mixtral": (2, 1, 2),    "t5": (3, 6, 4), "whisper": (6, 6, 5),
 }  # fmt: skip
 ATTENTION = ["*#heads", "*#width"]
 # What a configuration can say, once these are left alone, and the fields that change then.
@@ -40,6 +40,7 @@ SAYS = {
 GROUPED = {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 SAYS |= {name: (["*#width"], GROUPED) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")}
 SAYS["qwen3"] = ([], GROUPED)
+SAYS["mixtral"] = (["*#width"], {**GROUPED, "head_dim": 8})
 SAYS["qwen2"] = (["*#width"], {**GROUPED, "head_dim": 8})  # or it would be 32 / 2
 
 

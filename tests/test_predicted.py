@@ -149,7 +149,7 @@ def test_the_descent_takes_what_costs_least_for_what_it_saves():
 
     def found(share, **settings):
         budget = Budget(kind="channels", share=share, scope="predicted", floor=0, **settings)
-        sizes = lambda w: measure(graph, graph.resized(w), counted)  # noqa: E731
+        sizes = lambda w: measure(graph, graph.resized(w), counted).channels  # noqa: E731
         kept = choose_widths(graph, list(graph.groups), {}, budget, sizes, damage)
         return kept["0"], kept["2"]
 

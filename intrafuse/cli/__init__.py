@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 import intrafuse
-from intrafuse.cli import compare, demo, evaluate, factorize, fuse, inspect, prune
+from intrafuse.cli import (
+    ablation,
+    compare,
+    cost,
+    demo,
+    divergence,
+    evaluate,
+    factorize,
+    fuse,
+    inspect,
+    landscape,
+    prune,
+    report,
+    sensitivity,
+)
 from intrafuse.cli.options import add_command
 
 __all__ = ["app", "main"]
@@ -43,7 +57,9 @@ def _about(
 
 _COMMANDS = (
     *(inspect.inspect, prune.prune, compare.compare),
-    *(fuse.fuse, factorize.factorize, evaluate.evaluate, demo.demo),
+    *(fuse.fuse, factorize.factorize, evaluate.evaluate),
+    *(divergence.divergence, landscape.landscape, sensitivity.sensitivity, ablation.ablation),
+    *(cost.cost, report.report, report.plot, demo.demo),
 )
 for _command in _COMMANDS:
     add_command(app, _command)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions, numbers
-from intrafuse.cli.output import progress, show_note, show_table, write_json
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions, numbers
+from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.subject import Subject
 
 __all__ = ["compare"]
 
@@ -31,28 +32,19 @@ def compare(
     common.start()
     import intrafuse
     from intrafuse.evaluate.compare import compare as compare_methods
-    from intrafuse.graph.trace import as_arguments
 
-    resolved = model.resolve(common.device)
-    if model.is_random:
-        show_note(RANDOM)
-    args, kwargs = as_arguments(resolved.example_inputs)
-    spec = data.spec(tuple((*args, *kwargs.values())[0].shape[1:]))
-    test = data.images(spec, "test", data.limit)
+    subject = Subject.of(model, data, common)
     with progress() as advance:
         found = compare_methods(
-            resolved.model,
-            resolved.example_inputs,
-            test,
+            subject.model,
+            subject.example_inputs,
+            subject.test,
             channels=shares,
             methods=methods.split(","),
             batch_size=data.batch_size,
             device=common.device,
-            prune=partial(
-                intrafuse.prune, data=data.batches(spec, common), seed=common.seed, **settings
-            ),
+            prune=partial(intrafuse.prune, data=subject.training, seed=common.seed, **settings),
             progress=partial(advance, "comparing"),
         )
-    write_json(common, found.as_data())
-    title = f"{model.model}, {options.importance}, {len(test):,} images of {spec}"
-    show_table(common, title, *found.table())
+    record = {**subject.record, "importance": options.importance, **found.as_data()}
+    show_record(common, "comparison", record, f"{subject.title}, {options.importance}")

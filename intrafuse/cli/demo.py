@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from intrafuse.cli.options import Common
-from intrafuse.cli.output import progress, show_note, show_table, write_json
+from intrafuse.cli.output import progress, show_note, show_record
 from intrafuse.errors import IntrafuseError
 
 __all__ = ["demo"]
@@ -26,18 +26,17 @@ def demo(
 
     with progress() as advance:
         found = run_demo(out, seed=common.seed, device=common.device, progress=advance)
-    header, rows, numbers = found.comparison.table()
-    show_table(common, "digits_resnet on digits, before fine-tuning", header, rows, numbers)
+    record = {
+        **found.comparison.as_data(),
+        "saved": [str(folder) for folder in found.folders],
+        "reloaded": str(found.reloaded),
+        "identical": found.identical,
+        "report": None if found.report is None else str(found.report),
+    }
+    show_record(common, "comparison", record, "digits_resnet on digits, before fine-tuning")
     show_note(f"saved {len(found.folders)} networks in {out}")
     if not found.identical:
         raise IntrafuseError("a reloaded network must give the same outputs", value=str(out))
     show_note(f"{found.reloaded}: the outputs of the reloaded network agree bit for bit")
-    write_json(
-        common,
-        {
-            **found.comparison.as_data(),
-            "saved": [str(folder) for folder in found.folders],
-            "reloaded": str(found.reloaded),
-            "identical": found.identical,
-        },
-    )
+    missing = "none: pip install 'intrafuse[plots]' draws it"
+    show_note(f"report {found.report or missing}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from intrafuse.data import Images
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "load_saved"]
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     common.start()
     from intrafuse.evaluate import accuracy
 
-    network, shape = _load(folder, model, num_classes)
+    network, shape = load_saved(folder, model, num_classes)
     network = network.to(common.device)
     spec = data.spec(shape)
     test = data.images(spec, "test", data.limit)
@@ -50,7 +50,9 @@ def evaluate(
     params = sum(parameter.numel() for parameter in network.parameters())
     macs = _count_macs(network, test, common.device)
     figures = {"params": params, "macs": macs, "accuracy": percent}
-    write_json(common, {"folder": str(folder), **figures, "data": spec, "images": len(test)})
+    write_json(
+        common, "evaluation", {"folder": str(folder), **figures, "data": spec, "images": len(test)}
+    )
     shown = "unknown" if macs is None else f"{macs:,}"
     row = [str(folder), f"{params:,}", shown, f"{percent:.2f}"]
     title = f"{len(test):,} images of {spec}"
@@ -58,7 +60,7 @@ def evaluate(
     show_table(common, title, header, [row], numbers=(1, 2, 3))
 
 
-def _load(
+def load_saved(
     folder: Path, name: str | None, num_classes: int | None
 ) -> tuple[nn.Module, tuple[int, ...] | None]:
     """Load a saved network, and tell the shape of its input where it is known."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intrafuse.cli.options import Common, numbers
-from intrafuse.cli.output import progress, show_note, show_table, write_json
+from intrafuse.cli.output import progress, show_note, show_record
 from intrafuse.errors import IntrafuseError
 
 if TYPE_CHECKING:
@@ -183,12 +183,10 @@ def factorize(
             progress=advance,
         )
     result = found.result
-    header, rows = result.table()
-    title = f"{recipe.scheme} of {recipe.model} on {recipe.data}: {result.seconds:.1f} s"
-    show_table(common, title, header, rows, numbers=range(2, len(header)))
+    title = f"{recipe.model} on {recipe.data}"
+    show_record(common, "factorized", result.record(recipe.model_dump(mode="json")), title)
     if result.workers is not None:
         show_note(f"bytes to the workers {result.sent:,}, from the workers {result.received:,}")
-    write_json(common, {**result.data(), "recipe": recipe.model_dump(mode="json")})
     show_note(f"saved in {found.folder}")
 
 

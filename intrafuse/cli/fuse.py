@@ -19,7 +19,7 @@ from intrafuse.cli.options import (
     NumClasses,
     numbers,
 )
-from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
+from intrafuse.cli.output import Advance, progress, show_note, show_record
 from intrafuse.errors import IntrafuseError
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def fuse(
         figures = _measure(resolved, fused, test, data.batch_size, common.device, advance)
     if out is not None:
         _save(out, fused, networks, resolved, options.reference, figures)
-    write_json(common, _data(networks.model, files, fused, figures, out))
-    _show(common, files, resolved, fused, figures)
+    sizes = [sum(p.numel() for p in network.model.parameters()) for network in resolved]
+    show_record(common, "fusion", _data(networks.model, files, sizes, fused, figures, out))
     if out is not None:
         show_note(f"saved in {out}")
 
@@ -198,33 +198,19 @@ def _save(
     )
 
 
-def _show(
-    common: Common,
+def _data(
+    name: str,
     files: list[str],
-    resolved: list[ResolvedModel],
+    sizes: list[int],
     fused: Fused,
     figures: dict[str, Any],
-) -> None:
-    models = [*(network.model for network in resolved), fused.model]
-    percents = [*figures.get("accuracy_of_networks", ()), figures.get("accuracy")]
-    shares = [*(f"{share:.3f}" for share in fused.report.shares), ""]
-    rows = []
-    for i, (name, model) in enumerate(zip([*files, "fused"], models, strict=True)):
-        params = sum(parameter.numel() for parameter in model.parameters())
-        row = [name, shares[i], f"{params:,}"]
-        rows.append([*row, f"{percents[i]:.2f}"] if figures else row)
-    header = ["network", "weight", "parameters", *(["accuracy"] if figures else [])]
-    title = f"Fused by {fused.report.method} in {fused.report.seconds:.2f} s"
-    show_table(common, title, header, rows, numbers=(1, 2, 3))
-
-
-def _data(
-    name: str, files: list[str], fused: Fused, figures: dict[str, Any], out: Path | None
+    out: Path | None,
 ) -> dict[str, Any]:
     report = fused.report
     return {
         "model": name,
         "networks": files,
+        "sizes": sizes,
         "method": report.method,
         "features": report.features,
         "repair": report.repair,

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from intrafuse.cli.options import Common, ModelOptions
-from intrafuse.cli.output import show_table, write_json
+from intrafuse.cli.output import show_note, show_table, write_json
 
 if TYPE_CHECKING:
     from intrafuse.graph import ChannelGroup, Slot
+    from intrafuse.zoo import ResolvedModel
 
 __all__ = ["inspect"]
 
+VERIFIED = 0.5  # share of the channels of every group that --verify removes
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Remove half of every group's channels, and compare with a masked copy.",
+    ),
+]
 
-def inspect(model: ModelOptions, common: Common) -> None:
+
+def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None:
     """Show the channel groups of a network, what is locked and why, and its size."""
     common.start()
     from intrafuse.budget import measure
@@ -24,15 +37,17 @@ def inspect(model: ModelOptions, common: Common) -> None:
     graph = trace(resolved.model, resolved.example_inputs)
     figures = measure(graph, graph.sizes, Weights.of(graph, resolved.model).counted())
     groups = sorted(graph.groups, key=lambda group: group.index)
-    write_json(
-        common,
-        {
-            "model": model.model,
-            **vars(figures),
-            "groups": [{"index": g.index, **_data(g)} for g in groups],
-            "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
-        },
-    )
+    data = {
+        "model": model.model,
+        **vars(figures),
+        "groups": [{"index": g.index, **_data(g)} for g in groups],
+        "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
+    }
+    if verify and groups:
+        data["verified"] = _verify(resolved, common)
+    elif verify:
+        show_note("note: nothing can be pruned, so that there is nothing to verify")
+    write_json(common, "inspection", data)
     show_table(
         common,
         f"{model.model}: {figures.channels:,} channels in {len(groups)} groups, "
@@ -44,6 +59,27 @@ def inspect(model: ModelOptions, common: Common) -> None:
     if graph.locked:
         rows = [[g.name, str(g.size), "; ".join(g.locked)] for g in graph.locked]
         show_table(common, "Locked", ["group", "channels", "why"], rows, numbers=(1,))
+    if "verified" in data:
+        rows = [[name, f"{value:g}"] for name, value in data["verified"].items()]
+        show_table(common, "Verified against a masked copy", ["", ""], rows, numbers=(1,))
+
+
+def _verify(resolved: ResolvedModel, common: Common) -> dict[str, Any]:
+    """Prune a network with `select` and run it against a masked copy of the original."""
+    from intrafuse.prune import plan
+    from intrafuse.verify import verify
+
+    inputs = resolved.example_inputs
+    made = plan(
+        resolved.model,
+        inputs,
+        channels=VERIFIED,
+        method="select",
+        importance="random",
+        seed=common.seed or 0,
+    )
+    found = verify(resolved.model, made)
+    return {"channels_removed": made.removed["channels"], **asdict(found)}
 
 
 def _roles(group: ChannelGroup) -> tuple[tuple[Slot, ...], ...]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from intrafuse.zoo import ResolvedModel
 
 __all__ = [
+    "COMMAND",
     "RANDOM",
     "Common",
     "DataOptions",
@@ -33,6 +36,8 @@ __all__ = [
 ]
 
 RANDOM = "note: without --weights the network has random ones"
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")  # that runs, for its record
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 CALIBRATION = 1024  # images for metrics and repair, where --limit does not say
 
 
@@ -49,7 +54,8 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
         else:
             parameters += _parameters(chosen)
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
+        COMMAND.set(_typed(context))
         with _reporting_errors():
             made = {
                 name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
@@ -57,7 +63,8 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
             }
             function(**made, **values)
 
-    kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    kinds = [p.replace(kind=KEYWORD) for p in parameters]
+    kinds.insert(0, inspect.Parameter("context", KEYWORD, annotation=typer.Context))
     run.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in kinds}
     run.__doc__ = function.__doc__
@@ -69,12 +76,30 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
     return [
         inspect.Parameter(
             field.name,
-            inspect.Parameter.KEYWORD_ONLY,
+            KEYWORD,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in fields(kind)
     ]
+
+
+def _typed(context: typer.Context) -> str:
+    """Write the command as it can be typed again: arguments, then options that were given."""
+    words, options = ["intrafuse", str(context.info_name)], []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if parameter.param_type_name == "argument":
+                words.append(str(item))
+            elif item is True or item is False:
+                options.append((parameter.opts if item else parameter.secondary_opts)[0])
+            else:
+                options += [parameter.opts[0], str(item)]
+    return shlex.join([*words, *options])
 
 
 @contextmanager
@@ -157,6 +182,13 @@ class ModelOptions:
         """Tell whether nothing fills the network; a factory of the user's may do so itself."""
         source, colon, _ = self.model.partition(":")
         return self.weights is None and (not colon or source in ("torchvision", "timm"))
+
+    def record(self) -> dict[str, Any]:
+        """Say in a record which network it was."""
+        from intrafuse.zoo import file_sha256
+
+        digest = None if self.weights is None else file_sha256(self.weights)
+        return {"model": self.model, "weights_sha256": digest}
 
     def resolve(self, device: str) -> ResolvedModel:
         """Build the network on a device."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from intrafuse.cli.options import Common
+from intrafuse.cli.options import COMMAND, Common
 
-__all__ = ["Advance", "progress", "show_note", "show_table", "write_json"]
+__all__ = ["Advance", "progress", "show_note", "show_record", "show_table", "write_json"]
 
 Advance = Callable[[str, int, int], None]
 
@@ -37,23 +37,39 @@ def show_table(
         typer.echo(text_table(title, header, rows, numbers), file=stream, nl=False)
 
 
+def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str = "") -> None:
+    """Write a record where --json says, and print its tables.
+
+    Args:
+        common: the options of all commands.
+        kind: of the record.
+        data: its figures.
+        title: what stands before the tables' own.
+    """
+    from intrafuse.report.kinds import KINDS
+
+    write_json(common, kind, data)
+    for table in KINDS[kind].tables(data):
+        name = f"{title}: {table.title}" if title else table.title
+        show_table(common, name, table.header, table.texts, table.numbers)
+
+
 def show_note(text: str) -> None:
     """Print a line to standard error."""
     typer.echo(text, err=True)
 
 
-def write_json(common: Common, data: Any) -> None:
-    """Write the figures where --json says, a file as a whole or not at all."""
+def write_json(common: Common, kind: str, data: Mapping[str, Any]) -> None:
+    """Write the record of a command where --json says, a file as a whole or not at all."""
     if common.json is None:
         return
-    text = json.dumps(data, indent=2, allow_nan=False)
-    if common.json == "-":
-        typer.echo(text)
-        return
-    from intrafuse.files import replacing
+    from intrafuse.report.record import as_record, write_record
 
-    with replacing(Path(common.json)) as temporary:
-        temporary.write_text(text + "\n", "utf-8")
+    found = as_record(kind, data, command=COMMAND.get())
+    if common.json == "-":
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        write_record(Path(common.json), found)
 
 
 @contextmanager

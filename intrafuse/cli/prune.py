@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["prune"]
 
+RUNS = 10  # calls that are timed to state the latency
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
@@ -111,6 +113,9 @@ class BudgetOptions:
     macs: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Share of MACs to remove.")
     ] = None
+    latency: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of a call's time to remove.")
+    ] = None
 
 
 def prune(
@@ -151,8 +156,9 @@ def prune(
         figures = _measure(resolved, pruned, test, data.batch_size, common.device, advance)
     if out is not None:
         _save(out, pruned, model, resolved, figures)
-    write_json(common, _data(model.model, pruned, figures, out))
-    _show(common, pruned, figures)
+    record = {**model.record(), **_data(resolved, pruned, figures, out)}
+    write_json(common, "pruning", record)
+    _show(common, pruned, record)
     if out is not None:
         show_note(f"saved in {out}")
 
@@ -194,45 +200,28 @@ def _save(
     )
 
 
-def _show(common: Common, pruned: Pruned, figures: dict[str, Any]) -> None:
-    report = pruned.report
-    rows = [
-        [
-            kind,
-            f"{getattr(report.before, kind):,}",
-            f"{getattr(report.after, kind):,}",
-            f"{report.reached[kind]:.1%}",
-        ]
-        for kind in report.reached
-    ]
-    if figures:
-        percents = [f"{figures[name]:.2f}" for name in ("accuracy_before", "accuracy")]
-        rows.append(["accuracy", *percents, ""])
-    name = pruned.plan.settings["method"]["name"]
-    title = f"Pruned by {name} in {report.seconds:.2f} s"
-    show_table(common, title, ["", "before", "after", "removed"], rows, numbers=(1, 2, 3))
+def _show(common: Common, pruned: Pruned, record: dict[str, Any]) -> None:
+    from intrafuse.report.kinds.pruning import sizes
+
+    table, report = sizes(record), pruned.report
+    title = f"Pruned by {record['method']['name']} in {report.seconds:.2f} s"
+    show_table(common, title, table.header, table.texts, table.numbers)
     header, rows = report.choices()
     if rows:
         show_table(common, "Choices", header, rows, numbers=(2,))
 
 
-def _data(name: str, pruned: Pruned, figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    plan, report = pruned.plan, pruned.report
-    sizes = plan.graph.widths
+def _data(
+    resolved: ResolvedModel, pruned: Pruned, figures: dict[str, Any], out: Path | None
+) -> dict[str, Any]:
+    from intrafuse.latency import latencies
+
+    networks = {"before": resolved.model, "after": pruned.model}
+    took = pruned.report.latency or latencies(networks, resolved.example_inputs, runs=RUNS)
     return {
-        "model": name,
-        "method": plan.settings["method"],
-        "importance": plan.settings["importance"],
-        "budget": plan.settings["budget"],
-        "seed": plan.settings["seed"],
-        "before": vars(report.before),
-        "after": vars(report.after),
-        "removed": dict(report.reached),
-        "widths": {
-            group: {"before": sizes[group], "after": width} for group, width in plan.widths.items()
-        },
-        "notes": {group: dict(note) for group, note in report.notes.items()},
-        "seconds": report.seconds,
+        **pruned.plan.as_data(),
+        "latency": {name: asdict(one) for name, one in took.items()},
+        "seconds": pruned.report.seconds,
         "figures": figures,
         "out": None if out is None else str(out),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy.stats import kruskal
@@ -28,6 +28,15 @@ TARGETS = {
 }
 ORDERS = {f"p={p}": {"method": IntraFusion(p=p)} for p in (1, 2)}
 NORMALISATIONS = {n: {"method": IntraFusion(normalisation=n)} for n in ("paper", "barycentric")}
+METRICS = {n: {"importance": n} for n in ("l1", "l2", "linf", "lamp", "fpgm", "random")}
+"""Metrics of importance that need no data (C.4)."""
+SETTINGS = {
+    "marginals": MARGINALS,
+    "targets": TARGETS,
+    "orders": ORDERS,
+    "normalisations": NORMALISATIONS,
+    "metrics": METRICS,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,21 @@ class Ablation:
             return cls(samples, 0.0, 1.0)
         found = kruskal(*samples.values())
         return cls(samples, float(found.statistic), float(found.pvalue))
+
+    @classmethod
+    def pooled(cls, found: Sequence[Ablation]) -> Ablation:
+        """Test the same settings over several networks at once.
+
+        >>> one = Ablation.of({"a": [1, 2], "b": [3, 4]})
+        >>> Ablation.pooled([one, one]).accuracies["a"]
+        (1.0, 2.0, 1.0, 2.0)
+        """
+        names = found[0].accuracies
+        return cls.of({n: [value for one in found for value in one.accuracies[n]] for n in names})
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        return asdict(self)
 
 
 def ablation(

@@ -54,18 +54,6 @@ class Comparison:
         original = {**asdict(self.original), "accuracy": self.accuracy}
         return {"original": original, "rows": [asdict(row) for row in self.rows]}
 
-    def table(self) -> tuple[list[str], list[list[str]], tuple[int, ...]]:
-        """Give header, rows and the columns with numbers, for `intrafuse.report.tables`."""
-        header = ["method", "channels", "parameters", "MACs", "accuracy", "seconds"]
-        size = [_short(self.original.params), _short(self.original.macs)]
-        rows = [["unpruned", "", *size, f"{self.accuracy:.2f}", ""]]
-        for row in self.rows:
-            size = [f"{_short(row.params)} {-row.params_removed:.1%}"]
-            size += [f"{_short(row.macs)} {-row.macs_removed:.1%}"]
-            measured = [f"{row.accuracy:.2f}", f"{row.seconds:.2f}"]
-            rows.append([row.method, f"{-row.channels_removed:.1%}", *size, *measured])
-        return header, rows, tuple(range(1, len(header)))
-
 
 def compare(
     model: nn.Module,
@@ -136,16 +124,3 @@ def _row(method: str, report: Report, percent: float) -> Row:
         accuracy=percent,
         seconds=report.seconds,
     )
-
-
-def _short(number: int) -> str:
-    """Write a number with three digits, so that a table of them fits a terminal.
-
-    >>> _short(950), _short(9_228_362), _short(999_999), _short(4_514_705_000)
-    ('950', '9.23M', '1M', '4.51G')
-    """
-    for power, unit in enumerate(("", "k", "M", "G", "T")):
-        text = f"{number / 1000**power:.3g}"
-        if "e" not in text:  # 1e+03 belongs to the next unit
-            return text + unit
-    return str(number)

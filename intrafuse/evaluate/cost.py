@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.evaluate.memory import peak_memory
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.latency import Latency, latencies
 
-__all__ = ["Cost", "Latency", "cost", "latency"]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one call, in evaluation mode.
-
-    Attributes:
-        median, lower, upper: the median and the quartiles.
-        runs: calls that were timed, after those that warmed up.
-        threads: of PyTorch on the CPU.
-        device: where it ran.
-    """
-
-    median: float
-    lower: float
-    upper: float
-    runs: int
-    threads: int
-    device: str
+__all__ = ["Cost", "cost", "costs", "costs_record"]
 
 
 @dataclass(frozen=True)
@@ -41,23 +23,21 @@ class Cost:
 
     Attributes:
         params: parameters.
-        bytes: of parameters and buffers, which is nearly the size of a saved file.
+        bytes: of parameters and buffers; a saved file has a header of some kilobytes more.
         macs: multiply-accumulates for one sample; None where the network cannot be traced.
-        peak: most bytes that a call took beyond the network, on a GPU; None elsewhere.
+        peak: most bytes that one call took beyond the network (`peak_memory`).
         latency: of one call with the example inputs.
     """
 
     params: int
     bytes: int
     macs: int | None
-    peak: int | None
+    peak: int
     latency: Latency
 
 
-def latency(
-    model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, warm: int = 5
-) -> Latency:
-    """Time calls of a network on the device where it is.
+def cost(model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, warm: int = 5) -> Cost:
+    """Measure what a network costs.
 
     Args:
         model: the network; left as it was.
@@ -68,36 +48,41 @@ def latency(
     Raises:
         IntrafuseError: fewer than four runs, which have no quartiles.
 
-    >>> latency(nn.Linear(4, 2), torch.zeros(1, 4), runs=8).runs
+    >>> import torch
+    >>> cost(nn.Linear(4, 2), torch.zeros(1, 4), runs=4).macs
     8
     """
-    if runs < 4:
-        raise IntrafuseError("latency needs four runs or more", value=runs, usage=True)
-    args, kwargs = as_arguments(example_inputs)
-    device = _device(model)
-    times = []
-    with evaluating(model), torch.inference_mode():
-        for run in range(-warm, runs):
-            _wait(device)
-            started = time.perf_counter()
-            model(*args, **kwargs)
-            _wait(device)
-            if run >= 0:
-                times.append(1000 * (time.perf_counter() - started))
-    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-    return Latency(median, lower, upper, runs, torch.get_num_threads(), str(device))
+    return costs({"": model}, example_inputs, runs=runs, warm=warm)[""]
 
 
-def cost(model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, warm: int = 5) -> Cost:
-    """Measure what a network costs.
+def costs(
+    models: Mapping[str, nn.Module],
+    example_inputs: ExampleInputs,
+    *,
+    runs: int = 30,
+    warm: int = 5,
+) -> dict[str, Cost]:
+    """Measure several networks, such as those before and after; they are timed in turns.
 
     Args:
-        model: the network; left as it was.
-        example_inputs, runs, warm: as for `latency`.
+        models: networks on one device, by name; left as they were.
+        example_inputs, runs, warm: as for `cost`.
 
     Raises:
-        IntrafuseError: as for `latency`.
+        IntrafuseError: as for `cost`.
     """
+    times = latencies(models, example_inputs, runs=runs, warm=warm)
+    return {name: _cost(model, example_inputs, times[name]) for name, model in models.items()}
+
+
+def costs_record(found: Mapping[str, Cost], example_inputs: ExampleInputs) -> dict[str, Any]:
+    """Give costs as JSON data; the first network is what the others are compared with."""
+    shapes = [list(t.shape) for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
+    rows = [{"network": name, **asdict(one)} for name, one in found.items()]
+    return {"inputs": shapes, "rows": rows}
+
+
+def _cost(model: nn.Module, example_inputs: ExampleInputs, took: Latency) -> Cost:
     try:
         graph = trace(model, example_inputs)
         macs = graph.macs(graph.sizes)
@@ -108,29 +93,6 @@ def cost(model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, war
         sum(parameter.numel() for parameter in model.parameters()),
         sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         macs,
-        _peak(model, example_inputs),
-        latency(model, example_inputs, runs=runs, warm=warm),
+        peak_memory(model, example_inputs),
+        took,
     )
-
-
-def _peak(model: nn.Module, example_inputs: ExampleInputs) -> int | None:
-    """Measure how many bytes one call takes beyond what is in use before it."""
-    device = _device(model)
-    if device.type != "cuda":
-        return None
-    args, kwargs = as_arguments(example_inputs)
-    with evaluating(model), torch.inference_mode():
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        model(*args, **kwargs)
-        return torch.cuda.max_memory_allocated(device) - before
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _wait(device: torch.device) -> None:
-    """Let the calls before end, where they run beside this program."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

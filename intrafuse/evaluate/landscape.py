@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,17 +43,21 @@ class Landscape:
     """Values on a grid of a plane through three networks.
 
     Attributes:
-        kind: accuracy in percent, or mean cross-entropy.
+        measure: accuracy in percent, or mean cross-entropy (loss).
         anchors: the original and two pruned networks.
         x, y: coordinates of the grid's columns and rows, in units of weights.
         values: by row, then by column.
     """
 
-    kind: str
+    measure: str
     anchors: tuple[Anchor, ...]
     x: tuple[float, ...]
     y: tuple[float, ...]
     values: tuple[tuple[float, ...], ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)

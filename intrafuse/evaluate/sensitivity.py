@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -57,6 +57,10 @@ class Sensitivity:
             if row.method == method
         ]
         return sorted(lost, key=lambda pair: -pair[1])
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        return asdict(self)
 
 
 def sensitivity(

@@ -10,7 +10,8 @@ from typing import Any
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.stages import Record
-from intrafuse.files import replacing
+from intrafuse.report.kinds.factorized import tables
+from intrafuse.report.record import as_record, write_record
 from intrafuse.report.tables import text_table
 
 __all__ = ["RESULT", "Result", "read_result", "write_result"]
@@ -63,36 +64,22 @@ class Result:
         """Accuracy of the network at the end, in percent."""
         return self.records[-1].accuracy if self.records else None
 
-    def data(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
+    def record(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Return everything, and the recipe, as JSON data."""
         stages = [{**asdict(record), "seconds": record.seconds} for record in self.records]
         figures = {"seconds": self.seconds, "accuracy": self.accuracy}
-        return {**asdict(self), "records": stages, **figures}
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the rows of a table of stages."""
-        header = ["stage", "part", "images", "epochs", "seconds", "params", "before", "accuracy"]
-        rows = [
-            [
-                *(r.name, str(r.part or "all"), f"{r.images:,}", str(r.epochs)),
-                *(f"{r.seconds:.1f}", f"{r.params:,}"),
-                *("" if value is None else f"{value:.2f}" for value in (r.before, r.accuracy)),
-            ]
-            for r in self.records
-        ]
-        return header, rows
+        return {**asdict(self), "records": stages, **figures, "recipe": dict(recipe)}
 
     def __str__(self) -> str:
-        header, rows = self.table()
-        title = f"{self.scheme}: {self.seconds:.1f} s, {self.received:,} bytes received"
-        return text_table(title, header, rows, numbers=range(2, len(header)))
+        (table,) = tables(self.record({}))
+        return text_table(table.title, table.header, table.texts, table.numbers)
 
 
-def write_result(result: Result, recipe: Mapping[str, Any], folder: Path) -> None:
-    """Write the records and the recipe to `result.json`."""
-    with replacing(folder / RESULT) as temporary:
-        text = json.dumps({**result.data(), "recipe": dict(recipe)}, indent=1)
-        temporary.write_text(text + "\n", "utf-8")
+def write_result(result: Result, recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the records and the recipe to `result.json`, and return what it holds."""
+    record = as_record("factorized", result.record(recipe))
+    write_record(folder / RESULT, record)
+    return record
 
 
 def read_result(folder: Path) -> Result:

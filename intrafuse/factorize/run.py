@@ -27,7 +27,6 @@ from intrafuse.factorize.recipe import Recipe, read_recipe, write_recipe
 from intrafuse.factorize.result import Result, write_result
 from intrafuse.factorize.splits import split, write_positions
 from intrafuse.factorize.stages import Line, Network, Record, Report, load_network, read_records
-from intrafuse.factorize.timeline import draw_timeline
 from intrafuse.factorize.worker import POSITIONS, TASK, Task, last_stage
 from intrafuse.files import replacing, replacing_folder
 from intrafuse.fuse import fuse
@@ -35,6 +34,7 @@ from intrafuse.manifest import Manifest
 from intrafuse.methods import resolve_method
 from intrafuse.methods.settings import check_choice
 from intrafuse.prune import plan
+from intrafuse.report.kinds.factorized import timeline
 
 __all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
 
@@ -137,9 +137,9 @@ def factorize(
     )
     with replacing_folder(folder / NETWORK) as temporary:
         shutil.copytree(folder / run.records[-1].name, temporary, dirs_exist_ok=True)
-    write_result(result, recipe.model_dump(mode="json"), folder)
+    record = write_result(result, recipe.model_dump(mode="json"), folder)
     if find_spec("matplotlib") is not None:
-        draw_timeline({recipe.scheme: result}, folder / TIMELINE)
+        timeline({recipe.scheme: record}).write(folder / TIMELINE)
     return Factorized(network.model, result, folder)
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import linecache
-import logging
-import os
-import re
-import sys
-import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.backends.mha
 from torch import Tensor, nn
 from torch.fx import Node
 
-from intrafuse import errors
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
-from intrafuse.graph.literals import settle
+from intrafuse.graph.export import (
+    ExampleInputs,
+    as_arguments,
+    evaluating,
+    export_program,
+    record,
+)
+from intrafuse.graph.frozen import Program, free_atoms, freeze, lock_unclear
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
 from intrafuse.modules import copy_without, place
 
@@ -38,45 +32,10 @@ __all__ = [
     "trace",
 ]
 
-ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 PASS_ORIGIN = frozenset(
     "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
     "contiguous alias detach repeat".split()
 )
-
-
-@dataclass(frozen=True)
-class Program:
-    """The traced operators: nodes in order, the trees of each result, names of parameters.
-
-    And numbers in the code that follow a size: operator -> (tree of the size, exponent).
-    """
-
-    nodes: tuple[Node, ...]
-    values: Mapping[Node, Any]
-    parameters: Mapping[Node, str]
-    scales: Mapping[Node, tuple[Tree, float]]
-
-
-def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in evaluation mode, and every module back into its own mode at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
@@ -113,15 +72,18 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
     nodes = tuple(program.graph.nodes)
-    _lock_unclear(scope)
+    lock_unclear(scope)
     settle(
         scope,
         [*nodes],
-        lambda: [group.id for group in _name_groups(scope, _slots(scope)) if not group.locked],
-        lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
-        lambda resized: export_program(resized, example_inputs).graph.nodes,
+        lambda: free_atoms(scope),
+        Workshop(
+            lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
+            lambda resized: record(resized, example_inputs),
+            lambda resized: [*export_program(resized, example_inputs).graph.nodes],
+        ),
     )
-    return _freeze(scope, nodes)
+    return freeze(scope, nodes, example_inputs)
 
 
 def _resized(
@@ -140,96 +102,6 @@ def _resized(
     target = copy_without(model, [*old.values()])
     place(target, new, attributes, (), aliases)
     return target
-
-
-def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
-    """Export a model in evaluation mode; it is not changed.
-
-    Raises:
-        IntrafuseError: it is no module, or it cannot be traced.
-    """
-    if not isinstance(model, nn.Module):
-        raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
-    args, kwargs = as_arguments(example_inputs)
-    try:
-        with evaluating(model):
-            return _export(model, args, kwargs)
-    except NotImplementedError as error:  # an exported program has no evaluation mode
-        raise IntrafuseError(
-            f"the model cannot be put in evaluation mode: {error}",
-            remedy="pass the module that was exported, not the exported one",
-        ) from error
-
-
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    printed = io.StringIO()  # torch prints the graph of a failed export to standard error
-    try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
-            program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        text = str(error).strip() or type(error).__name__
-        operator = _last_operator(error)
-        raise IntrafuseError(
-            "the model cannot be traced by torch.export: "
-            f"{type(error).__name__}: {text.splitlines()[0]}"
-            + (f", in operator {operator}" if operator else ""),
-            layer=_failing_line(error),
-            remedy="check that model(*example_inputs) runs, replace control flow that depends on "
-            "tensor values, or trace the part of the model that should be pruned",
-        ) from error
-    sys.stderr.write(printed.getvalue())
-    return program
-
-
-@contextmanager
-def _plainly(model: nn.Module) -> Iterator[None]:
-    """Let a model compute without fused kernels and without a cache for its next call.
-
-    A fused transformer layer is one operator that hides what it does, and a cache of keys and
-    values is an output that `torch.export` does not know.
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    for config in cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for config in cached:
-            config.use_cache = True
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence what torch logs on the way to an error that says the same."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _last_operator(error: Exception) -> str | None:
-    """Name the last operator that was recorded before an export failed, where it tells."""
-    graph = getattr(error, "partial_fx_graph", None)
-    names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
-    return names[-1] if names else None
-
-
-def _failing_line(error: Exception) -> str | None:
-    """Find the last line of the model's code, outside PyTorch and this package, that was run."""
-    libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    own = [(name, line) for name, line in frames if not name.startswith((*libraries, "<"))]
-    if not own:
-        return None
-    name, line = own[-1]
-    return f"{name}:{line}: {linecache.getline(name, line or 0).strip()}"
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -307,114 +179,3 @@ def _lock_all(scope: Scope, node: Node, reason: str) -> None:
     for item in values:
         for tree in item if isinstance(item, list) else [item]:
             scope.table.lock(tree, reason)
-
-
-def _slots(scope: Scope) -> dict[int, list[Slot]]:
-    """List where each atom lies on parameters that a rule gave a role."""
-    slots: dict[int, list[Slot]] = {}
-    for (parameter, axis), (role, kind) in scope.roles.items():
-        tree = scope.table.resolve(scope.parameter_axes[parameter][axis])
-        for atom in dict.fromkeys(leaves(tree)):
-            blocks = locate(tree, atom, scope.table.size)
-            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
-    return slots
-
-
-def _freeze(scope: Scope, nodes: tuple[Node, ...]) -> ChannelGraph:
-    resolve = scope.table.resolve
-    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
-    groups = _name_groups(scope, _slots(scope))
-    free = [group for group in groups if not group.locked]
-    free = [replace(group, index=len(free) - 1 - i) for i, group in enumerate(free)]
-    attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
-    values = {
-        node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
-        for node, value in scope.values.items()
-    }
-    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
-    return ChannelGraph(
-        groups=tuple(free),
-        locked=tuple(group for group in groups if group.locked),
-        axes=axes,
-        sizes=dict(enumerate(scope.table.size)),
-        layers=scope.layers,
-        norms=_list_norms(scope),
-        attributes=tuple(dict.fromkeys(attributes)),
-        costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
-        aliases=scope.aliases,
-        rescales=tuple(
-            replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
-            for r in scope.rescales
-        ),
-        program=Program(nodes, values, scope.parameters, scales),
-    )
-
-
-def _list_norms(scope: Scope) -> tuple[Norm, ...]:
-    """List each norm once; one that is called twice or shares a parameter folds into no layer."""
-    uses = Counter(name for norm in scope.norms for name in norm.tensors)
-    alone = [max(uses[name] for name in norm.tensors) == 1 for norm in scope.norms]
-    norms = (
-        norm if once else replace(norm, layer=None)
-        for norm, once in zip(scope.norms, alone, strict=True)
-    )
-    return tuple(dict.fromkeys(norms))
-
-
-def _lock_unclear(scope: Scope) -> None:
-    """Lock what no rule accounts for: parameters without a role, channels squared."""
-    for name, trees in scope.parameter_axes.items():
-        for axis, tree in enumerate(map(scope.table.resolve, trees)):
-            if (name, axis) not in scope.roles:
-                scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
-            for atom in _squared(tree):
-                scope.table.lock(atom, "it is multiplied with itself along one axis")
-
-
-def _squared(tree: Tree) -> list[int]:
-    """List atoms that lie in two factors of one product."""
-    if isinstance(tree, int):
-        return []
-    children = tree.parts if isinstance(tree, Sum) else tree.factors
-    found = [atom for child in children for atom in _squared(child)]
-    if isinstance(tree, Product):
-        counts = Counter(atom for child in children for atom in set(leaves(child)))
-        found += [atom for atom, count in counts.items() if count > 1]
-    return found
-
-
-def _kinds(scope: Scope) -> dict[int, str]:
-    """Say which atoms are heads of attention, and which the width inside them."""
-    found: dict[int, str] = {}
-    for _, what, tree in scope.heads:
-        kind = {"heads": "heads", "width": "width", "value width": "width"}.get(what)
-        for atom in leaves(scope.table.resolve(tree)) if kind else ():
-            found.setdefault(atom, str(kind))
-    return found
-
-
-def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
-    groups = []
-    taken: Counter[str] = Counter()
-    kinds = _kinds(scope)
-    summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}
-    for atom, rows in slots.items():
-        writers = [slot for slot in rows if slot.role == "writer"]
-        reasons = list(scope.table.reasons(atom))
-        size = scope.table.size[atom]
-        if size < 2:
-            reasons.append("a single channel")
-        if not writers:
-            if not reasons:
-                reasons.append("no layer writes these channels")
-            if all(slot.role == "reader" for slot in rows):
-                continue  # the model's own inputs
-        elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
-            reasons.append("no layer reads these channels")
-        name = (writers or rows)[0].layer
-        name += f"#{kinds[atom]}" if atom in kinds else ""
-        taken[name] += 1
-        name += f"#{taken[name]}" if taken[name] > 1 else ""
-        choices = scope.table.choices(atom)
-        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))
-    return groups

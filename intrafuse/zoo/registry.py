@@ -59,6 +59,13 @@ class ResolvedModel:
     example_inputs: tuple[Tensor, ...] | dict[str, Tensor]
     arguments: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample of the first input."""
+        given = self.example_inputs
+        first = next(iter(given.values())) if isinstance(given, dict) else given[0]
+        return tuple(first.shape[1:])
+
 
 ZOO: dict[str, ZooEntry] = {
     "vgg11_bn": ZooEntry(networks.vgg11_bn, (3, 32, 32)),

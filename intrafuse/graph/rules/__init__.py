@@ -4,7 +4,19 @@ A new rule is one function with `register("operator")` in the file of its kind; 
 imported here.
 """
 
-from intrafuse.graph.rules import index, layers, make, pointwise, products, reduce, shape
+from intrafuse.graph.rules import (
+    computed,
+    index,
+    layers,
+    make,
+    patches,
+    pointwise,
+    products,
+    recurrent,
+    reduce,
+    shape,
+    statistics,
+)
 from intrafuse.graph.rules.registry import (
     RULES,
     Literal,
@@ -23,15 +35,19 @@ __all__ = [
     "LockError",
     "Scope",
     "arguments",
+    "computed",
     "entering",
     "index",
     "layers",
     "location",
     "make",
     "operator_name",
+    "patches",
     "pointwise",
     "products",
+    "recurrent",
     "reduce",
     "register",
     "shape",
+    "statistics",
 ]

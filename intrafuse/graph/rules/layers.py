@@ -9,7 +9,15 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree
 from intrafuse.graph.groups import Kind, Layer, Norm
-from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+from intrafuse.graph.rules.computed import layer_of_computed
+from intrafuse.graph.rules.registry import (
+    FOLLOWING,
+    Axes,
+    LockError,
+    Scope,
+    operator_name,
+    register,
+)
 
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
@@ -36,6 +44,8 @@ def linear(scope: Scope, node: Node) -> Axes:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
+    if scope.parameter_view(args["weight"]) is None:
+        return [*rest, layer_of_computed(scope, node, channels, 1)]
     if args["weight"] not in scope.parameters or args["bias"] not in (None, *scope.parameters):
         return [*rest, _part_of_linear(scope, args, channels)]
     weight = scope.parameter(args["weight"], "weight")
@@ -102,13 +112,15 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     at = len(x) - spatial - 1  # the channel dimension; an unbatched input has no axis before it
     if at == 0:
         scope.batch = 1  # an unbatched input: the first dimension holds channels, not samples
-    weight = scope.parameter(args["weight"], "weight")
-    bias = scope.optional_parameter(args["bias"], "bias")
-    w = scope.axes(args["weight"])
     for tree in x[at + 1 :]:
         scope.table.lock(tree, "spatial")
-    groups = args["groups"]
+    positions = [scope.fixed(n, "spatial") for n in scope.shape(node)[at + 1 :]]
     reader, writer = (0, 1) if transposed else (1, 0)
+    if args["weight"] not in scope.parameters:
+        return [*x[:at], layer_of_computed(scope, node, x[at], reader), *positions]
+    weight = scope.parameter(args["weight"], "weight")
+    bias = scope.optional_parameter(args["bias"], "bias")
+    w, groups = scope.axes(args["weight"]), args["groups"]
     if groups == 1:
         scope.table.unify(w[reader], x[at])
         out = w[writer]
@@ -118,7 +130,10 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
         scope.use(bias, 0, "writer", "bias")
     else:
         which, out = _grouped(scope, x[at], w, groups, transposed)
-        scope.attribute(weight, "groups", which, needed=True)
+        if isinstance(scope.owner(weight), FOLLOWING):
+            scope.attribute(weight, "groups", which, needed=True)
+        else:
+            scope.literal(which, node)
         scope.use(weight, 0, "carrier", "scale")
         bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "carrier", "shift")
@@ -128,10 +143,9 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
     scope.attribute(weight, "out_channels", out)
     w = scope.axes(args["weight"])
     counted = args["input"] if transposed else node
-    positions = scope.positions(counted, scope.table.measure(x[at] if transposed else out))
-    scope.cost(node, weight, positions * prod(scope.shape(args["weight"])[2:]), w[0], w[1])
-    size = scope.shape(node)[at + 1 :]
-    return [*x[:at], out, *(scope.fixed(n, "spatial") for n in size)]
+    times = scope.positions(counted, scope.table.measure(x[at] if transposed else out))
+    scope.cost(node, weight, times * prod(scope.shape(args["weight"])[2:]), w[0], w[1])
+    return [*x[:at], out, *positions]
 
 
 @register("conv1d", "conv2d", "conv3d")
@@ -161,13 +175,16 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
         ("running_mean", "mean"),
         ("running_var", "variance"),
     )
+    given = [args[argument] for argument, _ in parts if args[argument] is not None]
     for argument, kind in parts:
-        name = names[argument] = scope.optional_parameter(args[argument], argument)
-        if name is not None:
+        name = names[argument] = scope.parameters.get(args[argument])
+        if args[argument] is not None:
             scope.table.unify(x[1], scope.axes(args[argument])[0])
+        if name is not None:
             scope.use(name, 0, "carrier", kind)
             scope.attribute(name, "num_features", x[1])
-    if names["running_mean"] and names["running_var"] and not args["training"]:
+    plain = all(tensor in scope.parameters for tensor in given)  # nothing is computed
+    if plain and names["running_mean"] and names["running_var"] and not args["training"]:
         scope.norms.append(
             Norm(
                 names["running_mean"].rpartition(".")[0],

@@ -167,6 +167,27 @@ def _layer(
             scope.attribute(parameter, attribute, trees[own[axes.index(read[0])]])
 
 
+@register("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_product(scope: Scope, node: Node) -> Axes:
+    """Multiply runs of rows by the matrix of the expert that they were sent to."""
+    x, weight = node.args[0], node.args[1]
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    known, trees = scope.parameter_view(weight), scope.axes(weight)
+    if known is None or None in known[1] or len(trees) != 3 or len(scope.shape(x)) != 2:
+        raise LockError("its weight is no parameter with a matrix for each expert")
+    parameter, axes = known
+    experts, columns, rows = trees
+    scope.table.lock(experts, "tokens are sent to experts by number")
+    scope.table.unify(columns, scope.axes(x)[-1])
+    for axis, role, kind in zip(
+        axes, ("carrier", "reader", "writer"), ("scale", "weight", "weight"), strict=True
+    ):
+        assert axis is not None
+        scope.use(parameter, axis, role, kind)  # type: ignore[arg-type]
+    scope.cost(node, "experts", scope.shape(x)[0], columns, rows)
+    return [scope.axes(x)[0], scope.table.resolve(rows)]
+
+
 @register("scaled_dot_product_attention")
 def attention(scope: Scope, node: Node) -> Axes:
     """softmax(q k^T scale) v: heads are coupled, widths of queries and keys, and lengths."""

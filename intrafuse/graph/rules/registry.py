@@ -40,6 +40,8 @@ PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
+# Modules of PyTorch whose forward takes sizes from attributes that may be set.
+FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
 
 
 @dataclass(frozen=True)
@@ -245,12 +247,16 @@ class Scope:
         names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
         for module in (alias.rpartition(".")[0] for alias in names):
             owner = self.model.get_submodule(module)
-            known = isinstance(owner, nn.modules.conv._ConvNd | nn.GroupNorm)
+            known = isinstance(owner, FOLLOWING)
             value = getattr(owner, name, None) if known or not needed else None
             if isinstance(value, int) and value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
             elif needed:
                 self.table.lock(tree, f"{module} has no attribute {name} to follow it")
+
+    def owner(self, parameter: str) -> nn.Module:
+        """Return the module that holds a parameter."""
+        return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def cost(self, node: Node, layer: str, positions: float, *trees: Tree) -> None:
         """Count multiply-accumulates: for each sample, positions times the sizes of the axes."""

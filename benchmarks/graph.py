@@ -1,0 +1,181 @@
+"""How long the graph of a language model takes, and how that grows with its depth.
+
+Llama configurations of 8, 16, 32 and 64 layers, 4096 wide, on the meta device (no weights are
+held), each in a process of its own, so that its peak of memory is its own. Then torch-pruning
+1.6.1 side by side, up to the largest of each ladder that it finishes in five minutes: Llama
+configurations, where its graph is plain, and densely connected networks, where the channels of each
+layer go into all that follow.
+
+    pip install -c constraints.txt -e ".[hf]"
+    pip install --no-deps torch-pruning==1.6.1     # for the comparison only
+    python benchmarks/graph.py [--limit SECONDS] [--skip-others]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+DEPTHS = (8, 16, 32, 64)
+LADDERS = {
+    "llama": ((4, 512), (16, 1024), (32, 1024)),
+    "dense": ((8, 8), (16, 8), (32, 8), (64, 8), (96, 8), (128, 8), (192, 8)),
+}
+
+
+def model_of(layers: int, width: int, device: str):
+    """Build a Llama of some depth and width, with its heads 128 wide as in the 7B model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(width // 128, 2)
+    config = LlamaConfig(
+        vocab_size=32000 if width == 4096 else 256,
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).eval()
+        tokens = torch.ones(1, 16, dtype=torch.long)
+    model.config.use_cache = False
+    return model, tokens
+
+
+def dense_of(layers: int, growth: int, device: str):
+    """Build a network of convolutions, each of which reads what all before it wrote."""
+    import torch
+    from torch import nn
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = [3 + growth * i for i in range(layers)]
+            self.convs = nn.ModuleList(nn.Conv2d(n, growth, 3, padding=1) for n in widths)
+            self.lm_head = nn.Linear(3 + growth * layers, 10)
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = torch.cat([x, conv(torch.relu(x))], 1)
+            return self.lm_head(x.mean((2, 3)))
+
+    with torch.device(device):
+        return Dense().eval(), torch.zeros(1, 3, 8, 8)
+
+
+def network(kind: str, layers: int, width: int, device: str):
+    """Build a network of a ladder, and inputs for it."""
+    return (model_of if kind == "llama" else dense_of)(layers, width, device)
+
+
+def peak() -> float:
+    """Return the most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ours(kind: str, layers: int, width: int, device: str) -> dict[str, float]:
+    """Trace by intrafuse."""
+    import intrafuse
+
+    small, inputs = network(kind, 1, 64, device)
+    intrafuse.trace(small, (inputs,))  # what is imported on first use
+    model, inputs = network(kind, layers, width, device)
+    before = peak()
+    started = time.perf_counter(), time.process_time()
+    graph = intrafuse.trace(model, (inputs,))
+    seconds, busy = time.perf_counter() - started[0], time.process_time() - started[1]
+    nodes = len(graph.program.nodes)
+    return {
+        "seconds": seconds, "cpu": busy, "mib": peak() - before, "groups": len(graph.groups),
+        "nodes": nodes,
+    }  # fmt: skip
+
+
+def theirs(kind: str, layers: int, width: int, device: str) -> dict[str, float]:
+    """Trace by torch-pruning, and list its groups: ours come with the graph."""
+    import torch_pruning
+
+    model, inputs = network(kind, layers, width, device)
+    before = peak()
+    started = time.perf_counter(), time.process_time()
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, example_inputs=inputs, output_transform=lambda out: getattr(out, "logits", out).sum()
+    )
+    groups = sum(1 for _ in graph.get_all_groups(ignored_layers=[model.lm_head]))
+    seconds, busy = time.perf_counter() - started[0], time.process_time() - started[1]
+    nodes = len(graph.module2node)
+    return {
+        "seconds": seconds, "cpu": busy, "mib": peak() - before, "groups": groups, "nodes": nodes
+    }  # fmt: skip
+
+
+def apart(which: str, kind: str, layers: int, width: int, device: str, limit: float) -> dict | None:
+    """Measure in a process of its own; None where it takes too long or fails."""
+    command = [sys.executable, __file__, "--one", which, kind, str(layers), str(width), device]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"  {which} did not finish {layers} layers of {width} in {limit:.0f} s")
+        return None
+    if done.returncode:
+        print(f"  {which} failed: {done.stderr.strip().splitlines()[-1]}")
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth(limit: float) -> None:
+    """Print time and memory of our graph by depth."""
+    print("intrafuse, Llama 4096 wide on the meta device")
+    print("layers   nodes  groups  seconds  CPU s   MiB  CPU ms for each layer")
+    for layers in DEPTHS:
+        found = apart("ours", "llama", layers, 4096, "meta", limit)
+        if found:
+            each = 1000 * found["cpu"] / layers
+            print(
+                f"{layers:6d} {found['nodes']:7d} {found['groups']:7d} {found['seconds']:8.2f} "
+                f"{found['cpu']:6.2f} {found['mib']:5.0f} {each:22.0f}"
+            )
+
+
+def comparison(limit: float) -> None:
+    """Print both tools' times up to the largest network that torch-pruning finishes."""
+    print("torch-pruning 1.6.1 beside intrafuse, on the CPU")
+    for kind, steps in LADDERS.items():
+        for layers, width in steps:
+            other = apart("theirs", kind, layers, width, "cpu", limit)
+            if other is None:
+                break
+            own = apart("ours", kind, layers, width, "cpu", limit)
+            if own:
+                print(
+                    f"{kind} {layers:3d} x {width:4d}: torch-pruning {other['cpu']:8.2f} CPU s, "
+                    f"{other['groups']} groups; intrafuse {own['cpu']:6.2f} CPU s, "
+                    f"{own['groups']} groups; ratio {other['cpu'] / own['cpu']:.2f}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=float, default=300.0)
+    parser.add_argument("--skip-others", action="store_true")
+    parser.add_argument("--one", nargs=5)
+    options = parser.parse_args()
+    if options.one:
+        which, kind, layers, width, device = options.one
+        measure = ours if which == "ours" else theirs
+        print(json.dumps(measure(kind, int(layers), int(width), device)))
+        return
+    growth(options.limit)
+    if not options.skip_others:
+        comparison(options.limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Prune every architecture of the zoo at 50 % with `select` and hold it against a masked original.
+
+    .venv/bin/python benchmarks/zoo.py                          # all of them, resumes
+    .venv/bin/python benchmarks/zoo.py --only 'timm:res*'       # some
+    .venv/bin/python benchmarks/zoo.py --write docs/architectures.md
+
+Each architecture runs in a process of its own with a time limit. Results are added to a JSON file
+as they come; a run skips what the file holds, but for failures with --retry.
+A row passes if groups could be pruned, the pruned network equals the masked original to 1e-4 of
+its largest output in float32, and forward and backward run. `refused` is a clear error or nothing
+that could be pruned, `wrong` an output that differs, `error` anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import multiprocessing as mp
+import re
+import statistics
+import subprocess
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, build, import_torchvision
+
+import intrafuse
+from intrafuse.graph.trace import as_arguments
+from intrafuse.verify import tensors_of
+
+SHARE = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="*", help="pattern of names, several separated by commas")
+    parser.add_argument("--results", type=Path, default=Path("runs/zoo.json"))
+    parser.add_argument("--retry", action="store_true", help="run again what did not pass")
+    parser.add_argument("--again", action="store_true", help="run again whatever is chosen")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each")
+    parser.add_argument("--write", type=Path, help="write the table to this file, and run nothing")
+    options = parser.parse_args()
+    rows = json.loads(options.results.read_text()) if options.results.exists() else {}
+    if options.write is not None:
+        options.write.write_text(page(rows))
+        print(summary(rows))
+        return
+    torch.set_num_threads(1)
+    import_torchvision()
+    for library in ("timm", "transformers"):  # once, before the processes fork
+        importlib.import_module(library)
+
+    commit = _commit()
+    patterns = options.only.split(",")
+    for name in (n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in patterns)):
+        known = rows.get(name, {}).get("status")
+        if known is not None and not options.again and not (options.retry and known != "pass"):
+            continue
+        rows[name] = {**apart(name, options.limit), "commit": commit}
+        print(name, line(rows[name]), flush=True)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(rows, indent=1, sort_keys=True))
+    print(summary(rows))
+
+
+def apart(name: str, limit: float) -> dict[str, Any]:
+    """Run one architecture in a process of its own."""
+    context = mp.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    started = time.perf_counter()
+    process = context.Process(target=_report, args=(name, theirs))
+    process.start()
+    theirs.close()
+    try:
+        row = ours.recv() if ours.poll(limit) else {"status": "error", "why": f"over {limit:g} s"}
+    except EOFError:
+        row = {"status": "error", "why": f"the process died with {process.exitcode}"}
+    process.kill()
+    process.join()
+    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _report(name: str, pipe: Any) -> None:
+    try:
+        row = examine(name)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        row = {"status": "error", "why": f"{type(error).__name__}: {error} ({where})"[:600]}
+    pipe.send(row)
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Trace, prune and verify one architecture; refusals and wrong results become rows."""
+    model, inputs = build(name)
+    try:
+        plan = intrafuse.plan(
+            model, inputs, channels=SHARE, method="select", importance="random", seed=1
+        )
+    except intrafuse.IntrafuseError as error:
+        return {"status": "refused", "why": str(error)[:600], **_described(model, inputs)}
+    row = describe(model, plan.graph) | {
+        "graph": round(plan.seconds, 2),
+        "removed": round(plan.removed["params"], 4),
+    }
+    try:
+        found = intrafuse.verify(model, plan, example_inputs=inputs)
+        row |= {"relative": found.relative, "effect": found.effect}
+        small = plan.apply(model)
+    except intrafuse.IntrafuseError as error:
+        status = "wrong" if "masked original" in str(error) else "refused"
+        return {**row, "status": status, "why": str(error)[:600]}
+    backward(small, inputs)
+    return {**row, "status": "pass"}
+
+
+def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
+    """Describe a network that could not be planned for, where it can be traced at all."""
+    try:
+        return describe(model, intrafuse.trace(model, inputs))
+    except intrafuse.IntrafuseError:
+        return {}
+
+
+def describe(model: torch.nn.Module, graph: intrafuse.ChannelGraph) -> dict[str, Any]:
+    """Count what of a network can be pruned, and why the rest cannot."""
+    counted = {name: p.numel() for name, p in model.named_parameters()}
+    free = {slot.parameter for group in graph.groups for slot in group.slots}
+    reasons = Counter(_plain(group.locked[0]) for group in graph.locked)
+    return {
+        "params": sum(counted.values()),
+        "prunable": round(
+            sum(n for k, n in counted.items() if k in free) / sum(counted.values()), 4
+        ),
+        "groups": len(graph.groups),
+        "locked": len(graph.locked),
+        "reasons": dict(reasons.most_common()),
+    }
+
+
+def _plain(reason: str) -> str:
+    return reason if len(reason) < 120 else reason[:117] + "..."
+
+
+def backward(model: torch.nn.Module, inputs: Any) -> None:
+    """Take gradients of every output in training mode, where dropout and batch norm are alive."""
+    args, kwargs = as_arguments(inputs)
+    outputs = [t for t in tensors_of(model.train()(*args, **kwargs)) if t.requires_grad]
+    torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.shape != parameter.shape:
+            raise AssertionError(f"a gradient of another shape: {name}")
+
+
+def line(row: dict[str, Any]) -> str:
+    figures = [
+        f"{k}={row[k]:.3g}"
+        for k in ("prunable", "removed", "relative", "effect", "graph", "seconds")
+        if k in row
+    ]
+    return " ".join([row["status"], *figures, row.get("why", "")])
+
+
+def summary(rows: dict[str, Any]) -> str:
+    counted = Counter(row["status"] for row in rows.values())
+    return f"{len(rows)} architectures: " + ", ".join(f"{n} {s}" for s, n in counted.most_common())
+
+
+def page(rows: dict[str, Any]) -> str:
+    """Write the table of docs/architectures.md."""
+    ordered = [name for name in ARCHITECTURES if name in rows]
+    body = "\n".join(_table_row(name, rows[name]) for name in ordered)
+    passed = [row for row in rows.values() if row["status"] == "pass"]
+    worst = max((row["relative"] for row in passed), default=0.0)
+    prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
+    commits = Counter(row.get("commit", "earlier ones of the same day") for row in rows.values())
+    measured = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
+    header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
+    return f"""# Architectures
+
+{__doc__.strip().splitlines()[0]}
+
+    .venv/bin/python benchmarks/zoo.py
+    .venv/bin/python benchmarks/zoo.py --write docs/architectures.md
+
+{summary(rows)} ({len(passed) / max(len(rows), 1):.1%} pass). Random weights, small inputs, one
+thread. Over those that pass, the largest difference is {worst:.1e} of the largest output, and the
+median share of the parameters that can be pruned is {prunable:.0%}. Measured at the commits
+{measured}.
+
+- **result**: `pass` where groups could be pruned, the pruned network equals the masked original to
+  1e-4 of its largest output in float32, and forward and backward run (backward in training mode);
+  `refused` where nothing could be pruned, or a clear error said why not.
+- **prunable**: share of the parameters on an axis of which some group may shrink.
+- **graph**: seconds for the trace and the plan, on a machine that other work shared.
+- **removed**: share of the parameters that goes with half of every group's channels.
+- **difference**: of the largest output, between pruned network and masked original.
+- **what stays**: why groups are locked, with their number, the two commonest reasons but for the
+  model's own output.
+
+Heads that only training runs (`aux_logits` of googlenet and inception_v3) are no part of a trace:
+they are switched off here, and would keep the sizes that they had.
+
+{header}
+|---|---|---|---|---|---|---|
+{body}
+"""
+
+
+def _table_row(name: str, row: dict[str, Any]) -> str:
+    shares = [f"{row[key]:.0%}" if key in row else "" for key in ("prunable", "removed")]
+    difference = f"{row['relative']:.0e}" if "relative" in row else ""
+    graph = f"{row['graph']:.1f}" if "graph" in row else ""
+    why = Counter()
+    for reason, count in row.get("reasons", {}).items():
+        if reason not in ("model output", "a single channel"):
+            why[re.sub(r" at \S+?:\d+", "", reason).replace("|", "/")] += count
+    stays = "; ".join(f"{reason} ({count})" for reason, count in why.most_common(2))
+    if row["status"] != "pass" and not row.get("reasons"):
+        stays = " ".join(row["why"].split())[:160].replace("|", "/")
+    return f"| {' | '.join([name, row['status'], *shares, difference, graph, stays])} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""`intrafuse ablation`: does a setting matter? Each group alone under several, and a test."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.subject import Subject
+from intrafuse.errors import IntrafuseError
+
+__all__ = ["ablation"]
+
+
+def ablation(
+    model: ModelOptions,
+    setting: Annotated[
+        str, typer.Option(help="marginals, targets, orders, normalisations or metrics.")
+    ] = "marginals",
+    channels: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
+    ] = "0.3,0.5,0.7",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only these groups or layers; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Not these groups or layers; repeatable."),
+    ] = None,
+    data: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Prune every group alone under several settings, and test whether these differ."""
+    shares = numbers("--channels", channels, float)
+    common.start()
+    from intrafuse.evaluate.ablation import SETTINGS
+    from intrafuse.evaluate.ablation import ablation as measure_settings
+
+    if setting not in SETTINGS:
+        known = ", ".join(SETTINGS)
+        raise IntrafuseError(f"--setting must be one of {known}", value=setting, usage=True)
+    subject = Subject.of(model, data, common)
+    with progress() as advance:
+        found = measure_settings(
+            subject.model,
+            subject.example_inputs,
+            subject.test,
+            SETTINGS[setting],
+            shares=shares,
+            include=include or None,
+            exclude=exclude or (),
+            seed=common.seed,
+            device=common.device,
+            progress=partial(advance, "measuring"),
+        )
+    record = {**subject.record, "setting": setting, **found.as_data()}
+    show_record(common, "ablation", record, f"{subject.title}, {setting}")

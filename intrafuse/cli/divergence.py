@@ -1,0 +1,57 @@
+"""`intrafuse divergence`: how far the outputs of pruned networks are from the original's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions, numbers
+from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.subject import Subject
+
+__all__ = ["divergence"]
+
+
+def divergence(
+    model: ModelOptions,
+    channels: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
+    ] = "0.1,0.2,0.3",
+    methods: Annotated[
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+    ] = "select,intra-fusion,moment",
+    measure: Annotated[
+        str, typer.Option(help="L2 distance of logits or softmax, or cosine of the logits.")
+    ] = "logits",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also layer by layer: where the damage starts.")
+    ] = False,
+    options: PruneOptions = PruneOptions(),
+    data: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Measure how far the outputs of pruned networks are from the original's."""
+    shares = numbers("--channels", channels, float)
+    settings = options.settings()
+    common.start()
+    import intrafuse
+    from intrafuse.evaluate.divergences import divergences
+
+    subject = Subject.of(model, data, common)
+    with progress() as advance:
+        found = divergences(
+            subject.model,
+            subject.example_inputs,
+            subject.test,
+            channels=shares,
+            methods=methods.split(","),
+            kind=measure,  # type: ignore[arg-type]
+            layers=layers,
+            batch_size=data.batch_size,
+            device=common.device,
+            prune=partial(intrafuse.prune, data=subject.training, seed=common.seed, **settings),
+            progress=partial(advance, "measuring"),
+        )
+    show_record(common, "divergence", {**subject.record, **found.as_data()}, subject.title)

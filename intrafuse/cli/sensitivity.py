@@ -1,0 +1,55 @@
+"""`intrafuse sensitivity`: which groups bear pruning, each pruned alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.subject import Subject
+
+__all__ = ["sensitivity"]
+
+
+def sensitivity(
+    model: ModelOptions,
+    channels: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
+    methods: Annotated[
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+    ] = "select,intra-fusion,moment",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only these groups or layers; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Not these groups or layers; repeatable."),
+    ] = None,
+    data: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Prune every group alone, and tell which are volatile and which resilient."""
+    shares = numbers("--channels", channels, float)
+    common.start()
+    from intrafuse.evaluate.sensitivity import sensitivity as measure_groups
+
+    subject = Subject.of(model, data, common)
+    with progress() as advance:
+        found = measure_groups(
+            subject.model,
+            subject.example_inputs,
+            subject.test,
+            shares=shares,
+            methods=methods.split(","),
+            include=include or None,
+            exclude=exclude or (),
+            seed=common.seed,
+            device=common.device,
+            progress=partial(advance, "measuring"),
+        )
+    show_record(common, "sensitivity", {**subject.record, **found.as_data()}, subject.title)

@@ -1,0 +1,258 @@
+"""What the trials of a model's code teach: attributes that follow, scales, and locks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree, leaves, tree_size
+from intrafuse.graph.compare import Difference, numbers
+from intrafuse.graph.rules import Literal, Scope, operator_name
+from intrafuse.graph.rules.scale import follow_size
+
+__all__ = ["Trials", "follow_names", "give_up", "learn", "line_of", "trial_sizes"]
+
+# Attributes that say how large an axis of attention is, whether or not the code reads them.
+NAMES = {
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads"),
+    "key heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+    "width": ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head"),
+    "all": ("all_head_size", "inner_dim"),
+}
+
+
+@dataclass
+class Trials:
+    """What the trials have found so far.
+
+    Attributes:
+        scope, nodes: the trace.
+        attributes: (module, attribute) -> the tree that it follows.
+        tried: attributes by the place in the code that they were tried for.
+        added: what the last of them added to `attributes`.
+    """
+
+    scope: Scope
+    nodes: list[Node]
+    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
+    tried: dict[tuple, list[str]] = field(default_factory=dict)
+    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
+
+    @cached_property
+    def places(self) -> dict[Node, tuple]:
+        """Where in the code each operator stands: the same for the same layer of another block."""
+        count: Counter[tuple] = Counter()
+        found = {}
+        for node in self.nodes:
+            place = (line_of(node) or node.name, operator_name(node))
+            module = (*_modules(node)[:1], *place)
+            found[node] = (*place, count[module])
+            count[module] += 1
+        return found
+
+    def at_stake(self, atoms: list[int]) -> list[Literal]:
+        """List the numbers that may belong to atoms."""
+        wanted, resolve = set(atoms), self.scope.table.resolve
+        items = self.scope.literals
+        return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
+
+
+def follow_names(trials: Trials) -> None:
+    """Let attributes with usual names follow heads and widths of attention."""
+    scope = trials.scope
+    for node, what, tree in scope.heads:
+        size = scope.table.measure(tree)
+        for path in _modules(node)[:1]:
+            owner = scope.model.get_submodule(path)
+            for name in NAMES.get(what, ()):
+                value = vars(owner).get(name)
+                if type(value) is int and value == size and size > 1:
+                    trials.attributes.setdefault((path, name), tree)
+
+
+def trial_sizes(scope: Scope, atoms: list[int]) -> dict[int, int]:
+    """Choose a new size for every atom: none is the old one, and neighbours differ."""
+    sizes = dict(enumerate(scope.table.size))
+    for i, atom in enumerate(atoms):
+        n = sizes[atom]
+        sizes[atom] = n + 1 + i % 7 if n < 64 else n - 1 - i % 31
+    return sizes
+
+
+def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
+    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
+
+    Returns:
+        Whether there was one.
+    """
+    place = trials.places[found.node]
+    here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
+    if here:
+        _explain(trials, found, here)
+        return True
+    if _scales(trials, found, atoms):
+        return True
+    if found.expected is None and found.numbers is None:  # it fails, and perhaps not itself
+        return False
+    around = [node for node in trials.nodes if trials.places[node] == place]
+    return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
+
+
+def give_up(trials: Trials, lines: list[tuple[str, str]], atoms: list[int]) -> bool:
+    """Lock the numbers in the code that failed outside any operator; tell whether there are any."""
+    at_stake = trials.at_stake(atoms)
+    files = {file for file, _ in lines}
+    near = [item for item in at_stake if (line_of(item.node) or ("", ""))[0] in files]
+    for item in near or at_stake:
+        _lock(trials.scope, item)
+    return bool(at_stake)
+
+
+def _lock(scope: Scope, item: Literal) -> None:
+    where = scope.where(item.node)
+    scope.table.lock(item.axis, f"{operator_name(item.node)} takes its size as a number{where}")
+
+
+def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> bool:
+    """Lock what enters and leaves an operator; tell whether something of that was wanted."""
+    where = scope.where(node)
+    reason = f"operator {operator_name(node)}{where} works with the size that was traced"
+    trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
+    trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
+    found = [t for t in trees if not wanted.isdisjoint(leaves(scope.table.resolve(t)))]
+    for tree in found:
+        scope.table.lock(tree, reason)
+    return bool(found)
+
+
+def _flat(values: list) -> Iterator[Tree]:
+    for value in values:
+        yield from value if isinstance(value, list) else [value]
+
+
+def _explain(trials: Trials, found: Difference, here: list[Literal]) -> None:
+    """Try the next attribute that may be where a number comes from; without one, lock.
+
+    Only numbers that were wrong are tried for, one after the other; `here` holds those of every
+    layer where the same code runs.
+    """
+    wrong = _wrong(found)
+    for at in dict.fromkeys(item.at for item in here):
+        if wrong is None or at in wrong:
+            items = [item for item in here if item.at == at]
+            if _try_next(trials, (trials.places[found.node], at), items):
+                return
+    guilty = [item for item in here if wrong is None or item.at in wrong]
+    # A number that is what it was when traced is one of the code's; others may follow from it.
+    same = [i for i in guilty if wrong and wrong[i.at] == trials.scope.table.measure(i.part)]
+    for item in same or guilty:
+        _lock(trials.scope, item)
+
+
+def _wrong(found: Difference) -> dict[tuple[int, ...], int] | None:
+    """Map where a result differs in size to the size that it has; None where it is not known."""
+    if found.expected is None or not isinstance(found.value, list):
+        return None
+    expected, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
+    return {at: given.get(at, -1) for at, size in expected.items() if given.get(at) != size}
+
+
+def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    for i, n in enumerate(shape):
+        if isinstance(n, list):
+            yield from _indexed(n, *before, i)
+        else:
+            yield (*before, i), n
+
+
+def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
+    """Let another attribute follow the axis that a number belongs to; tell whether there is one."""
+    tried = trials.tried.setdefault(place, [])
+    options = [_candidates(trials, item) for item in items]
+    name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
+    if name is None:
+        return False
+    for key in trials.added.pop(place, ()):  # the last one did not help
+        del trials.attributes[key]
+    tried.append(name)
+    trials.added[place] = []
+    for item, paths in zip(items, options, strict=True):
+        key = (paths[name], name)
+        if key not in trials.attributes:
+            trials.attributes[key] = item.part
+            trials.added[place].append(key)
+        trials.scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
+    return True
+
+
+def _candidates(trials: Trials, item: Literal) -> dict[str, str]:
+    """Map attributes that equal a number to the module that holds them.
+
+    First those of the innermost module, last those that follow another axis already. One that
+    follows this axis is no explanation of a number that does not.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    size = scope.table.measure(item.part)
+    known: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for path in _modules(item.node):
+        for name, value in vars(scope.model.get_submodule(path)).items():
+            if type(value) is int and value == size:
+                tree = trials.attributes.get((path, name))
+                if tree is None:
+                    found.setdefault(name, path)
+                elif resolve(tree) != resolve(item.part):
+                    known.setdefault(name, path)
+    return found | known
+
+
+def _modules(node: Node) -> list[str]:
+    """List the modules whose forward an operator was recorded in, innermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
+
+
+def line_of(node: Node) -> tuple[str, str] | None:
+    """Name file and line of the model's code where an operator was recorded."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return found[-1] if found else None
+
+
+def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
+    """Note a number that follows the root of a size, and what makes up for it."""
+    scope, node = trials.scope, found.node
+    old, new = numbers(node), found.numbers
+    if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
+        return False
+    sizes = trial_sizes(scope, atoms)
+    for tree, _ in _summed_before(scope, node):
+        ratio = tree_size(tree, sizes) / scope.table.measure(tree)
+        for power in (0.5, -0.5, 1.0, -1.0):
+            if ratio != 1 and abs(new[0] / old[0] / ratio**power - 1) < 1e-9:
+                _follow(trials, node, power)
+                return True
+    return False
+
+
+def _follow(trials: Trials, node: Node, power: float) -> None:
+    """Let the layers before a scale, at every place where the code has it, follow its size."""
+    for other in (n for n in trials.nodes if trials.places[n] == trials.places[node]):
+        for tree, source in _summed_before(trials.scope, other)[:1]:
+            trials.scope.scales[other] = (tree, power)
+            sign = 1 if operator_name(other) == "div" else -1
+            follow_size(trials.scope, other, source, tree, sign * power)
+
+
+def _summed_before(scope: Scope, node: Node) -> list[tuple[Tree, Node]]:
+    """List sizes that a scale may belong to, with the tensor that it multiplies.
+
+    That is what the product before it sums over, or the last dimension of the tensor itself.
+    """
+    source = node.all_input_nodes[0]
+    trees = [scope.contracted.get(source), *scope.values.get(source, [])[-1:]]
+    return [(scope.table.resolve(tree), source) for tree in trees if tree is not None]

@@ -1,0 +1,187 @@
+"""Export a model in evaluation mode, and say in words where that fails."""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.backends.mha
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from intrafuse import errors
+from intrafuse.errors import IntrafuseError
+
+__all__ = [
+    "ExampleInputs",
+    "as_arguments",
+    "evaluating",
+    "export_program",
+    "record",
+    "recorded",
+]
+
+ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
+
+
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in evaluation mode, and every module back into its own mode at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
+    """Export a model in evaluation mode; it is not changed.
+
+    Raises:
+        IntrafuseError: it is no module, or it cannot be traced.
+    """
+    if not isinstance(model, nn.Module):
+        raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
+    args, kwargs = as_arguments(example_inputs)
+    try:
+        with evaluating(model):
+            return _export(model, args, kwargs)
+    except NotImplementedError as error:  # an exported program has no evaluation mode
+        raise IntrafuseError(
+            f"the model cannot be put in evaluation mode: {error}",
+            remedy="pass the module that was exported, not the exported one",
+        ) from error
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    printed = io.StringIO()  # torch prints the graph of a failed export to standard error
+    try:
+        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        operator = _last_operator(error)
+        raise IntrafuseError(
+            "the model cannot be traced by torch.export: "
+            f"{type(error).__name__}: {text.splitlines()[0]}"
+            + (f", in operator {operator}" if operator else ""),
+            layer=_failing_line(error),
+            remedy="check that model(*example_inputs) runs, replace control flow that depends on "
+            "tensor values, or trace the part of the model that should be pruned",
+        ) from error
+    sys.stderr.write(printed.getvalue())
+    return program
+
+
+@contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """Let a model compute without fused kernels and without a cache for its next call.
+
+    A fused transformer layer is one operator that hides what it does, and a cache of keys and
+    values is an output that `torch.export` does not know.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for config in cached:
+            config.use_cache = True
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what torch logs on the way to an error that says the same.
+
+    It also warns of modules that keep tensors in lists, as recurrent layers do.
+    """
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _last_operator(error: Exception) -> str | None:
+    """Name the last operator that was recorded before an export failed, where it tells."""
+    graph = getattr(error, "partial_fx_graph", None)
+    names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
+    return names[-1] if names else None
+
+
+def _failing_line(error: Exception) -> str | None:
+    """Find the last line of the model's code, outside PyTorch and this package, that was run."""
+    libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [(name, line) for name, line in frames if not name.startswith((*libraries, "<"))]
+    if not own:
+        return None
+    name, line = own[-1]
+    return f"{name}:{line}: {linecache.getline(name, line or 0).strip()}"
+
+
+class _Done(Exception):
+    """Raised once a model has run: what was recorded till then is all that is wanted."""
+
+
+def record(model: nn.Module, example_inputs: ExampleInputs) -> list[Node]:
+    """List the operators that a model runs, without the passes that finish an export.
+
+    Raises:
+        IntrafuseError: it cannot be traced.
+    """
+
+    def stop(*_: object) -> None:
+        raise _Done
+
+    hook = model.register_forward_hook(stop)
+    try:
+        return [*export_program(model, example_inputs).graph.nodes]
+    except IntrafuseError as error:
+        if not isinstance(error.__cause__, _Done):
+            raise
+        return recorded(error.__cause__)
+    finally:
+        hook.remove()
+
+
+def recorded(error: BaseException) -> list[Node]:
+    """List the operators that an export had recorded when it failed."""
+    step = error.__traceback__
+    while step is not None:
+        graph = getattr(step.tb_frame.f_locals.get("tracer"), "graph", None)
+        if isinstance(graph, Graph):
+            return [*graph.nodes]
+        step = step.tb_next
+    return []

@@ -1,0 +1,149 @@
+"""What a trace found, as the frozen data of a channel graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
+from intrafuse.graph.export import ExampleInputs
+from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.rules import Scope
+
+__all__ = ["Program", "free_atoms", "freeze", "lock_unclear"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The traced operators: nodes in order, the trees of each result, names of parameters.
+
+    It also keeps the inputs that the model was traced with, and numbers in the code that follow a
+    size: operator -> (tree of the size, exponent).
+    """
+
+    nodes: tuple[Node, ...]
+    values: Mapping[Node, Any]
+    parameters: Mapping[Node, str]
+    scales: Mapping[Node, tuple[Tree, float]]
+    example_inputs: ExampleInputs
+
+
+def free_atoms(scope: Scope) -> list[int]:
+    """List the atoms that make up the prunable groups."""
+    return [group.id for group in _name_groups(scope, _slots(scope)) if not group.locked]
+
+
+def _slots(scope: Scope) -> dict[int, list[Slot]]:
+    """List where each atom lies on parameters that a rule gave a role."""
+    slots: dict[int, list[Slot]] = {}
+    for (parameter, axis), (role, kind) in scope.roles.items():
+        tree = scope.table.resolve(scope.parameter_axes[parameter][axis])
+        for atom in dict.fromkeys(leaves(tree)):
+            blocks = locate(tree, atom, scope.table.size)
+            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
+    return slots
+
+
+def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
+    """Freeze what the rules found."""
+    resolve = scope.table.resolve
+    axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
+    groups = _name_groups(scope, _slots(scope))
+    free = [group for group in groups if not group.locked]
+    free = [replace(group, index=len(free) - 1 - i) for i, group in enumerate(free)]
+    attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
+    values = {
+        node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
+        for node, value in scope.values.items()
+    }
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    return ChannelGraph(
+        groups=tuple(free),
+        locked=tuple(group for group in groups if group.locked),
+        axes=axes,
+        sizes=dict(enumerate(scope.table.size)),
+        layers=scope.layers,
+        norms=_list_norms(scope),
+        attributes=tuple(dict.fromkeys(attributes)),
+        costs=tuple(Cost(c.layer, c.factor, tuple(map(resolve, c.trees))) for c in scope.costs),
+        aliases=scope.aliases,
+        rescales=tuple(
+            replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
+            for r in scope.rescales
+        ),
+        program=Program(nodes, values, scope.parameters, scales, example_inputs),
+    )
+
+
+def _list_norms(scope: Scope) -> tuple[Norm, ...]:
+    """List each norm once; one that is called twice or shares a parameter folds into no layer."""
+    uses = Counter(name for norm in scope.norms for name in norm.tensors)
+    alone = [max(uses[name] for name in norm.tensors) == 1 for norm in scope.norms]
+    norms = (
+        norm if once else replace(norm, layer=None)
+        for norm, once in zip(scope.norms, alone, strict=True)
+    )
+    return tuple(dict.fromkeys(norms))
+
+
+def lock_unclear(scope: Scope) -> None:
+    """Lock what no rule accounts for: parameters without a role, channels squared."""
+    for name, trees in scope.parameter_axes.items():
+        for axis, tree in enumerate(map(scope.table.resolve, trees)):
+            if (name, axis) not in scope.roles:
+                scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
+            for atom in _squared(tree):
+                scope.table.lock(atom, "it is multiplied with itself along one axis")
+
+
+def _squared(tree: Tree) -> list[int]:
+    """List atoms that lie in two factors of one product."""
+    if isinstance(tree, int):
+        return []
+    children = tree.parts if isinstance(tree, Sum) else tree.factors
+    found = [atom for child in children for atom in _squared(child)]
+    if isinstance(tree, Product):
+        counts = Counter(atom for child in children for atom in set(leaves(child)))
+        found += [atom for atom, count in counts.items() if count > 1]
+    return found
+
+
+def _kinds(scope: Scope) -> dict[int, str]:
+    """Say which atoms are heads of attention, and which the width inside them."""
+    found: dict[int, str] = {}
+    for _, what, tree in scope.heads:
+        kind = {"heads": "heads", "width": "width", "value width": "width"}.get(what)
+        for atom in leaves(scope.table.resolve(tree)) if kind else ():
+            found.setdefault(atom, str(kind))
+    return found
+
+
+def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
+    groups = []
+    taken: Counter[str] = Counter()
+    kinds = _kinds(scope)
+    summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}
+    for atom, rows in slots.items():
+        writers = [slot for slot in rows if slot.role == "writer"]
+        reasons = list(scope.table.reasons(atom))
+        size = scope.table.size[atom]
+        if size < 2:
+            reasons.append("a single channel")
+        if not writers:
+            if not reasons:
+                reasons.append("no layer writes these channels")
+            if all(slot.role == "reader" for slot in rows):
+                continue  # the model's own inputs
+        elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
+            reasons.append("no layer reads these channels")
+        name = (writers or rows)[0].layer
+        name += f"#{kinds[atom]}" if atom in kinds else ""
+        taken[name] += 1
+        name += f"#{taken[name]}" if taken[name] > 1 else ""
+        choices = scope.table.choices(atom)
+        groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))
+    return groups

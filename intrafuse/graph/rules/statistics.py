@@ -1,0 +1,66 @@
+"""Rules for operators that take statistics or an order along a dimension."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from intrafuse.graph.groups import Kind
+from intrafuse.graph.rules.pointwise import broadcast
+from intrafuse.graph.rules.reduce import reduce
+from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+
+register("linalg_vector_norm", "norm", "var_mean", "std_mean", "argmax", "argmin", "all")(reduce)
+
+
+@register("instance_norm")
+def instance_norm(scope: Scope, node: Node) -> Axes:
+    """Normalise every channel by its own statistics, of the input or running ones."""
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    for tree in x[2:]:
+        scope.table.lock(tree, "instance_norm takes its statistics over it")
+    parts: tuple[tuple[str, Kind], ...] = (
+        ("weight", "scale"),
+        ("bias", "shift"),
+        ("running_mean", "mean"),
+        ("running_var", "variance"),
+    )
+    for argument, kind in parts:
+        name = scope.optional_parameter(args[argument], argument)
+        if name is not None:
+            scope.table.unify(x[1], scope.axes(args[argument])[0])
+            scope.use(name, 0, "carrier", kind)
+            scope.attribute(name, "num_features", x[1])
+    return scope.axes(args["input"])
+
+
+@register("sort", "argsort", "topk", "kthvalue", "cumsum", "cumprod", "logcumsumexp", "flip")
+def ordered(scope: Scope, node: Node) -> Axes | list[Axes]:
+    """Depend on the order of the positions along dimensions, which stay."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dims = args.get("dims", args.get("dim", -1))
+    dims = {dim % len(x) for dim in ([dims] if isinstance(dims, int) else dims)}
+    for dim in dims:
+        scope.table.lock(x[dim], f"the order along it matters to {operator_name(node)}")
+    x = scope.axes(args["self"])
+    value = node.meta["val"]
+    results = []
+    for tensor in value if isinstance(value, tuple | list) else [value]:
+        if tensor.dim() < len(x):
+            results.append([tree for dim, tree in enumerate(x) if dim not in dims])
+        else:
+            sizes = enumerate(tensor.shape)
+            results.append([scope.fixed(n, "chosen") if d in dims else x[d] for d, n in sizes])
+    return results if isinstance(value, tuple | list) else results[0]
+
+
+@register("cosine_similarity")
+def cosine_similarity(scope: Scope, node: Node) -> Axes:
+    """Compare two tensors along a dimension, all positions of which contribute."""
+    args = scope.arguments(node)
+    operands = [args["x1"], args["x2"]]
+    axes = broadcast(scope, operands, max(len(scope.shape(x)) for x in operands))
+    dim = args["dim"] % len(axes)
+    scope.table.lock(axes[dim], "cosine_similarity is taken over it")
+    return [*axes[:dim], *axes[dim + 1 :]]

@@ -1,0 +1,141 @@
+"""Find the records in folders: JSON files that commands wrote, and networks that were saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intrafuse.checkpoint import MANIFEST, PLAN
+from intrafuse.errors import IntrafuseError
+from intrafuse.manifest import Manifest
+from intrafuse.plan import Plan
+from intrafuse.report.kinds import KINDS
+from intrafuse.report.pictures import Picture
+from intrafuse.report.tables import Table
+
+__all__ = ["Entry", "read_entries"]
+
+RESULT = "result.json"  # of a factorised run: its stages lie below it, and are told by it
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record, where it was found, and what it gives."""
+
+    kind: str
+    source: Path
+    record: Mapping[str, Any]
+    tables: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+
+    @property
+    def recipe(self) -> str:
+        """How to have it again: the command, or the settings."""
+        settings = self.record.get("recipe") or self.record.get("settings")
+        return self.record.get("command") or json.dumps(settings, indent=1)
+
+
+def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
+    """Read all records in some folders, in the order of a page.
+
+    Args:
+        paths: folders, searched with all that is in them, or single files.
+
+    Raises:
+        IntrafuseError: a path that does not exist or holds no record; a record that is broken.
+    """
+    found: dict[Path, Entry] = {}
+    for path in map(Path, paths):
+        known = len(found)
+        for source, record in _records(path):
+            found.setdefault(source.resolve(), _entry(source, record))
+        if len(found) == known and not any(_within(entry, path) for entry in found):
+            raise IntrafuseError(
+                "a report needs records, and here is none",
+                value=str(path),
+                remedy="write some with --json FILE, or give a folder that intrafuse saved",
+            )
+    order = list(KINDS)
+    saved = {Path(e.record["out"]).resolve() for e in found.values() if e.record.get("out")}
+    kept = [entry for source, entry in found.items() if source.parent not in saved]
+    return sorted(kept, key=lambda entry: (order.index(entry.kind), str(entry.source)))
+
+
+def _within(source: Path, path: Path) -> bool:
+    return source.is_relative_to(path.resolve())
+
+
+def _records(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    if path.is_file():
+        record = _read(path)
+        if record is None:
+            raise IntrafuseError(
+                "no record of a kind that a report shows",
+                value=str(path),
+                remedy=f"give what --json wrote; kinds are {', '.join(KINDS)}",
+            )
+        yield path, record
+    elif not path.is_dir():
+        raise IntrafuseError("no such file or folder", value=str(path), usage=True)
+    else:
+        yield from _below(path)
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    if (folder / MANIFEST).exists():
+        if (folder / PLAN).exists():
+            yield folder / MANIFEST, _saved(folder)
+        return
+    for path in sorted(folder.glob("*.json")):
+        record = _read(path) if path.is_file() else None
+        if record is not None:
+            yield path, record
+    if (folder / RESULT).exists():
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and not inner.name.startswith("."):
+            yield from _below(inner)
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    """Read a record, or nothing where the file is something else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntrafuseError(
+            f"a file is no readable JSON ({error})", value=str(path), remedy="write it again"
+        ) from error
+    known = isinstance(found, dict) and isinstance(found.get("kind"), str)
+    return found if known and found["kind"] in KINDS else None
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """Describe a network that was pruned and saved as `intrafuse prune` does."""
+    manifest, plan = Manifest.read(folder / MANIFEST), Plan.load(folder / PLAN)
+    return {
+        "kind": "pruning",
+        "version": manifest.versions.get("intrafuse"),
+        "model": manifest.architecture or "a network",
+        **plan.as_data(),
+        "settings": dict(plan.settings),
+        "figures": dict(manifest.figures),
+        "weights_sha256": manifest.source_sha256,
+    }
+
+
+def _entry(source: Path, record: Mapping[str, Any]) -> Entry:
+    kind = KINDS[record["kind"]]
+    try:
+        tables, pictures = kind.tables(record), kind.pictures(record)
+        _ = [table.texts for table in tables]  # every value can be written
+        return Entry(record["kind"], source, record, tuple(tables), tuple(pictures))
+    except BROKEN as error:
+        raise IntrafuseError(
+            f"a record lacks what its kind has ({type(error).__name__}: {error})",
+            value=str(source),
+            remedy="write it again with this version of intrafuse",
+        ) from error

@@ -1,0 +1,191 @@
+"""The report: tables and pictures of every kind of record, one page, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from records import RECORDS
+from typer.testing import CliRunner
+
+import intrafuse
+from intrafuse.cli import app
+from intrafuse.errors import IntrafuseError
+from intrafuse.report.kinds import KINDS
+from intrafuse.report.page import draw_pictures, write_report
+from intrafuse.report.read import read_entries
+from intrafuse.report.record import as_record, write_record
+from intrafuse.zoo import resolve_model
+
+SHOWN = {
+    "comparison": ["unpruned", "1.5M", "87.25", "50.0%", "750k", "66.7%", "31.12", "1.50"],
+    "divergence": ["moment", "30.0%", "1.5000", "1.4000", "0.2500", "0.8750"],
+    "landscape": ["90.00", "70.00", "20.00", "3.00"],
+    "sensitivity": ["60.00", "81.00", "50.00", "5.00", "volatile", "resilient"],
+    "ablation": ["75.00", "71.00", "0.600", "0.439"],
+    "cost": ["2k", "1k", "4.000", "2.000"],
+    "fusion": ["a.safetensors", "1,000", "90.50", "88.75"],
+    "factorized": ["trained-1", "676", "3.2", "91.50", "50.00", "all"],
+    "pruning": ["24", "12", "3,000", "75.0%", "90.00", "80.00", "conv1", "select"],
+}
+TOLD = {
+    "comparison": "31.12 at 50 %",
+    "divergence": "moment 1.5000",
+    "landscape": "from 10.00 to 90.00",
+    "sensitivity": "conv1 50.00, conv2 5.00",
+    "ablation": "p = 0.439",
+    "cost": "latency 50%",
+    "fusion": "fused 88.75",
+    "factorized": "5.5 s in all",
+    "pruning": "conv1 16 to 8; conv2 8 to 4",
+}
+
+
+def write(folder, *kinds):
+    for kind in kinds:
+        write_record(folder / f"{kind}.json", as_record(kind, RECORDS[kind], command=f"do {kind}"))
+    return folder
+
+
+def test_every_kind_is_tried():
+    assert set(RECORDS) == set(KINDS) == set(SHOWN) == set(TOLD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_hold_the_numbers_of_the_record(kind):
+    shown = [text for table in KINDS[kind].tables(RECORDS[kind]) for r in table.texts for text in r]
+    assert set(SHOWN[kind]) <= set(shown)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_tell_their_numbers_in_words(kind):
+    pictures = KINDS[kind].pictures(RECORDS[kind])
+    assert TOLD[kind] in " ".join(picture.alternative for picture in pictures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("form", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_every_picture_as_a_file(tmp_path, kind, form, start):
+    paths = draw_pictures([write(tmp_path, kind)], tmp_path / "pictures", form=form)
+    assert len(paths) == len(set(paths)) == len(KINDS[kind].pictures(RECORDS[kind]))
+    assert all(path.read_bytes().startswith(start) for path in paths)
+
+
+def test_a_picture_is_the_same_each_time(tmp_path):
+    first, second = (
+        draw_pictures([write(tmp_path, *KINDS)], tmp_path / name, form="svg") for name in "ab"
+    )
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_pictures_of_one_name_do_not_replace_each_other(tmp_path):
+    folders = [write(tmp_path / name, "landscape") for name in "ab"]
+    names = [path.name for path in draw_pictures(folders, tmp_path / "out")]
+    assert names == ["landscape.png", "landscape-2.png"]
+
+
+def test_a_page_of_everything(tmp_path):
+    text = write_report([write(tmp_path, *KINDS)], tmp_path / "page.html").read_text("utf-8")
+    assert len(text) < 3_000_000
+    # nothing is loaded from elsewhere: no address but the names of namespaces
+    assert not re.search(r'(src|href|url\()\s*=?\s*["\']?(https?:|//)', text.replace("xlink:", ""))
+    for kind in KINDS:
+        assert f"do {kind}" in text
+        for picture in KINDS[kind].pictures(RECORDS[kind]):
+            assert picture.title.replace("'", "&#39;") in text
+    assert "#010203" not in text and "#040506" not in text  # the page's own colours stand there
+    names = re.findall(r'\bid="([^"]+)"', text)
+    assert len(names) == len(set(names))
+
+
+def test_order_is_that_of_the_kinds_whatever_the_names(tmp_path):
+    write(tmp_path / "z", "comparison")
+    write(tmp_path / "a", "pruning")
+    assert [e.kind for e in read_entries([tmp_path])] == ["comparison", "pruning"]
+
+
+def test_names_cannot_smuggle_markup(tmp_path):
+    record = json.loads(json.dumps(RECORDS["comparison"]))
+    record["model"] = record["rows"][0]["method"] = "<script>alert(1)</script>"
+    write_record(tmp_path / "x.json", as_record("comparison", record, command="</pre><b>"))
+    text = write_report([tmp_path], tmp_path / "page.html").read_text("utf-8")
+    assert "<script>alert" not in text and "</pre><b>" not in text
+
+
+@pytest.fixture
+def saved(tmp_path):
+    net = resolve_model("mlp")
+    pruned = intrafuse.prune(net.model, net.example_inputs, channels=0.5, method="select")
+    return intrafuse.save(tmp_path / "small", pruned, architecture="mlp", figures={"accuracy": 9.0})
+
+
+def test_a_saved_network_is_a_record(saved):
+    (entry,) = read_entries([saved])
+    assert entry.kind == "pruning" and entry.record["model"] == "mlp"
+    assert entry.record["after"]["params"] == 6570
+    assert '"share": 0.5' in entry.recipe
+    assert [row[2:4] for row in entry.tables[1].rows] == [(64, 32), (128, 64)]
+
+
+def test_a_network_is_not_shown_twice(saved):
+    record = {**RECORDS["pruning"], "out": str(saved)}
+    write_record(saved.parent / "prune.json", as_record("pruning", record))
+    (entry,) = read_entries([saved.parent])
+    assert entry.source.name == "prune.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("a.json", "{", "no readable JSON"),
+        ("a.json", '{"kind": "comparison"}', "lacks what its kind has"),
+        ("a.json", '{"kind": "comparison", "original": 3, "rows": []}', "lacks what its kind has"),
+        ("b.json", '{"kind": "unheard of"}', "no record|none"),
+        ("b.json", "[1, 2]", "no record|none"),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_files_that_are_no_records(tmp_path, name, content, rule, whole):
+    (tmp_path / name).write_text(content)
+    target = tmp_path / "page.html"
+    with pytest.raises(IntrafuseError, match=rule) as caught:
+        write_report([tmp_path if whole else tmp_path / name], target)
+    assert str(tmp_path) in str(caught.value) and not target.exists()
+
+
+def test_a_folder_without_records(tmp_path):
+    with pytest.raises(IntrafuseError, match="here is none"):
+        read_entries([tmp_path])
+    with pytest.raises(IntrafuseError, match="no such file"):
+        read_entries([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, module):
+    write(tmp_path, "comparison")
+    for name in [n for n in sys.modules if n.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(IntrafuseError, match=r"intrafuse\[plots\]"):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_commands(tmp_path):
+    write(tmp_path, *KINDS)
+    result = run("report", tmp_path, "--title", "Mine", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"] == str(tmp_path / "report.html")
+    assert "<h1>Mine</h1>" in (tmp_path / "report.html").read_text("utf-8")
+    result = run("plot", tmp_path, "--out", tmp_path / "p", "--format", "svg")
+    assert result.exit_code == 0 and len(list((tmp_path / "p").glob("*.svg"))) == 10
+    result = run("plot", tmp_path, "--out", tmp_path / "p", "--format", "bmp")
+    assert result.exit_code == 2 and "png, svg, pdf" in result.stderr
+    assert run("report", tmp_path / "absent").exit_code == 2
