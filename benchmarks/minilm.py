@@ -105,7 +105,7 @@ def agreement(old: Tensor, new: Tensor) -> tuple[float, float]:
     """Return the mean cosine of vectors, and the rank correlation of their similarities."""
     upper = torch.triu_indices(len(old), len(old), 1)
     before, after = ((x @ x.T)[upper[0], upper[1]].numpy() for x in (old, new))
-    return float((old * new).sum(1).mean()), float(spearmanr(before, after).statistic)
+    return float((old * new).sum(1).mean()), float(spearmanr(before, after)[0])
 
 
 def main() -> None:

@@ -96,10 +96,11 @@ class Block(nn.Module):
         self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.out, self.second = nn.Linear(16, 16), nn.LayerNorm(16)
         self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.split = (-1, 4)  # heads may go; with (4, -1) their width
 
     def forward(self, words: Tensor) -> Tensor:
         x = self.first(self.words(words))
-        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(-1, self.split).transpose(1, 2) for f in (self.q, self.k, self.v))
         heads = F.scaled_dot_product_attention(q, k, v)
         x = self.second(x + self.out(heads.transpose(1, 2).flatten(2)))
         return x + self.down(F.gelu(self.up(x)))
@@ -127,3 +128,15 @@ def test_what_is_there_twice_is_merged_without_loss(part, transport):
     method = Moment(transport=transport, ridge=1e-9)
     pruned = intrafuse.prune(model, words, channels=0.5, include=[group], method=method)
     torch.testing.assert_close(pruned.model(words), old, rtol=0, atol=2e-3)
+
+
+def test_width_of_queries_and_keys_is_selected_as_it_was():
+    """Its readers see the values alone: they cannot tell what queries and keys need."""
+    words = torch.randint(40, (8, 7), generator=torch.Generator().manual_seed(2))
+    model = seeded(Block)
+    model.split = (4, -1)
+    kept = [
+        intrafuse.prune(model, words, channels=0.5, include=["q#width"], method=method)
+        for method in ("moment", "select")
+    ]
+    torch.testing.assert_close(kept[0].model(words), kept[1].model(words))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from intrafuse.context import Context
 from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.rules.products import SUMMED
 from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
-from intrafuse.methods.select import most_important
+from intrafuse.methods.select import Select, most_important
 from intrafuse.methods.settings import check_choices
 from intrafuse.moments.explain import explaining_channels
 from intrafuse.moments.readout import with_readout
@@ -35,6 +36,11 @@ class Moment(MomentSource):
     No data is needed where a normalisation layer stands before the activation: mean and spread
     come from the norm, correlations from the weights. Without one, inputs of unit variance are
     assumed and propagated.
+
+    Of attention, whole heads are selected with their queries and keys, and the output projection
+    reads the values of the lost ones from those of the kept. The width of queries and keys is
+    selected by importance, as `select` does: its reader sees the values alone, and one readout for
+    the same width of all heads fits none of them (docs/research.md).
 
     Attributes:
         transport: merge writers by the map of this method (`folding` keeps most accuracy); with
@@ -61,6 +67,8 @@ class Moment(MomentSource):
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
+        if SUMMED in group.chosen:
+            return Select()(group, scores, width, context)
         transport = "none" if group.chosen else self.transport
         if transport == "folding":
             step = Folding()(group, scores, width, context)
