@@ -89,7 +89,7 @@ def test_heads_are_blocks_of_all_three_writers():
     model = Attention()
     context = make_context(model, torch.randn(2, 5, 8))
     expected = balanced([f.weight.detach().view(2, -1).abs().sum(1) for f in model.qkv])
-    torch.testing.assert_close(ask(context, "qkv.0", "l1"), expected)
+    torch.testing.assert_close(ask(context, "qkv.0#heads", "l1"), expected)
 
 
 def test_grouped_convolution_scores_whole_groups():
@@ -302,7 +302,7 @@ def test_activation_of_a_sequence_and_its_heads():
     hook.remove()
     context = make_context(model, torch.zeros(1, 5, 8), [x])
     expected = seen[0].view(3, 2, 4).abs().mean((0, 2))
-    torch.testing.assert_close(ask(context, "qkv.0", "activation"), expected)
+    torch.testing.assert_close(ask(context, "qkv.0#heads", "activation"), expected)
 
 
 def test_activation_of_an_unbatched_image():

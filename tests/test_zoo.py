@@ -178,6 +178,8 @@ def test_a_finished_model_is_taken_as_it_is(module):
 
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
 def test_a_missing_extra_is_named(monkeypatch, source):
+    for name in [n for n in sys.modules if n.startswith(f"{source}.")]:  # other tests' imports
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, source, None)
     with pytest.raises(IntrafuseError, match=r'pip install "intrafuse\[zoo\]"'):
         resolve_model(f"{source}:resnet18")

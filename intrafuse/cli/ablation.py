@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.options import Common, DataOptions, GroupOptions, ModelOptions, numbers
 from intrafuse.cli.output import progress, show_record
 from intrafuse.cli.subject import Subject
 from intrafuse.errors import IntrafuseError
@@ -23,14 +23,7 @@ def ablation(
     channels: Annotated[
         str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
     ] = "0.3,0.5,0.7",
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only these groups or layers; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Not these groups or layers; repeatable."),
-    ] = None,
+    groups: GroupOptions = GroupOptions(),
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
@@ -51,8 +44,7 @@ def ablation(
             subject.test,
             SETTINGS[setting],
             shares=shares,
-            include=include or None,
-            exclude=exclude or (),
+            **groups.chosen(),
             seed=common.seed,
             device=common.device,
             progress=partial(advance, "measuring"),

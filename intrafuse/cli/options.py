@@ -29,6 +29,7 @@ __all__ = [
     "RANDOM",
     "Common",
     "DataOptions",
+    "GroupOptions",
     "ModelOptions",
     "PruneOptions",
     "add_command",
@@ -269,15 +270,9 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """Say how to prune, but for how much and by which method."""
+class GroupOptions:
+    """Say which groups are pruned."""
 
-    importance: Annotated[
-        str, typer.Option(help="Metric of channels, such as l1, l2, taylor; any other lists all.")
-    ] = "l1"
-    scope: Annotated[
-        str, typer.Option(help="uniform: equal shares; global: one ranking; predicted: by damage.")
-    ] = "uniform"
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Prune only these groups or layers; repeatable."),
@@ -286,6 +281,22 @@ class PruneOptions:
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave these groups or layers alone; repeatable."),
     ] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Give the keyword arguments of `intrafuse.prune` that they are."""
+        return {"include": self.include or None, "exclude": self.exclude or ()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(GroupOptions):
+    """Say how to prune, but for how much and by which method."""
+
+    importance: Annotated[
+        str, typer.Option(help="Metric of channels, such as l1, l2, taylor; any other lists all.")
+    ] = "l1"
+    scope: Annotated[
+        str, typer.Option(help="uniform: equal shares; global: one ranking; predicted: by damage.")
+    ] = "uniform"
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=SHARE", help="Share to remove there; repeatable."),
@@ -310,8 +321,7 @@ class PruneOptions:
         return {
             "importance": self.importance,
             "scope": self.scope,
-            "include": self.include or None,
-            "exclude": self.exclude or (),
+            **self.chosen(),
             "overrides": overrides,
             "floor": self.floor,
             "round_to": self.round_to,

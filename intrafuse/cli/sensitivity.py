@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
+from intrafuse.cli.options import Common, DataOptions, GroupOptions, ModelOptions, numbers
 from intrafuse.cli.output import progress, show_record
 from intrafuse.cli.subject import Subject
 
@@ -22,14 +22,7 @@ def sensitivity(
     methods: Annotated[
         str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
     ] = "select,intra-fusion,moment",
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only these groups or layers; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Not these groups or layers; repeatable."),
-    ] = None,
+    groups: GroupOptions = GroupOptions(),
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
@@ -46,8 +39,7 @@ def sensitivity(
             subject.test,
             shares=shares,
             methods=methods.split(","),
-            include=include or None,
-            exclude=exclude or (),
+            **groups.chosen(),
             seed=common.seed,
             device=common.device,
             progress=partial(advance, "measuring"),
