@@ -7,6 +7,7 @@ error can hide behind a branch that is initialised to zero.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,10 +77,13 @@ ARCHITECTURES: tuple[str, ...] = (
 
 
 def import_torchvision() -> None:
-    """Import torchvision, also where its compiled operators do not load beside a CPU torch.
+    """Import torchvision where it is installed, also where its operators do not load beside torch.
 
     Then the two operators that its import looks for are declared first; nothing here calls them.
+    Transformers imports it too.
     """
+    if importlib.util.find_spec("torchvision") is None:
+        return
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

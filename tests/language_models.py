@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from architectures import import_torchvision
 
-if importlib.util.find_spec("torchvision") is not None:
-    import_torchvision()  # transformers takes it where it is installed
+import_torchvision()
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
