@@ -159,6 +159,7 @@ class _Study:
             channels=shares,
             methods=METHODS,
             layers=True,
+            prune=lambda model, inputs, *, channels, method: kept[f"{method.name}-{channels:g}"],
             progress=partial(self.report, "divergence"),
             **common,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +79,18 @@ def latencies(
         raise IntrafuseError("latency needs four runs or more", value=runs, usage=True)
     args, kwargs = as_arguments(example_inputs)
     times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
+    with ExitStack() as stack, torch.inference_mode():
+        for model in models.values():
+            stack.enter_context(evaluating(model))
         for run in range(-warm, runs):
             for name, model in models.items():
                 device = device_of(model)
-                with evaluating(model):
-                    _wait(device)
-                    started = time.perf_counter()
-                    _call(model, args, kwargs, name)
-                    _wait(device)
-                    if run >= 0:
-                        times[name].append(1000 * (time.perf_counter() - started))
+                _wait(device)
+                started = time.perf_counter()
+                _call(model, args, kwargs, name)
+                _wait(device)
+                if run >= 0:
+                    times[name].append(1000 * (time.perf_counter() - started))
     return {name: _summary(times[name], device_of(model)) for name, model in models.items()}
 
 
