@@ -17,7 +17,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
 from intrafuse.graph.axes import leaves
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
-from intrafuse.modules import place
+from intrafuse.modules import held_sizes, place
 from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
 from intrafuse.zoo import ZOO, file_sha256, resolve_model
@@ -354,8 +354,9 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
         )
     _require_finite(tensors, buffers)
     for path, values in manifest.attributes.items():
+        held = {name for name, _, _ in held_sizes(owners[path])} if path in owners else set()
         for attribute in values:
-            if type(getattr(owners.get(path), attribute, None)) is not int:
+            if attribute not in held:
                 raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
     for layer in manifest.removed_layers:
         if not layer or layer not in owners:

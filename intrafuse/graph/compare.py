@@ -32,6 +32,7 @@ class Difference:
         value: what it does.
         expected: the shape that it should give, where that is what differs.
         numbers: what it computes with, where that is what differs.
+        failed: the operator that failed, with what it was given.
     """
 
     node: Node
@@ -39,6 +40,7 @@ class Difference:
     value: object
     expected: list | None = None
     numbers: tuple[float, ...] | None = None
+    failed: Node | None = None
 
 
 def calls(nodes: Iterable[Node]) -> list[Node]:
