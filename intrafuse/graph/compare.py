@@ -18,7 +18,8 @@ __all__ = ["Difference", "calls", "first_difference", "numbers"]
 
 NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
 COPIES = frozenset(
-    ("contiguous", "alias", "detach", "_assert_tensor_metadata", "_set_grad_enabled")
+    "contiguous alias detach _assert_tensor_metadata _set_grad_enabled _enter_autocast "
+    "_exit_autocast".split()
 )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "recorded",
 ]
 
+REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
@@ -92,7 +93,25 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
             "tensor values, or trace the part of the model that should be pruned",
         ) from error
     sys.stderr.write(printed.getvalue())
+    _inline(program.graph_module)
     return program
+
+
+def _inline(module: torch.fx.GraphModule) -> None:
+    """Put what runs in a region of its own, such as under `torch.autocast`, among the rest."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if getattr(n.target, "__name__", "") in REGIONS]:
+        at = next(i for i, arg in enumerate(node.args) if getattr(arg, "op", "") == "get_attr")
+        region = getattr(module, node.args[at].target)
+        _inline(region)
+        entering = (n for n in region.graph.nodes if n.op == "placeholder")
+        known = dict(zip(entering, node.args[at + 1 :], strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(region.graph, known)
+        for user in [*node.users]:  # each takes one result
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from intrafuse.graph.frozen import Program, free_atoms, freeze, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.graph.rules.products import tie_packed_heads
 from intrafuse.modules import copy_without, place
 
 __all__ = [
@@ -72,6 +73,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
     nodes = tuple(program.graph.nodes)
+    tie_packed_heads(scope)
     lock_unclear(scope)
     settle(
         scope,

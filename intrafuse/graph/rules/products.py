@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from math import prod
 
+from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Product
+from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 from intrafuse.graph.rules.scale import follow_size
@@ -22,12 +24,12 @@ BESIDE = "each of its channels multiplies two activations on its own"
 SHARING = "the query heads of one key-value head stay together"
 
 
-@register("matmul", "bmm", "mm")
+@register("matmul", "bmm", "mm", "mv")
 def matmul(scope: Scope, node: Node) -> Axes:
     """Sum over the last dimension of the first tensor and the last but one of the second."""
     args = scope.arguments(node)
-    first, second = args["self"], args["mat2"] if "mat2" in args else args["other"]
-    return _product(scope, node, first, second)
+    second = next(args[name] for name in ("mat2", "other", "vec") if name in args)
+    return _product(scope, node, args["self"], second)
 
 
 @register("addmm", "baddbmm")
@@ -53,33 +55,52 @@ def addmm(scope: Scope, node: Node) -> Axes:
 
 
 def _product(scope: Scope, node: Node, a: Node, b: Node, bias: str | None = None) -> Axes:
-    """Write a product of matrices, with dimensions before them that broadcast, as labels."""
+    """Write a product of matrices, with dimensions before them that broadcast, as labels.
+
+    A vector has no other dimension than the one that is summed over.
+    """
     rows, columns = len(scope.shape(a)), len(scope.shape(b))
-    if rows < 2 or columns < 2:
-        raise LockError("one of its factors is a vector")
-    batch = max(rows, columns) - 2
+    batch = max(rows, columns, 2) - 2
     letters = list(range(batch))
-    one = [*letters[batch - (rows - 2) :], -1, -2]
-    two = [*letters[batch - (columns - 2) :], -2, -3]
-    return contract(scope, node, (a, b), (one, two), [*letters, -1, -3], bias)
+    one = [-2] if rows == 1 else [*letters[batch - (rows - 2) :], -1, -2]
+    two = [-2] if columns == 1 else [*letters[batch - (columns - 2) :], -2, -3]
+    result = [n for n in (*letters, -1, -3) if n in one or n in two]
+    return contract(scope, node, (a, b), (one, two), result, bias)
 
 
 @register("einsum")
 def einsum(scope: Scope, node: Node) -> Axes:
     """Sum products of two tensors over the letters that the result does not name."""
     args = scope.arguments(node)
-    equation = args["equation"].replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    operands, terms = args["tensors"], left.split(",")
-    if (
-        "." in equation
-        or not arrow
-        or len(operands) != 2
-        or any(len(set(t)) != len(t) for t in terms)
-    ):
-        raise LockError(f"no rule reads the equation {equation}")
-    labels = [[ord(letter) for letter in term] for term in terms]
-    return contract(scope, node, operands, labels, [ord(letter) for letter in right])
+    operands = args["tensors"]
+    read = _read_equation(args["equation"], [len(scope.shape(operand)) for operand in operands])
+    if len(operands) != 2 or read is None:
+        raise LockError(f"no rule reads the equation {args['equation']}")
+    return contract(scope, node, operands, *read)
+
+
+def _read_equation(equation: str, ranks: list[int]) -> tuple[list[list[int]], list[int]] | None:
+    """Turn an equation into labels for the dimensions of each tensor and of the result.
+
+    Dots stand for dimensions that broadcast from the last one. None for a letter that stands twice
+    in one term.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = "".join(terms).replace(".", "")
+    if not arrow:
+        right = "..." * ("." in left) + "".join(sorted(c for c in letters if letters.count(c) == 1))
+    named = [term.replace("...", "") for term in terms]
+    dots = [rank - len(term) for rank, term in zip(ranks, named, strict=True)]
+    if any(len(set(term)) != len(term) for term in named):
+        return None
+
+    def labels(term: str, dotted: int) -> list[int]:
+        before, found, after = term.partition("...")
+        between = range(-dotted, 0) if found else ()
+        return [*map(ord, before), *between, *map(ord, after)]
+
+    return [*map(labels, terms, dots)], labels(right, max(dots))
 
 
 def contract(
@@ -250,3 +271,26 @@ def _together(scope: Scope, heads) -> None:
         free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
         for factor in free[1:]:
             scope.table.lock(factor, SHARING)
+
+
+def tie_packed_heads(scope: Scope) -> None:
+    """Couple the heads of `torch.nn.MultiheadAttention`, together, with the width of its queries.
+
+    Its code divides that width among the heads, so neither can be another without the other.
+    """
+    for path, module in scope.model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight")
+        weights = [f"{path}.{n}" if path else n for n in names]
+        known = [scope.parameter_axes[n] for n in weights if n in scope.parameter_axes]
+        if not known:
+            continue
+        wide = known[0][1]
+        for rows, _ in known:
+            rest = rows
+            while scope.table.measure(rest):
+                part, rest = scope.table.cut(rest, module.embed_dim)
+                scope.table.unify(part, wide)
+        follow = ("embed_dim", *(("kdim", "vdim") if module._qkv_same_embed_dim else ()))
+        scope.attributes += [Attribute(path, name, wide) for name in follow]
