@@ -63,9 +63,13 @@ def _unify(
     trials: Trials, items: list[Literal], own: Literal, spot: _Spot, other: Literal | None
 ) -> None:
     """Couple the number at each layer with the same axis of that layer."""
-    peers = [n for n in trials.nodes if trials.places[n] == trials.places[spot.node]]
-    pairs = zip(items, peers, strict=True) if len(items) == len(peers) else ((own, spot.node),)
-    for item, peer in pairs:
+    kind = _kind(trials, own.node, spot.node)
+    back = [n for n in _before(trials, own.node) if _kind(trials, own.node, n) == kind]
+    for item in items:
+        peers = [n for n in _before(trials, item.node) if _kind(trials, item.node, n) == kind]
+        if len(peers) != len(back):
+            continue
+        peer = peers[back.index(spot.node)]
         tree, part = _tree(trials, replace(spot, node=peer)), item.part
         for factor in _beside(trials, item):
             if other is not None and factor.at == other.at:
@@ -78,11 +82,22 @@ def _beside(trials: Trials, item: Literal) -> list[Literal]:
     return [o for o in trials.scope.literals if o.node is item.node and o.at != item.at]
 
 
-def _spots(trials: Trials, node: Node) -> Iterator[_Spot]:
-    """List the axes that an operator's module, and those inside it, met before, nearest first."""
-    module = modules_of(node)[0] if modules_of(node) else ""
+def _kind(trials: Trials, node: Node, other: Node) -> tuple:
+    """Say which operator of a module another is: the same for every copy of the module."""
+    module, inside = ((modules_of(n) or [""])[0] for n in (node, other))
+    return trials.places[other], inside.removeprefix(module)
+
+
+def _before(trials: Trials, node: Node) -> list[Node]:
+    """List an operator, and those that its module, and modules in it, ran before; latest first."""
+    module = (modules_of(node) or [""])[0]
     before = calls(trials.nodes[: trials.nodes.index(node) + 1])
-    for peer in reversed([n for n in before if module in modules_of(n)]):
+    return [n for n in reversed(before) if module in modules_of(n)]
+
+
+def _spots(trials: Trials, node: Node) -> Iterator[_Spot]:
+    """List the axes that an operator's module, and those inside it, met before; latest first."""
+    for peer in _before(trials, node):
         for operand in range(-1, len(peer.all_input_nodes)):
             if operand >= 0 or peer is not node:
                 for i, value in enumerate(_values(trials, peer, operand)):

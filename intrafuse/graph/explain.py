@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch.fx import Node
 
@@ -55,8 +56,7 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     """
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
-    if here:
-        _explain(trials, found, here, trial_sizes(trials.scope, atoms))
+    if here and _explain(trials, found, here, trial_sizes(trials.scope, atoms)):
         return True
     if _scales(trials, found, atoms):
         return True
@@ -100,42 +100,78 @@ def _flat(values: list) -> Iterator[Tree]:
 
 def _explain(
     trials: Trials, found: Difference, here: list[Literal], sizes: Mapping[int, int]
-) -> None:
+) -> bool:
     """Try the next attribute that may be where a number comes from; without one, lock.
 
     Only numbers that were wrong are tried for, one after the other; `here` holds those of every
     layer where the same code runs.
+
+    Returns:
+        Whether there was something to learn.
     """
-    wrong = _wrong(trials.scope, found, here, sizes)
+    wrong = _wrong(trials.scope, found, sizes)
+    if wrong and _share(trials, found.node, wrong, {item.at for item in here}, sizes):
+        return True
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
             place = (trials.places[found.node], at)
             if wrong and couple(trials, items, found.node, wrong[at], sizes):
                 trials.forget(place)
-                return
+                return True
             if _try_next(trials, place, items):
-                return
+                return True
     guilty = [item for item in here if wrong is None or item.at in wrong]
     # A number that is what it was when traced is one of the code's; others may follow from it.
     same = [i for i in guilty if wrong and wrong[i.at] == trials.scope.table.measure(i.part)]
     for item in same or guilty:
         _lock(trials.scope, item)
+    return bool(guilty)
+
+
+def _share(
+    trials: Trials,
+    node: Node,
+    wrong: Mapping[tuple[int, ...], int],
+    open_: set[tuple[int, ...]],
+    sizes: Mapping[int, int],
+) -> bool:
+    """Couple what an attribute follows with an axis that has its size from it as well, and stays.
+
+    Returns:
+        Whether there was such an attribute.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    for at in sorted(set(wrong) - open_):
+        size = scope.table.measure(resolve(_at(scope.values[node], at)))
+        for depth, path in enumerate(modules_of(node)):
+            for module, name in [key for key in trials.attributes if key[0] == path]:
+                tree = resolve(trials.attributes[module, name])
+                if scope.table.measure(tree) != size or tree_size(tree, sizes) != wrong[at]:
+                    continue
+                for peer in [n for n in trials.nodes if trials.places[n] == trials.places[node]]:
+                    followed = trials.attributes.get((modules_of(peer)[depth], name))
+                    if followed is not None:
+                        scope.table.unify(followed, _at(scope.values[peer], at))
+                return True
+    return False
+
+
+def _at(values: Any, at: tuple[int, ...]) -> Tree:
+    for i in at:
+        values = values[i]
+    return values
 
 
 def _wrong(
-    scope: Scope, found: Difference, here: list[Literal], sizes: Mapping[int, int]
+    scope: Scope, found: Difference, sizes: Mapping[int, int]
 ) -> dict[tuple[int, ...], int] | None:
     """Map where a result differs in size to the size that it has; None where it is not known."""
     if found.failed is not None:
+        resolve, values = scope.table.resolve, scope.values[found.node]
         given = _given(found.failed)
-        expected = {
-            item.at: tree_size(scope.table.resolve(item.part), sizes)
-            for item in here
-            if item.node is found.node
-        }
-        differing = {at: n for at, n in given.items() if expected.get(at, n) != n}
-        return differing or None
+        wanted = {at: tree_size(resolve(_at(values, at)), sizes) for at in given}
+        return {at: n for at, n in given.items() if wanted[at] != n} or None
     if found.expected is None or not isinstance(found.value, list):
         return None
     wanted, given = dict(_indexed(found.expected)), dict(_indexed(found.value))

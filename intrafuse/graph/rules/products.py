@@ -103,6 +103,13 @@ def _read_equation(equation: str, ranks: list[int]) -> tuple[list[list[int]], li
     return [*map(labels, terms, dots)], labels(right, max(dots))
 
 
+@register("outer", "ger")
+def outer(scope: Scope, node: Node) -> Axes:
+    """Multiply each position of one vector with each of another."""
+    args = scope.arguments(node)
+    return [*scope.axes(args["self"]), *scope.axes(args["vec2"])]
+
+
 def contract(
     scope: Scope, node: Node, operands, labels, output: list[int], bias: str | None = None
 ) -> Axes:
