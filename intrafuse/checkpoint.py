@@ -27,6 +27,10 @@ __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
 WEIGHTS, MANIFEST, PLAN = "model.safetensors", "intrafuse.json", "plan.safetensors"
 REMEDY = "build the network that was pruned, before pruning, and give it as model="
+PLANLESS = (
+    ", or, if it was pruned, save what prune returned or give save its plan=: without a plan a "
+    "folder does not say what was pruned"
+)
 
 
 def save(
@@ -350,7 +354,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
     found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
     if found:
         raise IntrafuseError(
-            f"the saved network does not fit the model; {'; '.join(found)}", remedy=REMEDY
+            f"the saved network does not fit the model; {'; '.join(found)}",
+            remedy=REMEDY if manifest.budget is not None else f"{REMEDY}{PLANLESS}",
         )
     _require_finite(tensors, buffers)
     for path, values in manifest.attributes.items():
