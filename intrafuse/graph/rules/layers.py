@@ -21,6 +21,8 @@ from intrafuse.graph.rules.registry import (
 
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
+TRAINING = "batch norm takes its statistics over it"
+STANDARDISED = "weights are standardised over it (store them standardised, in a plain layer, first)"
 
 
 def declare(
@@ -148,8 +150,9 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
     x = scope.axes(args["input"])
     names: dict[str, str | None] = {}
     if args["training"]:
+        reason = STANDARDISED if args["input"] in scope.origins else TRAINING
         for tree in (x[0], *x[2:]):
-            scope.table.lock(tree, "batch norm takes its statistics over it")
+            scope.table.lock(tree, reason)
     parts: tuple[tuple[str, Kind], ...] = (
         ("weight", "scale"),
         ("bias", "shift"),

@@ -13,14 +13,16 @@ from math import prod
 from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import UNIT, Product
+from intrafuse.graph.axes import UNIT, Product, leaves
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 from intrafuse.graph.rules.scale import follow_size
+from intrafuse.graph.rules.silent import is_silent
 
 SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
+NEVER_SILENT = "a product sums over features of it that no weights can make zero"
 SHARING = "the query heads of one key-value head stay together"
 
 
@@ -133,6 +135,9 @@ def contract(
     summed = [name for name in trees if name not in output]
     if weights[0] is None and weights[1] is None:
         _couple(scope, node, labels, output, trees, sizes)
+        for tree in (table.resolve(trees[name]) for name in summed):
+            if not any(is_silent(scope, operand, set(leaves(tree))) for operand in operands):
+                table.lock(tree, NEVER_SILENT)
     elif weights[0] is not None and weights[1] is not None:
         raise LockError("it multiplies two parameters")
     else:
