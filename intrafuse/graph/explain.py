@@ -56,7 +56,8 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     """
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
-    if here and _explain(trials, found, here, trial_sizes(trials.scope, atoms)):
+    if here:
+        _explain(trials, found, here, trial_sizes(trials.scope, atoms))
         return True
     if _scales(trials, found, atoms):
         return True
@@ -100,33 +101,30 @@ def _flat(values: list) -> Iterator[Tree]:
 
 def _explain(
     trials: Trials, found: Difference, here: list[Literal], sizes: Mapping[int, int]
-) -> bool:
+) -> None:
     """Try the next attribute that may be where a number comes from; without one, lock.
 
     Only numbers that were wrong are tried for, one after the other; `here` holds those of every
     layer where the same code runs.
-
-    Returns:
-        Whether there was something to learn.
     """
     wrong = _wrong(trials.scope, found, sizes)
     if wrong and _share(trials, found.node, wrong, {item.at for item in here}, sizes):
-        return True
+        return
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
             place = (trials.places[found.node], at)
             if wrong and couple(trials, items, found.node, wrong[at], sizes):
                 trials.forget(place)
-                return True
+                return
             if _try_next(trials, place, items):
-                return True
-    guilty = [item for item in here if wrong is None or item.at in wrong]
+                return
+    guilty = [item for item in here if wrong is None or item.at in wrong] or here
     # A number that is what it was when traced is one of the code's; others may follow from it.
-    same = [i for i in guilty if wrong and wrong[i.at] == trials.scope.table.measure(i.part)]
+    measure = trials.scope.table.measure
+    same = [i for i in guilty if wrong and wrong.get(i.at) == measure(i.part)]
     for item in same or guilty:
         _lock(trials.scope, item)
-    return bool(guilty)
 
 
 def _share(

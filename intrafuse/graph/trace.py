@@ -33,6 +33,7 @@ __all__ = [
     "trace",
 ]
 
+CONSTANT = "a tensor of the model's code that is no buffer"
 PASS_ORIGIN = frozenset(
     "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
     "contiguous alias detach repeat".split()
@@ -131,8 +132,8 @@ def _enter(scope: Scope, program) -> None:
             scope.parameter_axes[name] = scope.values[node]
             scope.parameters[node] = name
         elif isinstance(value, Tensor):
-            constant = node.name in signature.inputs_to_lifted_tensor_constants
-            reason = "constant of the model's code" if constant else "model input"
+            constant = signature.inputs_to_lifted_tensor_constants.get(node.name)
+            reason = f"{CONSTANT} ({constant})" if constant else "model input"
             scope.values[node] = [scope.fixed(int(n), reason) for n in value.shape]
 
 
