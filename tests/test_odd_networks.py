@@ -41,8 +41,7 @@ class Attend(nn.Module):
         super().__init__()
         self.into, self.qkv, self.out = nn.Linear(8, 12), nn.Linear(12, 36), nn.Linear(12, 4)
         self.sizes = sizes
-        for name, value in held.items():
-            setattr(self, name, value)
+        vars(self).update(held)
 
     def forward(self, x):
         x = self.into(x)

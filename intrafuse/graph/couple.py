@@ -33,7 +33,7 @@ def couple(
         sizes: of all atoms, there.
 
     Returns:
-        Whether there was such an axis.
+        Whether there was such an axis that may shrink.
     """
     own = next((item for item in items if item.node is node), None)
     measure, resolve = trials.scope.table.measure, trials.scope.table.resolve
@@ -41,6 +41,8 @@ def couple(
         return False
     for spot in _spots(trials, node):
         tree = _tree(trials, spot)
+        if trials.scope.is_fixed(tree):
+            continue
         for other in (None, *_beside(trials, own)):
             times = 1 if other is None else tree_size(resolve(other.part), sizes)
             whole = measure(own.part) * (1 if other is None else measure(other.part))

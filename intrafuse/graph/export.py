@@ -101,13 +101,15 @@ def _inline(module: torch.fx.GraphModule) -> None:
     """Put what runs in a region of its own, such as under `torch.autocast`, among the rest."""
     graph = module.graph
     for node in [n for n in graph.nodes if getattr(n.target, "__name__", "") in REGIONS]:
-        at = next(i for i, arg in enumerate(node.args) if getattr(arg, "op", "") == "get_attr")
-        region = getattr(module, node.args[at].target)
+        inside = next(n for n in node.all_input_nodes if n.op == "get_attr")
+        operands = node.args[node.args.index(inside) + 1 :]
+        region = getattr(module, str(inside.target))
         _inline(region)
         entering = (n for n in region.graph.nodes if n.op == "placeholder")
-        known = dict(zip(entering, node.args[at + 1 :], strict=True))
         with graph.inserting_before(node):
-            results = graph.graph_copy(region.graph, known)
+            results: Any = graph.graph_copy(
+                region.graph, dict(zip(entering, operands, strict=True))
+            )
         for user in [*node.users]:  # each takes one result
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)

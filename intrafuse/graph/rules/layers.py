@@ -22,7 +22,7 @@ from intrafuse.graph.rules.registry import (
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
 TRAINING = "batch norm takes its statistics over it"
-STANDARDISED = "weights are standardised over it (store them standardised, in a plain layer, first)"
+STANDARDISED = f"{TRAINING}, on weights (store them as it gives them, in a plain layer, first)"
 
 
 def declare(

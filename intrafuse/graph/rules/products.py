@@ -22,6 +22,7 @@ from intrafuse.graph.rules.silent import is_silent
 
 SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
+DIVIDED = "torch.nn.MultiheadAttention divides the width of its queries among heads; that stays"
 NEVER_SILENT = "a product sums over features of it that no weights can make zero"
 SHARING = "the query heads of one key-value head stay together"
 
@@ -303,6 +304,9 @@ def tie_packed_heads(scope: Scope) -> None:
             rest = rows
             while scope.table.measure(rest):
                 part, rest = scope.table.cut(rest, module.embed_dim)
-                scope.table.unify(part, wide)
+                if scope.is_fixed(wide):
+                    scope.table.lock(part, DIVIDED)
+                else:
+                    scope.table.unify(part, wide)
         follow = ("embed_dim", *(("kdim", "vdim") if module._qkv_same_embed_dim else ()))
         scope.attributes += [Attribute(path, name, wide) for name in follow]
