@@ -102,6 +102,7 @@ def settle(
 
 
 def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
+    trials.failure = ""
     try:
         return not atoms or _trial(trials, atoms, workshop) is None
     except _Elsewhere as failure:
@@ -134,6 +135,22 @@ def _open(scope: Scope, atoms: list[int]) -> bool:
     return any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
 
 
+def _resized(
+    trials: Trials, sizes: Mapping[int, int]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, int]]]:
+    """List shapes of parameters and attributes of modules at other sizes."""
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    shapes = {
+        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
+        for name, trees in scope.parameter_axes.items()
+    }
+    attributes: dict[str, dict[str, int]] = {}
+    known = [((a.module, a.name), a.tree) for a in scope.attributes]
+    for (module, name), tree in [*known, *trials.attributes.items()]:
+        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    return shapes, attributes
+
+
 def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference | None:
     """Run the model at other sizes.
 
@@ -143,14 +160,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     """
     scope = trials.scope
     sizes, resolve = trial_sizes(scope, atoms), scope.table.resolve
-    shapes = {
-        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
-        for name, trees in scope.parameter_axes.items()
-    }
-    attributes: dict[str, dict[str, int]] = {}
-    known = [((a.module, a.name), a.tree) for a in scope.attributes]
-    for (module, name), tree in [*known, *trials.attributes.items()]:
-        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    shapes, attributes = _resized(trials, sizes)
     values = {
         node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
         for node, value in scope.values.items()

@@ -239,11 +239,7 @@ def attention(scope: Scope, node: Node) -> Axes:
     table.unify(q[-1], k[-1])
     table.unify(k[-2], v[-2])
     if args["attn_mask"] is not None:
-        scope.carry(args["attn_mask"], "shift")  # a table of relative positions
-        mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
-        for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
-            if back <= len(mask) and shape[-back] != 1:
-                table.unify(mask[-back], other)
+        _couple_mask(scope, args["attn_mask"], [*q[:-1], k[-2]])
     for tree in (q[-2], k[-2]):
         table.lock(tree, "positions of a sequence")
     table.choose(q[-1], SUMMED)
@@ -264,6 +260,15 @@ def attention(scope: Scope, node: Node) -> Axes:
     scope.cost(node, "attention", 1, *q, k[-2])
     scope.cost(node, "attention", 1, *q[:-1], *v[-2:])
     return [*(table.resolve(tree) for tree in q[:-1]), table.resolve(v[-1])]
+
+
+def _couple_mask(scope: Scope, mask: Node, products: Axes) -> None:
+    """Couple what is added to the products of queries and keys, such as relative positions."""
+    scope.carry(mask, "shift")
+    axes, shape = scope.axes(mask), scope.shape(mask)
+    for back, other in enumerate(reversed(products), 1):
+        if back <= len(axes) and shape[-back] != 1:
+            scope.table.unify(axes[-back], other)
 
 
 def _share_heads(scope: Scope, queries, keys) -> None:
