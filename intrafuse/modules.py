@@ -58,7 +58,9 @@ def place(
             module.flatten_parameters()  # cuDNN wants the weights in one piece of memory
     for path, values in attributes.items():
         for attribute, value in values.items():
-            setattr(model.get_submodule(path), attribute, value)
+            owner = model.get_submodule(path)
+            whole = isinstance(getattr(owner, attribute, None), tuple)  # normalized_shape
+            setattr(owner, attribute, (value,) if whole else value)
     for path in remove:
         owner, leaf = _owner(model, path)
         setattr(owner, leaf, nn.Identity())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.export import ExampleInputs
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.groups import NORMED, Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
 from intrafuse.graph.rules import Scope
+from intrafuse.graph.rules.normed import other_uses
 
-__all__ = ["Program", "free_atoms", "freeze", "lock_unclear"]
+__all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
     )
 
 
+def hold(graph: ChannelGraph, include: Sequence[str]) -> ChannelGraph:
+    """Lock the groups that a norm takes its statistics over, but those whose names are wanted."""
+    held = {
+        group.id
+        for group in graph.groups
+        if group.normed and not any(fnmatchcase(group.name, pattern) for pattern in include)
+    }
+    free = [group for group in graph.groups if group.id not in held]
+    locked = [
+        replace(group, index=-1, locked=(f"{NORMED}; include={[group.name]} prunes it",))
+        for group in graph.groups
+        if group.id in held
+    ]
+    return replace(
+        graph,
+        groups=tuple(replace(g, index=len(free) - 1 - i) for i, g in enumerate(free)),
+        locked=(*graph.locked, *locked),
+    )
+
+
 def _list_norms(scope: Scope) -> tuple[Norm, ...]:
     """List each norm once; one that is called twice or shares a parameter folds into no layer."""
     uses = Counter(name for norm in scope.norms for name in norm.tensors)
@@ -92,6 +114,13 @@ def _list_norms(scope: Scope) -> tuple[Norm, ...]:
 
 def lock_unclear(scope: Scope) -> None:
     """Lock what no rule accounts for: parameters without a role, channels squared."""
+    for name, axis in sorted(scope.tied):
+        tree = scope.table.resolve(scope.parameter_axes[name][axis])
+        if not all(NORMED in scope.table.choices(atom) for atom in leaves(tree)):
+            for tree in scope.parameter_axes[name]:  # it may be merged: both cannot be right
+                scope.table.lock(tree, f"{name} is used as writer and as reader")
+    for name in other_uses(scope):
+        scope.table.lock(scope.parameter_axes[name][0], f"{name} is used by more than a norm")
     for name, trees in scope.parameter_axes.items():
         for axis, tree in enumerate(map(scope.table.resolve, trees)):
             if (name, axis) not in scope.roles:
@@ -141,9 +170,10 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
         elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
             reasons.append("no layer reads these channels")
         name = (writers or rows)[0].layer
-        name += f"#{kinds[atom]}" if atom in kinds else ""
+        choices = scope.table.choices(atom)
+        kind = kinds.get(atom, "normed" if NORMED in choices else "")
+        name += f"#{kind}" if kind and (atom in kinds or not reasons) else ""
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""
-        choices = scope.table.choices(atom)
         groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))
     return groups

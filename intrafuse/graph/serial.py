@@ -69,7 +69,7 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
         "costs": [[c.layer, c.factor, [*map(_pack, c.trees)]] for c in graph.costs],
         "aliases": dict(graph.aliases),
         "rescales": [
-            [r.weight, r.bias, r.axis, _pack(r.before), _pack(r.part), _pack(r.over), r.exponent]
+            [r.weight, r.bias, r.axis, *map(_pack, (r.before, r.part, r.over)), r.exponent, r.offset]
             for r in graph.rescales
         ],
     }
@@ -106,7 +106,9 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
         rescales=tuple(
-            Rescale(weight, bias, axis, _unpack(before), _unpack(part), _unpack(over), exponent)
-            for weight, bias, axis, before, part, over, exponent in data.get("rescales", ())
+            Rescale(weight, bias, axis, *map(_unpack, trees), *numbers)
+            for weight, bias, axis, *trees, numbers in (
+                (*item[:6], item[6:]) for item in data.get("rescales", ())
+            )
         ),
     )
