@@ -355,7 +355,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
     _require_finite(tensors, buffers)
     for path, values in manifest.attributes.items():
         for attribute in values:
-            if type(getattr(owners.get(path), attribute, None)) is not int:
+            value = getattr(owners.get(path), attribute, None)
+            if type(value) is not int and not (isinstance(value, tuple) and len(value) == 1):
                 raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
     for layer in manifest.removed_layers:
         if not layer or layer not in owners:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
@@ -17,6 +18,10 @@ from intrafuse.graph.rules import Scope
 from intrafuse.graph.rules.normed import other_uses
 
 __all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
+
+
+PACKED = "torch.nn.MultiheadAttention wants its input to be as wide as its heads together"
+HELD = ": it stays unless it is named, as by "
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,19 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
     return slots
 
 
+def hold(scope: Scope, include: Sequence[str]) -> None:
+    """Lock what a norm takes its statistics over, but the groups whose names are wanted."""
+    groups = _name_groups(scope, _slots(scope))
+    for group in groups:
+        owners = [scope.owner(slot.parameter) for slot in group.slots]
+        if group.normed and any(isinstance(owner, nn.MultiheadAttention) for owner in owners):
+            scope.table.lock(group.id, PACKED)
+    for group in groups:
+        wanted = any(fnmatchcase(group.name, pattern) for pattern in include)
+        if group.normed and not scope.table.reasons(group.id) and not group.locked and not wanted:
+            scope.table.lock(group.id, f"{NORMED}{HELD}include={[group.name]}")
+
+
 def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
     """Freeze what the rules found."""
     resolve = scope.table.resolve
@@ -78,26 +96,6 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
             for r in scope.rescales
         ),
         program=Program(nodes, values, scope.parameters, scales, example_inputs),
-    )
-
-
-def hold(graph: ChannelGraph, include: Sequence[str]) -> ChannelGraph:
-    """Lock the groups that a norm takes its statistics over, but those whose names are wanted."""
-    held = {
-        group.id
-        for group in graph.groups
-        if group.normed and not any(fnmatchcase(group.name, pattern) for pattern in include)
-    }
-    free = [group for group in graph.groups if group.id not in held]
-    locked = [
-        replace(group, index=-1, locked=(f"{NORMED}; include={[group.name]} prunes it",))
-        for group in graph.groups
-        if group.id in held
-    ]
-    return replace(
-        graph,
-        groups=tuple(replace(g, index=len(free) - 1 - i) for i, g in enumerate(free)),
-        locked=(*graph.locked, *locked),
     )
 
 
@@ -172,7 +170,8 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
         name = (writers or rows)[0].layer
         choices = scope.table.choices(atom)
         kind = kinds.get(atom, "normed" if NORMED in choices else "")
-        name += f"#{kind}" if kind and (atom in kinds or not reasons) else ""
+        open_ = all(HELD in reason for reason in reasons)  # but for what is held back
+        name += f"#{kind}" if kind and (atom in kinds or open_) else ""
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""
         groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))

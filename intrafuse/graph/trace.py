@@ -77,6 +77,7 @@ def trace(
                 _lock_all(scope, source, "model output")
     nodes = tuple(program.graph.nodes)
     lock_unclear(scope)
+    hold(scope, include)
     settle(
         scope,
         [*nodes],
@@ -87,7 +88,7 @@ def trace(
             lambda resized: [*export_program(resized, example_inputs).graph.nodes],
         ),
     )
-    return hold(freeze(scope, nodes, example_inputs), include)
+    return freeze(scope, nodes, example_inputs)
 
 
 def _resized(

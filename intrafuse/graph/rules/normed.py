@@ -134,8 +134,9 @@ def _weight_after(scope: Scope, node: Node) -> tuple[str, int, float] | None:
             factor, offset = _uncast(factor.all_input_nodes[0]), float(numbers[0])
         known = scope.parameter_view(factor)
         axes = [axis for axis in known[1] if axis is not None] if known else []
-        if known and known[0] in scope.trained and len(scope.parameter_axes[known[0]]) == 1 == len(axes):
-            return known[0], 0, offset
+        if known and known[0] in scope.trained and len(axes) == 1:
+            alone = scope.shape(factor)[-1:] == scope.shape(node)[-1:]
+            return (known[0], 0, offset) if alone and len(scope.shape(factor)) == 1 else None
     return None
 
 
