@@ -129,7 +129,8 @@ class _Reference(fx.Interpreter):
 
     def _norm(self, n: Node, name: str, stays: Tensor) -> Tensor:
         """Compute layer norm or RMS norm over the last dimension; what does not stay is zero."""
-        args = {k: self.env.get(v, v) if isinstance(v, Node) else v for k, v in arguments(n).items()}
+        given = arguments(n).items()
+        args = {k: self.env[v] if isinstance(v, Node) else v for k, v in given}
         x, share = args["input"], len(stays) / args["input"].shape[-1]
         z = x.index_select(-1, stays)
         if name == "layer_norm":

@@ -69,8 +69,9 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
         "costs": [[c.layer, c.factor, [*map(_pack, c.trees)]] for c in graph.costs],
         "aliases": dict(graph.aliases),
         "rescales": [
-            [r.weight, r.bias, r.axis, *map(_pack, (r.before, r.part, r.over)), r.exponent, r.offset]
+            [r.weight, r.bias, r.axis, *map(_pack, trees), r.exponent, r.offset]
             for r in graph.rescales
+            for trees in [(r.before, r.part, r.over)]
         ],
     }
 
