@@ -107,9 +107,7 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
         rescales=tuple(
-            Rescale(weight, bias, axis, *map(_unpack, trees), *numbers)
-            for weight, bias, axis, *trees, numbers in (
-                (*item[:6], item[6:]) for item in data.get("rescales", ())
-            )
+            Rescale(*r[:3], _unpack(r[3]), _unpack(r[4]), _unpack(r[5]), *r[6:])
+            for r in data.get("rescales", ())
         ),
     )

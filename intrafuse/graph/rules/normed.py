@@ -86,8 +86,8 @@ def mean_of_squares(node: Node) -> Node | None:
     dims = args.get("dim")
     if not isinstance(dims, list | tuple) or len(dims) != 1 or not args.get("keepdim", False):
         return None
-    squared = _uncast(args["self"])
-    source = _squared(squared)
+    x = args["self"]
+    source = _squared(_uncast(x)) if isinstance(x, Node) else None
     if source is None:
         return None
     at, power = node, 1.0
