@@ -107,7 +107,7 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
         rescales=tuple(
-            Rescale(*r[:3], _unpack(r[3]), _unpack(r[4]), _unpack(r[5]), *r[6:])
-            for r in data.get("rescales", ())
+            Rescale(w, b, axis, _unpack(before), _unpack(part), _unpack(over), exponent, *offset)
+            for w, b, axis, before, part, over, exponent, *offset in data.get("rescales", ())
         ),
     )
