@@ -107,8 +107,9 @@ def examine(name: str) -> dict[str, Any]:
     model, inputs = build(name)
     try:
         plan = intrafuse.plan(
-            model, inputs, channels=SHARE, method="select", importance="random", seed=1
-        )
+            model, inputs, channels=SHARE, method="select", importance="random", seed=1,
+            include=["*"],  # the width that norms are taken over, too
+        )  # fmt: skip
     except intrafuse.IntrafuseError as error:
         return {"status": "refused", "why": str(error)[:600], **_described(model, inputs)}
     row = describe(model, plan.graph) | {
@@ -129,7 +130,7 @@ def examine(name: str) -> dict[str, Any]:
 def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
     """Describe a network that could not be planned for, where it can be traced at all."""
     try:
-        return describe(model, intrafuse.trace(model, inputs))
+        return describe(model, intrafuse.trace(model, inputs, include=["*"]))
     except intrafuse.IntrafuseError:
         return {}
 

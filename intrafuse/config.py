@@ -8,7 +8,8 @@ field means is found out by building the model from it, without memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, islice
 from math import log
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 __all__ = ["follow_sizes"]
 
+PAIRS = 40  # of fields that are tried together: each builds the model once
 WORDS = ("dim", "size", "inner", "heads")  # in the names of fields that are None by default
 
 
@@ -49,11 +51,14 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
     found, best, improved = dict(pins), _misfit(model, base, base), True
     while best and improved:
         improved = False
-        for field, value in options:
-            built = _built(model, config, {**found, field: value})
+        for fields in _steps(config, options):
+            if improved and len(fields) > 1:
+                break
+            built = _built(model, config, {**found, **fields})
             misfit = float("inf") if built is None else _misfit(model, built, base)
             if misfit < best - 1e-9:
-                best, improved, found[field] = misfit, True, value
+                best, improved = misfit, True
+                found.update(fields)
     for field in pins:  # those that make no difference
         rest = {k: v for k, v in found.items() if k != field}
         built = _built(model, config, rest)
@@ -61,6 +66,17 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
             found = rest
     _write(model, config, found)
     return found
+
+
+def _steps(config: Any, options: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """List changes to try: single fields, then two in one ratio (a width with its heads)."""
+    yield from ({field: value} for field, value in options)
+    pairs = (
+        {one: a, two: b}
+        for (one, a), (two, b) in combinations(options, 2)
+        if one != two and a * (getattr(config, two) or 0) == b * (getattr(config, one) or 0)
+    )
+    yield from islice(pairs, PAIRS)
 
 
 def _write(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> None:

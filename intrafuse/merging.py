@@ -32,7 +32,8 @@ def merge_groups(
     are selected by their importance, unless the method chooses among them itself. Attention is a
     softmax over products of two activations: the mean of two heads attends to neither's positions,
     and P q and P k give the product q' P' P k, not q' k. The width of values is read linearly, so
-    every method may combine it.
+    every method may combine it. Channels that a norm takes its statistics over are selected by
+    every method: combinations have other statistics, which no weight makes up for.
 
     Args:
         method: scores and width to merge map.
@@ -53,7 +54,8 @@ def merge_groups(
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     maps = []
     for done, group in enumerate(shrinking):
-        own = method if not group.chosen or getattr(method, "chooses", False) else Select()
+        free = not group.chosen or (getattr(method, "chooses", False) and not group.normed)
+        own = method if free else Select()
         step = own(group, scores[group.name], widths[group.name], context).check()
         if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
             raise IntrafuseError(
@@ -61,7 +63,7 @@ def merge_groups(
                 value=(step.group, step.size, step.width),
                 layer=group.name,
             )
-        if repair == "analytic":
+        if repair == "analytic" and not group.normed:
             step = analytic_repair(step, group, context)
         context.weights.merge(step)
         maps.append(step)

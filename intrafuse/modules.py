@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["copy_without", "held_sizes", "place", "set_size"]
+__all__ = ["copy_without", "held_sizes", "place", "set_size", "size_held"]
 
 
 def copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
@@ -78,6 +78,14 @@ def held_sizes(module: nn.Module) -> Iterator[tuple[str, int, object]]:
         if not name.startswith("_"):
             inside = ((str(key), item) for key, item in _items(value) if type(item) is int)
             yield from ((f"{name}.{key}", item, value) for key, item in inside)
+
+
+def size_held(module: nn.Module, name: str) -> int | None:
+    """Look up a whole number that a module holds under a name of `held_sizes`."""
+    if "." in name:
+        return next((value for known, value, _ in held_sizes(module) if known == name), None)
+    value = getattr(module, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:

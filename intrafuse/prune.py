@@ -171,7 +171,7 @@ def plan(
     require_rereadable(data)
     _require_plannable(repair)
     chosen = resolve_method(method)
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, include=include or ())
     groups = choose_groups(graph, include, exclude)
     weights = Weights.of(graph, model)
     before = measure(graph, graph.sizes, weights.counted())

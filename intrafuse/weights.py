@@ -148,7 +148,9 @@ class Weights:
             for name, axis in ((item.weight, item.axis), (item.bias, 0)):
                 if name in self.state:
                     tensor = self.state[name].clone()
-                    tensor.narrow(axis, start, length).mul_((size / was) ** item.exponent)
+                    ratio = (size / was) ** item.exponent
+                    own = tensor.narrow(axis, start, length)
+                    own.mul_(ratio).add_(item.offset * (ratio - 1))
                     self.state[name] = tensor
 
     def _merge_statistics(

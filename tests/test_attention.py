@@ -98,10 +98,10 @@ def test_a_scale_that_follows_the_width_is_made_up_for_by_the_queries():
     torch.testing.assert_close(attention.k_proj.weight, old.k_proj.weight[keep])
 
 
-def test_a_norm_of_queries_locks_their_width():
+def test_a_norm_of_queries_alone_cannot_make_up_for_the_scale_of_attention():
     graph = trace(network(query_norm=True), TOKENS)
     (locked,) = (g for g in graph.locked if g.name.endswith("q_proj#width"))
-    assert "layer_norm takes its statistics over it" in locked.locked
+    assert locked.normed and "its size enters the scale of attention" in locked.locked
     assert "blocks.0.attention.q_proj#heads" in graph.by_name
 
 
@@ -112,10 +112,13 @@ def test_hidden_units_are_pruned(kind):
 
 
 @pytest.mark.parametrize("norms", ["layer", "rms", "rms by hand"])
-def test_the_residual_stream_is_locked_by_its_norms(norms):
-    graph = trace(network(norms=norms), TOKENS)
-    (stream,) = (g for g in graph.locked if g.name == "embed")
-    assert any("taken over it" in r or "statistics over it" in r for r in stream.locked)
+def test_the_residual_stream_stays_unless_its_name_is_included(norms):
+    model = network(norms=norms)
+    (stream,) = (g for g in trace(model, TOKENS).locked if g.name == "embed#normed")
+    assert stream.locked[0].startswith("a norm takes its statistics over it")
+    plan = intrafuse.plan(model, TOKENS, channels=0.5, method="select", include=["*#normed"])
+    assert plan.widths["embed#normed"] == stream.size // 2
+    assert intrafuse.verify(model, plan).relative < 1e-5
 
 
 def test_the_residual_stream_is_free_without_norms():
@@ -211,8 +214,8 @@ def test_torch_encoders_lose_hidden_units_also_on_the_fast_path(settings):
     slow = result.model(x)  # with gradients there is no fused kernel
     with torch.no_grad():
         torch.testing.assert_close(result.model(x), slow)
-    locked = {g.name for g in result.plan.graph.locked}  # torch divides the width by num_heads
-    assert any(name.startswith("encoder.layers.0.self_attn") for name in locked)
+    stay = {slot.parameter for g in result.plan.graph.locked for slot in g.writers}
+    assert "encoder.layers.0.self_attn.in_proj_weight" in stay  # as wide as the residual stream
 
 
 class Memory(nn.Module):

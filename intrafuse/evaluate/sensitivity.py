@@ -141,7 +141,7 @@ def each_group_alone(
     Raises:
         IntrafuseError: no groups; as `prune` and `accuracy`.
     """
-    groups = choose_groups(trace(model, example_inputs), include, exclude)
+    groups = choose_groups(trace(model, example_inputs, include=include or ()), include, exclude)
     if not groups:
         raise IntrafuseError(
             "no channel group is left to prune alone",

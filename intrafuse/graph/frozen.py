@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, layout, leaves
 from intrafuse.graph.export import ExampleInputs
-from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.groups import NORMED, Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
 from intrafuse.graph.rules import Scope
 from intrafuse.graph.rules.computed import claim_functions
+from intrafuse.graph.rules.normed import other_uses
 
-__all__ = ["Program", "free_atoms", "freeze", "lock_unclear"]
+__all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
+
+
+HELD = ": it stays unless it is named, as by "
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
         for atom, blocks in layout(tree, scope.table.size).items():
             slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, tuple(blocks)))
     return slots
+
+
+def hold(scope: Scope, include: Sequence[str]) -> None:
+    """Lock what a norm takes its statistics over, but the groups whose names are wanted."""
+    for group in _name_groups(scope, _slots(scope)):
+        wanted = any(fnmatchcase(group.name, pattern) for pattern in include)
+        if group.normed and not group.locked and not wanted:
+            scope.table.lock(group.id, f"{NORMED}{HELD}include={[group.name]}")
 
 
 def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
@@ -94,6 +107,13 @@ def lock_unclear(scope: Scope) -> None:
     """Lock what no rule accounts for: parameters without a role, channels squared."""
     claim_functions(scope)
     known = {name for name, _ in scope.roles}
+    for name, axis in sorted(scope.tied):
+        tree = scope.table.resolve(scope.parameter_axes[name][axis])
+        if not all(NORMED in scope.table.choices(atom) for atom in leaves(tree)):
+            for tree in scope.parameter_axes[name]:  # it may be merged: both cannot be right
+                scope.table.lock(tree, f"{name} is used as writer and as reader")
+    for name in other_uses(scope):
+        scope.table.lock(scope.parameter_axes[name][0], f"{name} is used by more than a norm")
     for name, trees in scope.parameter_axes.items():
         for axis, tree in enumerate(map(scope.table.resolve, trees)):
             if (name, axis) not in scope.roles:
@@ -145,9 +165,11 @@ def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelG
         elif all(slot.role != "reader" for slot in rows) and not reasons and atom not in summed:
             reasons.append("no layer reads these channels")
         name = (writers or rows)[0].layer
-        name += f"#{kinds[atom]}" if atom in kinds else ""
+        choices = scope.table.choices(atom)
+        kind = kinds.get(atom, "normed" if NORMED in choices else "")
+        open_ = all(HELD in reason for reason in reasons)  # but for what is held back
+        name += f"#{kind}" if kind and (atom in kinds or open_) else ""
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""
-        choices = scope.table.choices(atom)
         groups.append(ChannelGroup(atom, name, -1, size, tuple(rows), tuple(reasons), choices))
     return groups

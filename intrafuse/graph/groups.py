@@ -12,6 +12,7 @@ from typing import Any, Literal
 from intrafuse.graph.axes import Block, Tree, locate, tree_size
 
 __all__ = [
+    "NORMED",
     "Attribute",
     "ChannelGraph",
     "ChannelGroup",
@@ -25,6 +26,8 @@ __all__ = [
 
 Role = Literal["writer", "carrier", "reader"]
 Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance"]
+# Why channels may be chosen among but not combined, where their number enters a statistic.
+NORMED = "a norm takes its statistics over it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,11 @@ class ChannelGroup:
         return tuple(slot for slot in self.slots if slot.role == "reader")
 
     @property
+    def normed(self) -> bool:
+        """Whether a layer norm or RMS norm takes its statistics over the channels."""
+        return NORMED in self.chosen
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """The modules that write the channels, without repetition."""
         return tuple(dict.fromkeys(slot.layer for slot in self.writers))
@@ -140,7 +148,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A module attribute that must equal the size of an axis, such as `out_channels`."""
+    """A module attribute that must equal the size of an axis, such as `out_channels`.
+
+    Names are those of `intrafuse.modules.held_sizes`, such as `normalized_shape.0`.
+    """
 
     module: str
     name: str
@@ -162,7 +173,8 @@ class Rescale:
 
     Attention divides products of queries and keys by the root of their width. Where the width
     shrinks from d to m, the layer that writes the queries is multiplied by (m / d) ** exponent,
-    and the products are what they were.
+    and the products are what they were. So is the weight of a layer norm or RMS norm, which
+    divides by the root of a sum over the channels as a share of their number.
 
     Attributes:
         weight, bias: names in the state dict; bias is None where there is none.
@@ -170,6 +182,7 @@ class Rescale:
         before, part: trees of the outputs that lie before those that are multiplied, and of these.
         over: tree of the size.
         exponent: of the ratio of sizes.
+        offset: what the code adds to the weight before it multiplies with it.
     """
 
     weight: str
@@ -179,6 +192,7 @@ class Rescale:
     part: Tree
     over: Tree
     exponent: float
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,9 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
         "costs": [[c.layer, c.factor, [*map(_pack, c.trees)]] for c in graph.costs],
         "aliases": dict(graph.aliases),
         "rescales": [
-            [r.weight, r.bias, r.axis, _pack(r.before), _pack(r.part), _pack(r.over), r.exponent]
+            [r.weight, r.bias, r.axis, *map(_pack, trees), r.exponent, r.offset]
             for r in graph.rescales
+            for trees in [(r.before, r.part, r.over)]
         ],
     }
 
@@ -106,7 +107,7 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
         rescales=tuple(
-            Rescale(weight, bias, axis, _unpack(before), _unpack(part), _unpack(over), exponent)
-            for weight, bias, axis, before, part, over, exponent in data.get("rescales", ())
+            Rescale(w, b, axis, _unpack(before), _unpack(part), _unpack(over), exponent, *offset)
+            for w, b, axis, before, part, over, exponent, *offset in data.get("rescales", ())
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from intrafuse.graph.export import (
     export_program,
     record,
 )
-from intrafuse.graph.frozen import Program, free_atoms, freeze, lock_unclear
+from intrafuse.graph.frozen import Program, free_atoms, freeze, hold, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
@@ -40,13 +40,17 @@ PASS_ORIGIN = frozenset(
 )
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
+def trace(
+    model: nn.Module, example_inputs: ExampleInputs, *, include: Sequence[str] = ()
+) -> ChannelGraph:
     """Find the channel groups of a model.
 
     Args:
         model: any module that `torch.export` takes; it is not changed.
         example_inputs: a tensor, a tuple of args or a mapping of kwargs. Sizes matter
             (multiply-accumulates are counted for them), values do not.
+        include: patterns of names of groups whose channels a layer norm or RMS norm takes its
+            statistics over, such as `["*#normed"]`: all others of that kind are locked.
 
     Returns:
         The channel graph: prunable groups from input to output, locked groups with reasons.
@@ -76,6 +80,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     nodes = tuple(program.graph.nodes)
     tie_packed_heads(scope)
     lock_unclear(scope)
+    hold(scope, include)
     settle(
         scope,
         [*nodes],

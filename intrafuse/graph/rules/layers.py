@@ -242,24 +242,6 @@ def group_norm(scope: Scope, node: Node) -> Axes:
     return scope.axes(args["input"])
 
 
-@register("layer_norm", "rms_norm")
-def layer_norm(scope: Scope, node: Node) -> Axes:
-    """Normalise over the last dimensions, whose sizes enter the statistics and stay."""
-    args = scope.arguments(node)
-    x = scope.axes(args["input"])
-    normalised = x[len(x) - len(args["normalized_shape"]) :]
-    for tree in normalised:
-        scope.table.lock(tree, f"{operator_name(node)} takes its statistics over it")
-    parts: tuple[tuple[str, Kind], ...] = (("weight", "scale"), ("bias", "shift"))
-    for argument, kind in parts:
-        if args.get(argument) is not None:
-            scope.unify(scope.axes(args[argument]), normalised)
-            name = scope.parameter(args[argument], argument)
-            for axis in range(len(normalised)):
-                scope.use(name, axis, "carrier", kind)
-    return x
-
-
 @register("embedding")
 def embedding(scope: Scope, node: Node) -> Axes:
     """Look up rows of the weight: dimension 0 is the vocabulary and stays."""

@@ -9,6 +9,7 @@ named as in ATen, without overload and trailing underscore: `conv2d`, `add`, `re
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Rescale, Role
+from intrafuse.modules import size_held
 
 __all__ = [
     "RULES",
@@ -134,6 +136,8 @@ class Scope:
         self.contracted: dict[Node, Tree] = {}  # product of activations -> what it sums over
         self.heads: list[tuple[Node, str, Tree]] = []  # attention, what an axis is to it, the axis
         self.rescales: list[Rescale] = []
+        self.tied: set[tuple[str, int]] = set()  # parameter axes that write, and read elsewhere
+        self.normed: Counter[str] = Counter()  # weight of a norm over channels -> its calls
         self.scales: dict[Node, tuple[Tree, float]] = {}  # number = constant * size ** exponent
 
     def arguments(self, node: Node) -> dict[str, Any]:
@@ -229,7 +233,9 @@ class Scope:
         if parameter is None:
             return
         known = self.roles.setdefault((parameter, axis), (role, kind))
-        if known != (role, kind):
+        if known == ("writer", "weight") and (role, kind) == ("reader", "weight"):
+            self.tied.add((parameter, axis))
+        elif known != (role, kind):
             for tree in self.parameter_axes[parameter]:
                 self.table.lock(tree, f"{parameter} is used as {known[0]} and as {role}")
 
@@ -248,8 +254,8 @@ class Scope:
         for module in (alias.rpartition(".")[0] for alias in names):
             owner = self.model.get_submodule(module)
             known = isinstance(owner, FOLLOWING)
-            value = getattr(owner, name, None) if known or not needed else None
-            if isinstance(value, int) and value == self.table.measure(tree):
+            value = size_held(owner, name) if known or not needed else None
+            if value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
             elif needed:
                 self.table.lock(tree, f"{module} has no attribute {name} to follow it")

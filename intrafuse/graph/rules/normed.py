@@ -1,0 +1,166 @@
+"""Rules for norms over channels: layer norm, RMS norm, and RMS norm written by hand.
+
+Such a norm divides by the root of a mean over the channels. Where m of n channels stay, the mean
+is taken over these, and the weight of the norm takes the factor sqrt(n / m): then the channels are
+divided by what they would be if the others were zero (docs/research.md). Layer norm subtracts the
+mean of those that stay. Channels that are combined have other statistics, so they may be chosen
+among only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.fx import Node
+
+from intrafuse.graph.axes import Sum, Tree
+from intrafuse.graph.groups import NORMED, Kind, Rescale
+from intrafuse.graph.rules.reduce import reduce
+from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+
+__all__ = ["CASTS", "mean_of_squares"]
+
+CASTS = frozenset(("to", "_to_copy", "float", "type_as", "contiguous", "clone", "alias", "detach"))
+SILENT = frozenset(("_assert_tensor_metadata",))
+
+
+@register("layer_norm", "rms_norm")
+def layer_norm(scope: Scope, node: Node) -> Axes:
+    """Normalise over the last dimension, whose channels may be chosen among."""
+    args = scope.arguments(node)
+    x = scope.axes(args["input"])
+    normalised = x[len(x) - len(args["normalized_shape"]) :]
+    parts: tuple[tuple[str, Kind], ...] = (("weight", "scale"), ("bias", "shift"))
+    for argument, kind in parts:
+        if args.get(argument) is not None:
+            scope.unify(scope.axes(args[argument]), normalised)
+            name = scope.parameter(args[argument], argument)
+            for axis in range(len(normalised)):
+                scope.use(name, axis, "carrier", kind)
+    if len(normalised) != 1 or args["weight"] is None:
+        why = "several dimensions at once" if len(normalised) != 1 else "it, and has no weight"
+        for tree in normalised:
+            scope.table.lock(tree, f"{operator_name(node)} takes its statistics over {why}")
+        return x
+    weight = scope.parameter(args["weight"], "weight")
+    _scale(scope, weight, 0, x[-1])
+    scope.attribute(weight, "normalized_shape.0", x[-1])
+    if not isinstance(scope.owner(weight), nn.LayerNorm | nn.RMSNorm):
+        scope.literal(x[-1], node, len(x) - 1)
+    return scope.axes(args["input"])
+
+
+@register("mean")
+def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
+    """Reduce dimensions to one value; channels stay, but where a norm is written by hand."""
+    found = mean_of_squares(node)
+    weight = None if found is None else _weight_after(scope, found)
+    if weight is None:
+        return reduce(scope, node)
+    x = scope.axes(scope.arguments(node)["self"])
+    dim = scope.arguments(node)["dim"][0] % len(x)
+    _scale(scope, weight[0], weight[1], x[dim], weight[2])
+    return [*x[:dim], scope.table.atom(1), *x[dim + 1 :]]
+
+
+def _scale(scope: Scope, weight: str, axis: int, tree: Tree, offset: float = 0.0) -> None:
+    """Let the weight of a norm make up for the number of channels that it is taken over."""
+    scope.table.choose(tree, NORMED)
+    scope.table.unify(scope.parameter_axes[weight][axis], tree)
+    scope.normed[weight] += 1
+    if scope.normed[weight] == 1:
+        scope.rescales.append(Rescale(weight, None, axis, Sum(()), tree, tree, -0.5, offset))
+
+
+def mean_of_squares(node: Node) -> Node | None:
+    """Find the operator that divides a tensor by the root of the mean of its own squares.
+
+    Args:
+        node: the mean, over one dimension, which is kept.
+
+    Returns:
+        The product or quotient, or None where the mean is used otherwise.
+    """
+    args = dict(zip(("self", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    dims = args.get("dim")
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or not args.get("keepdim", False):
+        return None
+    x = args["self"]
+    source = _squared(_uncast(x)) if isinstance(x, Node) else None
+    if source is None:
+        return None
+    at, power = node, 1.0
+    while True:
+        after = _only_user(at)
+        name = "" if after is None else operator_name(after)
+        if after is None:
+            return None
+        if name in ("mul", "div"):
+            other = [n for n in after.args[:2] if n is not at]
+            same = len(other) == 1 and isinstance(other[0], Node) and _uncast(other[0]) is source
+            fits = power == -0.5 if name == "mul" else power == 0.5 and after.args[1] is at
+            return after if same and fits else None
+        if name in ("sqrt", "rsqrt", "reciprocal"):
+            power *= {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}[name]
+        elif name == "pow" and after.args[0] is at and isinstance(after.args[1], int | float):
+            power *= after.args[1]
+        elif not (name == "add" and len(after.all_input_nodes) == 1 and power == 1):  # eps
+            return None
+        at = after
+
+
+def _squared(node: Node) -> Node | None:
+    """Find what a tensor is the square of."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    first = node.args[0] if node.args else None
+    twice = name == "mul" and node.args[1] is first
+    if not (name == "square" or twice or (name == "pow" and node.args[1] == 2)):
+        return None
+    return _uncast(first) if isinstance(first, Node) else None
+
+
+def _weight_after(scope: Scope, node: Node) -> tuple[str, int, float] | None:
+    """Find the parameter that alone multiplies a tensor: its name, its axis, what is added."""
+    after = _only_user(node)
+    if after is None or operator_name(after) != "mul":
+        return None
+    for other in (n for n in after.all_input_nodes if n is not node):
+        factor, offset = _uncast(other), 0.0
+        if operator_name(factor) == "add" and len(factor.all_input_nodes) == 1:
+            numbers = [n for n in factor.args if isinstance(n, int | float)]
+            if len(numbers) != 1 or factor.kwargs.get("alpha", 1) != 1:
+                return None
+            factor, offset = _uncast(factor.all_input_nodes[0]), float(numbers[0])
+        known = scope.parameter_view(factor)
+        axes = [axis for axis in known[1] if axis is not None] if known else []
+        if known and known[0] in scope.trained and len(axes) == 1:
+            alone = scope.shape(factor)[-1:] == scope.shape(node)[-1:]
+            return (known[0], 0, offset) if alone and len(scope.shape(factor)) == 1 else None
+    return None
+
+
+def _uncast(node: Node) -> Node:
+    """Go back over operators that change nothing but the type."""
+    while node.op == "call_function" and operator_name(node) in CASTS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _only_user(node: Node) -> Node | None:
+    """Find the one operator that takes a tensor, after changes of its type."""
+    while True:
+        users = [user for user in node.users if operator_name(user) not in SILENT]
+        if len(users) != 1 or users[0].op != "call_function":
+            return None
+        if operator_name(users[0]) not in CASTS:
+            return users[0]
+        node = users[0]
+
+
+def other_uses(scope: Scope) -> Iterator[str]:
+    """List the weights of norms that other operators take as well."""
+    for name, calls in sorted(scope.normed.items()):
+        users = [u for n, known in scope.parameters.items() if known == name for u in n.users]
+        if sum(operator_name(user) not in SILENT for user in users) != calls:
+            yield name
