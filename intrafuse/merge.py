@@ -13,7 +13,14 @@ from intrafuse.errors import IntrafuseError
 
 __all__ = ["MergeMap"]
 
-PARTS = ("readers", "writers", "gain", "shift", "writer_gain", "writer_shift")  # tensors by parameter
+PARTS = (
+    "readers",
+    "writers",
+    "gain",
+    "shift",
+    "writer_gain",
+    "writer_shift",
+)  # tensors by parameter
 
 
 @dataclass(frozen=True, eq=False)

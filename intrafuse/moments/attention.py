@@ -145,7 +145,7 @@ def _layers(group: ChannelGroup, weights: Weights) -> tuple[str, str, str] | Non
     if query is None or key is None or value is None or len({query, key, value}) < 3:
         return None
     written = {slot.parameter for slot in group.writers if slot.kind == "weight"}
-    return (query, key, value) if written == {query, key, value} else None
+    return (query, key, value) if {query, key} <= written <= {query, key, value} else None
 
 
 def _writer(node: Node, weights: Weights) -> str | None:

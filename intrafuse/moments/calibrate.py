@@ -217,9 +217,7 @@ def _doubted(reading: Reading, samples: int) -> Reading:
     def less(matrix: Tensor) -> Tensor:
         return part * matrix + (1 - part) * matrix.diagonal().diag()
 
-    return replace(
-        reading, old=less(reading.old), new=less(reading.new), cross=less(reading.cross)
-    )
+    return replace(reading, old=less(reading.old), new=less(reading.new), cross=less(reading.cross))
 
 
 def _part(x: Tensor, rows: Tensor) -> Tensor:
