@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_models import MODELS, build, inputs, outputs
 from reference import mask_channels
 from typer.testing import CliRunner
 
@@ -16,6 +15,9 @@ import intrafuse
 from intrafuse.cli import app
 from intrafuse.graph import trace
 from intrafuse.zoo import resolve_model
+
+pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+from language_models import MODELS, build, inputs, outputs
 
 # What is prunable in each: heads, widths inside heads, and all else.
 GROUPS = {

@@ -2,12 +2,12 @@
 
 Letters, for one head of width n that keeps m:
 
-    q, k   a query and a key (n,)            A = E[q q'], B = Cov(k)     A = L L', B = K K'
+    q, k   a query and a key (n,)            A = E[q q'] = L L, B = Cov(k) = K K
     logit  q' k, but for what all keys of a query have in common, which the softmax forgets
     P, R   (m, n): new queries P q, new keys R k, and (P q)' (R k) ~ q' k
 
-With L' K = U S V' the best m products are P = S^1/2 U_m' L^-1, R = S^1/2 V_m' K^-1 (Eckart and
-Young). Values v with covariance C = L L', read by W, keep what is read most: W L = U S V',
+With L K = U S V' the best m products are P = S^1/2 U_m' L^-1, R = S^1/2 V_m' K^-1 (Eckart and
+Young). Values v with covariance C = L L, read by W, keep what is read most: W L = U S V',
 P = V_m' L^-1. A softmax weighs positions, never channels, so P v is averaged as v is.
 """
 
@@ -94,20 +94,19 @@ def best_products(power: Tensor, other: Tensor, width: int, ridge: float) -> tup
     >>> best_products(a, torch.eye(2).double()[None], 1, 0.0)[0].abs().round(decimals=3)
     tensor([[[0.7070, 0.0000]]], dtype=torch.float64)
     """
-    first, second = _root(power, ridge), _root(other, ridge)
-    left, size, right = torch.linalg.svd(first.mT @ second)
+    (first, first_inverse), (second, second_inverse) = _roots(power, ridge), _roots(other, ridge)
+    left, size, right = torch.linalg.svd(first @ second)
     half = size[:, :width, None].sqrt()
-    queries = half * torch.linalg.solve_triangular(first.mT, left[:, :, :width], upper=True).mT
-    keys = half * torch.linalg.solve_triangular(second.mT, right[:, :width].mT, upper=True).mT
-    return queries, keys
+    queries = half * (left[:, :, :width].mT @ first_inverse)
+    return queries, half * (right[:, :width] @ second_inverse)
 
 
 def best_values(spread: Tensor, read: Tensor, width: int, ridge: float) -> Tensor:
     """Compute P (heads, m, n) from C (heads, n, n) and W (heads, outputs, n)."""
-    root = _root(spread, ridge)
-    power = root.mT @ read.mT @ read @ root
+    root, inverse = _roots(spread, ridge)
+    power = root @ read.mT @ read @ root
     right = torch.linalg.eigh(power).eigenvectors.flip(2)[:, :, :width]
-    return torch.linalg.solve_triangular(root.mT, right, upper=True).mT
+    return right.mT @ inverse
 
 
 def place_encode(step: MergeMap, group: ChannelGroup, name: str, weights: Weights) -> Tensor:
@@ -185,8 +184,9 @@ def _own(matrix: Tensor, places: Tensor) -> Tensor:
     return matrix[places[:, :, None], places[:, None, :]]
 
 
-def _root(matrix: Tensor, ridge: float) -> Tensor:
-    """Return the Cholesky factors (heads, n, n) of a covariance with a ridge."""
+def _roots(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return symmetric roots (heads, n, n) of covariances with a ridge, and their inverses."""
     level = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return torch.linalg.cholesky(matrix + max(ridge, 1e-9) * level[:, None, None] * eye)
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    sizes = (values.clamp_min(0) + max(ridge, 1e-9) * level[:, None]).sqrt()[:, None]
+    return (vectors * sizes) @ vectors.mT, (vectors / sizes) @ vectors.mT
