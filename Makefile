@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/intrafuse demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

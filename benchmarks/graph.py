@@ -3,8 +3,8 @@
 Llama configurations of 8, 16, 32 and 64 layers, 4096 wide, on the meta device (no weights are
 held), each in a process of its own, so that its peak of memory is its own. Then torch-pruning
 1.6.1 side by side, up to the largest of each ladder that it finishes in five minutes: Llama
-configurations, where its graph is plain, and densely connected networks, where the channels of each
-layer go into all that follow.
+configurations, and DenseNets, where the channels of each layer go into all that follow. Both sides
+are timed by the CPU in a process of their own, after what they import.
 
     pip install -c constraints.txt -e ".[hf]"
     pip install --no-deps torch-pruning==1.6.1     # for the comparison only
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,11 +24,11 @@ import time
 DEPTHS = (8, 16, 32, 64)
 LADDERS = {
     "llama": ((4, 512), (16, 1024), (32, 1024)),
-    "dense": ((8, 8), (16, 8), (32, 8), (64, 8), (96, 8), (128, 8), (192, 8)),
+    "densenet": ((24, 16), (48, 32), (64, 48), (96, 72), (104, 80), (112, 88), (128, 96)),
 }
 
 
-def model_of(layers: int, width: int, device: str):
+def llama_of(layers: int, width: int, device: str):
     """Build a Llama of some depth and width, with its heads 128 wide as in the 7B model."""
     import torch
     from architectures import import_torchvision
@@ -51,30 +52,21 @@ def model_of(layers: int, width: int, device: str):
     return model, tokens
 
 
-def dense_of(layers: int, growth: int, device: str):
-    """Build a network of convolutions, each of which reads what all before it wrote."""
+def densenet_of(third: int, fourth: int, device: str):
+    """Build a DenseNet: 6 and 12 layers in its first two blocks, then as many as are given."""
     import torch
-    from torch import nn
+    from architectures import import_torchvision
 
-    class Dense(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            widths = [3 + growth * i for i in range(layers)]
-            self.convs = nn.ModuleList(nn.Conv2d(n, growth, 3, padding=1) for n in widths)
-            self.lm_head = nn.Linear(3 + growth * layers, 10)
-
-        def forward(self, x):
-            for conv in self.convs:
-                x = torch.cat([x, conv(torch.relu(x))], 1)
-            return self.lm_head(x.mean((2, 3)))
+    import_torchvision()
+    from torchvision.models import DenseNet
 
     with torch.device(device):
-        return Dense().eval(), torch.zeros(1, 3, 8, 8)
+        return DenseNet(32, (6, 12, third, fourth)).eval(), torch.zeros(1, 3, 64, 64)
 
 
-def network(kind: str, layers: int, width: int, device: str):
+def network(kind: str, first: int, second: int, device: str):
     """Build a network of a ladder, and inputs for it."""
-    return (model_of if kind == "llama" else dense_of)(layers, width, device)
+    return (llama_of if kind == "llama" else densenet_of)(first, second, device)
 
 
 def peak() -> float:
@@ -86,7 +78,7 @@ def ours(kind: str, layers: int, width: int, device: str) -> dict[str, float]:
     """Trace by intrafuse."""
     import intrafuse
 
-    small, inputs = network(kind, 1, 64, device)
+    small, inputs = network(kind, 1, 64 if kind == "llama" else 1, device)
     intrafuse.trace(small, (inputs,))  # what is imported on first use
     model, inputs = network(kind, layers, width, device)
     before = peak()
@@ -105,12 +97,13 @@ def theirs(kind: str, layers: int, width: int, device: str) -> dict[str, float]:
     import torch_pruning
 
     model, inputs = network(kind, layers, width, device)
+    last = model.lm_head if kind == "llama" else model.classifier
     before = peak()
     started = time.perf_counter(), time.process_time()
     graph = torch_pruning.DependencyGraph().build_dependency(
         model, example_inputs=inputs, output_transform=lambda out: getattr(out, "logits", out).sum()
     )
-    groups = sum(1 for _ in graph.get_all_groups(ignored_layers=[model.lm_head]))
+    groups = sum(1 for _ in graph.get_all_groups(ignored_layers=[last]))
     seconds, busy = time.perf_counter() - started[0], time.process_time() - started[1]
     nodes = len(graph.module2node)
     return {
@@ -121,10 +114,11 @@ def theirs(kind: str, layers: int, width: int, device: str) -> dict[str, float]:
 def apart(which: str, kind: str, layers: int, width: int, device: str, limit: float) -> dict | None:
     """Measure in a process of its own; None where it takes too long or fails."""
     command = [sys.executable, __file__, "--one", which, kind, str(layers), str(width), device]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=alone)
     except subprocess.TimeoutExpired:
-        print(f"  {which} did not finish {layers} layers of {width} in {limit:.0f} s")
+        print(f"  {which} did not finish {kind} {layers} x {width} in {limit:.0f} s")
         return None
     if done.returncode:
         print(f"  {which} failed: {done.stderr.strip().splitlines()[-1]}")

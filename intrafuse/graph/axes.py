@@ -78,25 +78,35 @@ def locate(tree: Tree, atom: int, sizes: Mapping[int, int] | Sequence[int]) -> t
     >>> locate(Sum((0, Product((1, 2)))), 1, [3, 4, 5])
     (Block(offset=3, inner=5, outer=()),)
     """
-    return tuple(_locate(tree, atom, sizes, Block(0)))
+    return tuple(layout(tree, sizes).get(atom, ()))
 
 
-def _locate(tree: Tree, atom: int, sizes, at: Block) -> Iterator[Block]:
+def layout(tree: Tree, sizes: Mapping[int, int] | Sequence[int]) -> dict[int, list[Block]]:
+    """Find every place of every atom along an axis, in one walk: atoms in order of appearance.
+
+    >>> list(layout(Sum((0, Product((1, 2)))), [3, 4, 5]))
+    [0, 1, 2]
+    """
+    found: dict[int, list[Block]] = {}
+    _lay_out(tree, sizes, Block(0), found)
+    return found
+
+
+def _lay_out(tree: Tree, sizes, at: Block, found: dict[int, list[Block]]) -> None:
     if isinstance(tree, int):
-        if tree == atom:
-            yield at
+        found.setdefault(tree, []).append(at)
         return
     if isinstance(tree, Sum):
         offset = at.offset
         for part in tree.parts:
-            yield from _locate(part, atom, sizes, Block(offset, at.inner, at.outer))
+            _lay_out(part, sizes, Block(offset, at.inner, at.outer), found)
             offset += tree_size(part, sizes) * at.inner
         return
     counts = [tree_size(factor, sizes) for factor in tree.factors]
     outer = at.outer
     for i, factor in enumerate(tree.factors):
         inner = at.inner * prod(counts[i + 1 :])
-        yield from _locate(factor, atom, sizes, Block(at.offset, inner, outer))
+        _lay_out(factor, sizes, Block(at.offset, inner, outer), found)
         if counts[i] > 1:
             outer = (*outer, (counts[i], inner))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
+from intrafuse.graph.axes import Product, Sum, Tree, layout, leaves
 from intrafuse.graph.export import ExampleInputs
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
 from intrafuse.graph.rules import Scope
@@ -42,9 +42,8 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
     slots: dict[int, list[Slot]] = {}
     for (parameter, axis), (role, kind) in scope.roles.items():
         tree = scope.table.resolve(scope.parameter_axes[parameter][axis])
-        for atom in dict.fromkeys(leaves(tree)):
-            blocks = locate(tree, atom, scope.table.size)
-            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, blocks))
+        for atom, blocks in layout(tree, scope.table.size).items():
+            slots.setdefault(atom, []).append(Slot(parameter, axis, role, kind, tuple(blocks)))
     return slots
 
 
