@@ -58,33 +58,42 @@ def with_products(
         where heads share keys.
     """
     weights = context.weights
-    found: dict[str, Tensor] = {}
     layers = _layers(group, weights)
     if layers is None:
         return step
     query, key, value = layers
-    places = [_places(group, name, weights) for name in layers]
-    if places[0] is not None and places[1] is not None and len(places[0]) == len(places[1]):
-        moments = source.outputs([query, key], weights, context)
-        if moments[0] is not None and moments[1] is not None:
-            (mean, spread), (_, other) = moments
-            power = spread + torch.outer(mean, mean)
-            pairs = (_own(power, places[0]), _own(other, places[1]))
+    found: dict[str, Tensor] = {}
+    rows = [_rows(group, name, weights) for name in layers]
+    if rows[0] is not None and rows[1] is not None and len(rows[0]) == len(rows[1]):
+        queries, keys = source.outputs([query, key], weights, context)
+        if queries is not None and keys is not None:
+            power = queries[1] + torch.outer(queries[0], queries[0])
+            pairs = _own(power, rows[0]), _own(keys[1], rows[1])
             found[query], found[key] = best_products(*pairs, step.width, source.ridge)
-    read = [slot.parameter for slot in group.readers]
-    if places[2] is not None and known and set(read) == set(known):
-        taps = torch.cat([known[name].taps[:, :, 0] for name in read])
-        at = [_columns(group, name, weights) for name in read]
-        if all(own is not None and torch.equal(own, at[0]) for own in at):
-            assert at[0] is not None
-            spread = torch.stack([known[name].new for name in read]).mean(0)
-            if len(at[0]) == len(places[2]):
-                parts = taps[:, at[0]].movedim(0, 1)  # (heads, outputs, n)
-                found[value] = best_values(_own(spread, at[0]), parts, step.width, source.ridge)
-    biases = {weights.graph.layers[name].bias: p for name, p in found.items()}
+    if rows[2] is not None:
+        values = _read_values(group, known, len(rows[2]), step.width, source.ridge, weights)
+        found |= {} if values is None else {value: values}
+    biases = {str(weights.graph.layers[name].bias): p for name, p in found.items()}
     found |= {name: p for name, p in biases.items() if name in weights.state}
     writers = {name: matrix.float() for name, matrix in found.items()}
     return replace(step, writers=writers, keep=None if writers else step.keep)
+
+
+def _read_values(
+    group: ChannelGroup, known: Mapping[str, Reading], heads: int, width: int, ridge: float,
+    weights: Weights,
+) -> Tensor | None:  # fmt: skip
+    """Choose the values of each head that its readers read most, if all of them are known."""
+    read = [slot.parameter for slot in group.readers]
+    found = [_rows(group, name, weights) for name in read]
+    rows = [own for own in found if own is not None]
+    if not read or set(read) != set(known) or len(rows) < len(read) or len(rows[0]) != heads:
+        return None
+    if not all(own.equal(rows[0]) for own in rows):
+        return None
+    taps = torch.cat([known[name].taps[:, :, 0] for name in read])
+    spread = torch.stack([known[name].new for name in read]).mean(0)
+    return best_values(_own(spread, rows[0]), taps[:, rows[0]].movedim(0, 1), width, ridge)
 
 
 def best_products(power: Tensor, other: Tensor, width: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -161,22 +170,16 @@ def _writer(node: Node, weights: Weights) -> str | None:
     return name if known and calls == 1 else None
 
 
-def _places(group: ChannelGroup, name: str, weights: Weights) -> Tensor | None:
-    """List the outputs (heads, n) of a writer, head by head, if heads are all that there is."""
-    slot = next((s for s in group.writers if s.parameter == name and s.kind == "weight"), None)
-    return None if slot is None else _rows(group, slot, weights)
-
-
-def _columns(group: ChannelGroup, name: str, weights: Weights) -> Tensor | None:
-    slot = next(slot for slot in group.readers if slot.parameter == name)
-    return _rows(group, slot, weights)
-
-
-def _rows(group: ChannelGroup, slot, weights: Weights) -> Tensor | None:
+def _rows(group: ChannelGroup, name: str, weights: Weights) -> Tensor | None:
+    """List where the width (heads, n) of each head lies on a weight, if nothing else lies there."""
+    slot = next((s for s in group.slots if s.parameter == name), None)
+    if slot is None:
+        return None
     blocks = weights.graph.blocks(slot, group.id, weights.sizes)
     rows = torch.from_numpy(positions(blocks, weights.sizes[group.id])).T
-    one = len(blocks) == 1 and blocks[0].inner == 1 and bool((rows[:, 0].diff() > 0).all())
-    return rows if one and rows.numel() == weights.state[slot.parameter].shape[slot.axis] else None
+    plain = len(blocks) == 1 and blocks[0].inner == 1 and bool((rows[:, 0].diff() > 0).all())
+    whole = rows.numel() == weights.state[name].shape[slot.axis]
+    return rows if plain and whole else None
 
 
 def _own(matrix: Tensor, places: Tensor) -> Tensor:
