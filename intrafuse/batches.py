@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,13 +19,18 @@ ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Change every tensor in nested tuples, lists and mappings."""
+    """Change every tensor in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
         return {name: map_tensors(change, item) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(map_tensors(change, item) for item in value)
+        items = [map_tensors(change, item) for item in value]
+        named = hasattr(value, "_make")
+        return value._make(items) if named else type(value)(items)  # type: ignore[attr-defined]
+    if is_dataclass(value) and not isinstance(value, type):
+        found = ((field.name, getattr(value, field.name)) for field in fields(value) if field.init)
+        return replace(value, **{name: map_tensors(change, item) for name, item in found})
     return value
 
 

@@ -181,11 +181,22 @@ def choose_widths(
             return 1 - sum(widths.values()) / groups_before if groups_before else 0.0
         return 1 - amount(widths) / max(before, 1e-300)
 
-    return {**base, **widths_at(_first_enough(steps, removed, budget))}
+    return {**base, **widths_at(_first_enough(steps, removed, budget, graph))}
+
+
+def _locked(graph: ChannelGraph) -> str:
+    """Word what else could be pruned if the code allowed it: three groups, and how many more."""
+    own = {"model input", "model output", "a single channel"}
+    found = [group for group in graph.locked if not own.intersection(group.locked)]
+    if not found:
+        return ""
+    named = "; ".join(f"{group.name} ({group.locked[0]})" for group in found[:3])
+    more = f", and {len(found) - 3} more (intrafuse inspect)" if len(found) > 3 else ""
+    return f". These must keep their size: {named}{more}"
 
 
 def _first_enough(
-    steps: Sequence[float], removed: Callable[[float], float], budget: Budget
+    steps: Sequence[float], removed: Callable[[float], float], budget: Budget, graph: ChannelGraph
 ) -> float:
     """Find the first step that removes what was asked."""
     most = removed(steps[-1])
@@ -194,7 +205,7 @@ def _first_enough(
             f"the unlocked groups cannot shed that share of {budget.kind}",
             value=budget.share,
             remedy=f"at most {floor(max(most, 0) * 1e4) / 1e4:.4f} can be removed; lower the "
-            "budget, the floor or round_to, or exclude less",
+            "budget, the floor or round_to, or exclude less" + _locked(graph),
         )
     # Folding may add biases, so that the first step removes less than none: look at zero apart.
     low, high = 0, 0 if removed(steps[0]) >= budget.share - 1e-12 else len(steps) - 1

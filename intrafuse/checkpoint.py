@@ -17,7 +17,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
 from intrafuse.graph.axes import leaves
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
-from intrafuse.modules import place
+from intrafuse.modules import held_sizes, place
 from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
 from intrafuse.zoo import ZOO, file_sha256, resolve_model
@@ -27,6 +27,10 @@ __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
 WEIGHTS, MANIFEST, PLAN = "model.safetensors", "intrafuse.json", "plan.safetensors"
 REMEDY = "build the network that was pruned, before pruning, and give it as model="
+PLANLESS = (
+    ", or, if it was pruned, save what prune returned or give save its plan=: without a plan a "
+    "folder does not say what was pruned"
+)
 
 
 def save(
@@ -350,12 +354,14 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
     found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
     if found:
         raise IntrafuseError(
-            f"the saved network does not fit the model; {'; '.join(found)}", remedy=REMEDY
+            f"the saved network does not fit the model; {'; '.join(found)}",
+            remedy=REMEDY if manifest.budget is not None else f"{REMEDY}{PLANLESS}",
         )
     _require_finite(tensors, buffers)
     for path, values in manifest.attributes.items():
+        held = {name for name, _, _ in held_sizes(owners[path])} if path in owners else set()
         for attribute in values:
-            if type(getattr(owners.get(path), attribute, None)) is not int:
+            if attribute not in held:
                 raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
     for layer in manifest.removed_layers:
         if not layer or layer not in owners:

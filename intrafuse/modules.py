@@ -1,16 +1,17 @@
-"""Copy a module without its tensors, and set tensors and attributes by name."""
+"""Copy a module without its tensors, and set tensors and sizes by name."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["copy_without", "place"]
+__all__ = ["copy_without", "held_sizes", "place", "set_size"]
 
 
 def copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
@@ -58,10 +59,49 @@ def place(
             module.flatten_parameters()  # cuDNN wants the weights in one piece of memory
     for path, values in attributes.items():
         for attribute, value in values.items():
-            setattr(model.get_submodule(path), attribute, value)
+            set_size(model.get_submodule(path), attribute, value)
     for path in remove:
         owner, leaf = _owner(model, path)
         setattr(owner, leaf, nn.Identity())
+
+
+def held_sizes(module: nn.Module) -> Iterator[tuple[str, int, object]]:
+    """List the whole numbers that a module holds: (name, number, what holds it).
+
+    Those in its lists, dictionaries and plain objects, such as a configuration, have names with a
+    point: `sizes.0`, `config.num_heads`.
+    """
+    for name, value in vars(module).items():
+        if type(value) is int:
+            yield name, value, module
+    for name, value in vars(module).items():
+        if not name.startswith("_"):
+            inside = ((str(key), item) for key, item in _items(value) if type(item) is int)
+            yield from ((f"{name}.{key}", item, value) for key, item in inside)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    if isinstance(value, dict):
+        return value.items()
+    plain = not isinstance(value, nn.Module | Tensor | type) and hasattr(value, "__dict__")
+    return vars(value).items() if plain else ()
+
+
+def set_size(module: nn.Module, name: str, value: int) -> None:
+    """Set a whole number that a module holds under a name of `held_sizes`."""
+    first, _, rest = name.partition(".")
+    held = getattr(module, first) if rest else None
+    if isinstance(held, tuple):
+        parts = [value if str(i) == rest else part for i, part in enumerate(held)]
+        setattr(module, first, held._make(parts) if hasattr(held, "_make") else tuple(parts))  # type: ignore[attr-defined]
+    elif isinstance(held, list):
+        held[int(rest)] = value
+    elif isinstance(held, dict):
+        held[next(key for key in held if str(key) == rest)] = value
+    else:
+        setattr(held if rest else module, rest or name, value)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -83,7 +83,7 @@ LOCKS = {
         "takes its size as a number",
     ),
     "one channel by number": (lambda m, h: h * h.select(1, 0).unsqueeze(1), "selected by number"),
-    "strided channels": (lambda m, h: torch.cat([h[:, ::2], h[:, 1::2]], 1), "as a number"),
+    "strided channels": (lambda m, h: torch.cat([h[:, ::3], h[:, 3:]], 1), "as a number"),
     "channels meet positions": (lambda m, h: h + h.transpose(1, 3), "spatial"),
 }
 

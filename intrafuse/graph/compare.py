@@ -18,7 +18,8 @@ __all__ = ["Difference", "calls", "first_difference", "numbers"]
 
 NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
 COPIES = frozenset(
-    ("contiguous", "alias", "detach", "_assert_tensor_metadata", "_set_grad_enabled")
+    "contiguous alias detach _assert_tensor_metadata _set_grad_enabled _enter_autocast "
+    "_exit_autocast".split()
 )
 
 
@@ -32,6 +33,7 @@ class Difference:
         value: what it does.
         expected: the shape that it should give, where that is what differs.
         numbers: what it computes with, where that is what differs.
+        failed: the operator that failed, with what it was given.
     """
 
     node: Node
@@ -39,6 +41,7 @@ class Difference:
     value: object
     expected: list | None = None
     numbers: tuple[float, ...] | None = None
+    failed: Node | None = None
 
 
 def calls(nodes: Iterable[Node]) -> list[Node]:

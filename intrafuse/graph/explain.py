@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves, tree_size
 from intrafuse.graph.compare import Difference, numbers
-from intrafuse.graph.rules import Literal, Scope, operator_name
+from intrafuse.graph.couple import couple
+from intrafuse.graph.rules import Literal, Scope, arguments, operator_name
 from intrafuse.graph.rules.scale import follow_size
+from intrafuse.graph.trials import Trials, line_of, modules_of
+from intrafuse.modules import held_sizes
 
-__all__ = ["Trials", "follow_names", "give_up", "learn", "line_of", "trial_sizes"]
+__all__ = ["follow_names", "give_up", "learn", "trial_sizes"]
 
 # Attributes that say how large an axis of attention is, whether or not the code reads them.
 NAMES = {
@@ -26,48 +26,12 @@ NAMES = {
 }
 
 
-@dataclass
-class Trials:
-    """What the trials have found so far.
-
-    Attributes:
-        scope, nodes: the trace.
-        attributes: (module, attribute) -> the tree that it follows.
-        tried: attributes by the place in the code that they were tried for.
-        added: what the last of them added to `attributes`.
-    """
-
-    scope: Scope
-    nodes: list[Node]
-    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
-    tried: dict[tuple, list[str]] = field(default_factory=dict)
-    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
-
-    @cached_property
-    def places(self) -> dict[Node, tuple]:
-        """Where in the code each operator stands: the same for the same layer of another block."""
-        count: Counter[tuple] = Counter()
-        found = {}
-        for node in self.nodes:
-            place = (line_of(node) or node.name, operator_name(node))
-            module = (*_modules(node)[:1], *place)
-            found[node] = (*place, count[module])
-            count[module] += 1
-        return found
-
-    def at_stake(self, atoms: list[int]) -> list[Literal]:
-        """List the numbers that may belong to atoms."""
-        wanted, resolve = set(atoms), self.scope.table.resolve
-        items = self.scope.literals
-        return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
-
-
 def follow_names(trials: Trials) -> None:
     """Let attributes with usual names follow heads and widths of attention."""
     scope = trials.scope
     for node, what, tree in scope.heads:
         size = scope.table.measure(tree)
-        for path in _modules(node)[:1]:
+        for path in modules_of(node)[:1]:
             owner = scope.model.get_submodule(path)
             for name in NAMES.get(what, ()):
                 value = vars(owner).get(name)
@@ -93,7 +57,7 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
     if here:
-        _explain(trials, found, here)
+        _explain(trials, found, here, trial_sizes(trials.scope, atoms))
         return True
     if _scales(trials, found, atoms):
         return True
@@ -135,31 +99,92 @@ def _flat(values: list) -> Iterator[Tree]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _explain(trials: Trials, found: Difference, here: list[Literal]) -> None:
+def _explain(
+    trials: Trials, found: Difference, here: list[Literal], sizes: Mapping[int, int]
+) -> None:
     """Try the next attribute that may be where a number comes from; without one, lock.
 
     Only numbers that were wrong are tried for, one after the other; `here` holds those of every
     layer where the same code runs.
     """
-    wrong = _wrong(found)
+    wrong = _wrong(trials.scope, found, sizes)
+    if wrong and _share(trials, found.node, wrong, {item.at for item in here}, sizes):
+        return
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
-            if _try_next(trials, (trials.places[found.node], at), items):
+            place = (trials.places[found.node], at)
+            if wrong and couple(trials, items, found.node, wrong[at], sizes):
+                trials.forget(place)
                 return
-    guilty = [item for item in here if wrong is None or item.at in wrong]
+            if _try_next(trials, place, items):
+                return
+    guilty = [item for item in here if wrong is None or item.at in wrong] or here
     # A number that is what it was when traced is one of the code's; others may follow from it.
-    same = [i for i in guilty if wrong and wrong[i.at] == trials.scope.table.measure(i.part)]
+    measure = trials.scope.table.measure
+    same = [i for i in guilty if wrong and wrong.get(i.at) == measure(i.part)]
     for item in same or guilty:
         _lock(trials.scope, item)
 
 
-def _wrong(found: Difference) -> dict[tuple[int, ...], int] | None:
+def _share(
+    trials: Trials,
+    node: Node,
+    wrong: Mapping[tuple[int, ...], int],
+    open_: set[tuple[int, ...]],
+    sizes: Mapping[int, int],
+) -> bool:
+    """Couple what an attribute follows with an axis that has its size from it as well, and stays.
+
+    Returns:
+        Whether there was such an attribute.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    for at in sorted(set(wrong) - open_):
+        size = scope.table.measure(resolve(_at(scope.values[node], at)))
+        for depth, path in enumerate(modules_of(node)):
+            for module, name in [key for key in trials.attributes if key[0] == path]:
+                tree = resolve(trials.attributes[module, name])
+                if scope.table.measure(tree) != size or tree_size(tree, sizes) != wrong[at]:
+                    continue
+                for peer in [n for n in trials.nodes if trials.places[n] == trials.places[node]]:
+                    followed = trials.attributes.get((modules_of(peer)[depth], name))
+                    if followed is not None:
+                        scope.table.unify(followed, _at(scope.values[peer], at))
+                return True
+    return False
+
+
+def _at(values: Any, at: tuple[int, ...]) -> Tree:
+    for i in at:
+        values = values[i]
+    return values
+
+
+def _wrong(
+    scope: Scope, found: Difference, sizes: Mapping[int, int]
+) -> dict[tuple[int, ...], int] | None:
     """Map where a result differs in size to the size that it has; None where it is not known."""
+    if found.failed is not None:
+        resolve, values = scope.table.resolve, scope.values[found.node]
+        given = _given(found.failed)
+        wanted = {at: tree_size(resolve(_at(values, at)), sizes) for at in given}
+        return {at: n for at, n in given.items() if wanted[at] != n} or None
     if found.expected is None or not isinstance(found.value, list):
         return None
-    expected, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
-    return {at: given.get(at, -1) for at, size in expected.items() if given.get(at) != size}
+    wanted, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
+    return {at: given.get(at, -1) for at, size in wanted.items() if given.get(at) != size}
+
+
+def _given(node: Node) -> dict[tuple[int, ...], int]:
+    """Map where sizes lie in the result of an operator to the numbers that it was given."""
+    args = arguments(node)
+    dim = args.get("dim", 0) % max(node.all_input_nodes[0].meta["val"].dim(), 1)
+    if "split_sizes" in args:
+        return {(i, dim): n for i, n in enumerate(args["split_sizes"])}
+    first = dim if "sizes" in args else 0
+    numbers = next((args[key] for key in ("size", "shape", "sizes") if key in args), ())
+    return {(first + i,): n for i, n in enumerate(numbers) if type(n) is int and n != -1}
 
 
 def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -177,12 +202,11 @@ def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
     name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
     if name is None:
         return False
-    for key in trials.added.pop(place, ()):  # the last one did not help
-        del trials.attributes[key]
+    trials.forget(place)  # the last one did not help
     tried.append(name)
     trials.added[place] = []
-    for item, paths in zip(items, options, strict=True):
-        key = (paths[name], name)
+    for item, keys in zip(items, options, strict=True):
+        key = keys[name]
         if key not in trials.attributes:
             trials.attributes[key] = item.part
             trials.added[place].append(key)
@@ -190,37 +214,28 @@ def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
     return True
 
 
-def _candidates(trials: Trials, item: Literal) -> dict[str, str]:
-    """Map attributes that equal a number to the module that holds them.
+def _candidates(trials: Trials, item: Literal) -> dict[str, tuple[str, str]]:
+    """Map names of attributes that equal a number to the module and the name that stand for them.
 
     First those of the innermost module, last those that follow another axis already. One that
     follows this axis is no explanation of a number that does not.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
     size = scope.table.measure(item.part)
-    known: dict[str, str] = {}
-    found: dict[str, str] = {}
-    for path in _modules(item.node):
-        for name, value in vars(scope.model.get_submodule(path)).items():
-            if type(value) is int and value == size:
-                tree = trials.attributes.get((path, name))
-                if tree is None:
-                    found.setdefault(name, path)
-                elif resolve(tree) != resolve(item.part):
-                    known.setdefault(name, path)
+    known: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
+    for path in modules_of(item.node):
+        module = scope.model.get_submodule(path)
+        for name, value, holder in held_sizes(module):
+            if value != size:
+                continue
+            key = (path, name) if holder is module else trials.shared(path, name, holder)
+            tree = trials.attributes.get(key)
+            if tree is None:
+                found.setdefault(name, key)
+            elif resolve(tree) != resolve(item.part):
+                known.setdefault(name, key)
     return found | known
-
-
-def _modules(node: Node) -> list[str]:
-    """List the modules whose forward an operator was recorded in, innermost first."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
-
-
-def line_of(node: Node) -> tuple[str, str] | None:
-    """Name file and line of the model's code where an operator was recorded."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return found[-1] if found else None
 
 
 def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:

@@ -19,6 +19,7 @@ import torch
 import torch.backends.mha
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.nn.utils.rnn import PackedSequence
 
 from intrafuse import errors
 from intrafuse.errors import IntrafuseError
@@ -32,6 +33,7 @@ __all__ = [
     "recorded",
 ]
 
+REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
@@ -88,11 +90,30 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
             f"{type(error).__name__}: {text.splitlines()[0]}"
             + (f", in operator {operator}" if operator else ""),
             layer=_failing_line(error),
-            remedy="check that model(*example_inputs) runs, replace control flow that depends on "
-            "tensor values, or trace the part of the model that should be pruned",
+            remedy=_remedy(model, error),
         ) from error
     sys.stderr.write(printed.getvalue())
+    _inline(program.graph_module)
     return program
+
+
+def _inline(module: torch.fx.GraphModule) -> None:
+    """Put what runs in a region of its own, such as under `torch.autocast`, among the rest."""
+    graph = module.graph
+    for node in [n for n in graph.nodes if getattr(n.target, "__name__", "") in REGIONS]:
+        inside = next(n for n in node.all_input_nodes if n.op == "get_attr")
+        operands = node.args[node.args.index(inside) + 1 :]
+        region = getattr(module, str(inside.target))
+        _inline(region)
+        entering = (n for n in region.graph.nodes if n.op == "placeholder")
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(
+                region.graph, dict(zip(entering, operands, strict=True))
+            )
+        for user in [*node.users]:  # each takes one result
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 @contextmanager
@@ -131,6 +152,26 @@ def _without_warnings() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _remedy(model: nn.Module, error: Exception) -> str:
+    """Say what to do about a failed export."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "pass the module as it was before torch.jit made it a script"
+    unknown = re.search(r"class '([\w.<>]+)'.*(known type|register_dataclass)", str(error))
+    if unknown is not None:
+        name = unknown[1].rpartition(".")[2]
+        return f"call torch.export.register_dataclass({name}) once, or use a dictionary or a tuple"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(isinstance(v, PackedSequence) for frame in frames for v in frame.f_locals.values()):
+        return (
+            "a packed sequence cannot be traced: let the model give its layer the padded one where "
+            "torch.compiler.is_exporting(); channels flow the same way"
+        )
+    return (
+        "check that model(*example_inputs) runs, replace control flow that depends on tensor "
+        "values, or trace the part of the model that should be pruned"
+    )
 
 
 def _last_operator(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ from intrafuse.graph.axes import Product, Sum, Tree, layout, leaves
 from intrafuse.graph.export import ExampleInputs
 from intrafuse.graph.groups import Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
 from intrafuse.graph.rules import Scope
+from intrafuse.graph.rules.computed import claim_functions
 
 __all__ = ["Program", "free_atoms", "freeze", "lock_unclear"]
 
@@ -91,10 +92,14 @@ def _list_norms(scope: Scope) -> tuple[Norm, ...]:
 
 def lock_unclear(scope: Scope) -> None:
     """Lock what no rule accounts for: parameters without a role, channels squared."""
+    claim_functions(scope)
+    known = {name for name, _ in scope.roles}
     for name, trees in scope.parameter_axes.items():
         for axis, tree in enumerate(map(scope.table.resolve, trees)):
             if (name, axis) not in scope.roles:
                 scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
+                if name in scope.trained - known:  # so that it is seen among what is locked
+                    scope.use(name, axis, "carrier", "scale")
             for atom in _squared(tree):
                 scope.table.lock(atom, "it is multiplied with itself along one axis")
 

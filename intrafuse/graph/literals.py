@@ -22,10 +22,11 @@ from torch.fx import Node
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.compare import Difference, calls, first_difference
-from intrafuse.graph.explain import Trials, follow_names, give_up, learn, line_of, trial_sizes
+from intrafuse.graph.explain import follow_names, give_up, learn, trial_sizes
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope
+from intrafuse.graph.trials import Trials, line_of
 
 __all__ = ["Workshop", "settle"]
 
@@ -39,11 +40,15 @@ class _Elsewhere(Exception):
 
     Attributes:
         lines: (file, line) of each call, innermost last.
+        where: the last of them, and what was raised there, for a sentence.
     """
 
-    def __init__(self, lines: list[tuple[str, str]]) -> None:
+    def __init__(self, lines: list[tuple[str, str]], cause: BaseException) -> None:
         super().__init__(lines)
         self.lines = lines
+        name, line = lines[-1] if lines else ("", "")
+        text = next(iter(str(cause).splitlines()), "")
+        self.where = f" at {name.rpartition('/')[2]}:{line}: {type(cause).__name__}: {text}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def settle(
                 break
             learnt = learn(trials, found, atoms)
         except _Elsewhere as failure:
+            trials.failure = failure.where
             learnt = give_up(trials, failure.lines, atoms)
         if not learnt:
             _lock_culprits(trials, atoms, works, left)
@@ -96,9 +102,11 @@ def settle(
 
 
 def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
+    trials.failure = ""
     try:
         return not atoms or _trial(trials, atoms, workshop) is None
-    except _Elsewhere:
+    except _Elsewhere as failure:
+        trials.failure = failure.where
         return False
 
 
@@ -114,7 +122,8 @@ def _lock_culprits(
             continue
         if len(some) == 1 or budget <= 0:
             for atom in some:
-                trials.scope.table.lock(atom, "the code fails where its size is another")
+                reason = f"the code fails where its size is another{trials.failure}"
+                trials.scope.table.lock(atom, reason)
             continue
         waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
 
@@ -126,6 +135,22 @@ def _open(scope: Scope, atoms: list[int]) -> bool:
     return any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
 
 
+def _resized(
+    trials: Trials, sizes: Mapping[int, int]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, int]]]:
+    """List shapes of parameters and attributes of modules at other sizes."""
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    shapes = {
+        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
+        for name, trees in scope.parameter_axes.items()
+    }
+    attributes: dict[str, dict[str, int]] = {}
+    known = [((a.module, a.name), a.tree) for a in scope.attributes]
+    for (module, name), tree in [*known, *trials.attributes.items()]:
+        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    return shapes, attributes
+
+
 def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference | None:
     """Run the model at other sizes.
 
@@ -135,14 +160,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     """
     scope = trials.scope
     sizes, resolve = trial_sizes(scope, atoms), scope.table.resolve
-    shapes = {
-        name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
-        for name, trees in scope.parameter_axes.items()
-    }
-    attributes: dict[str, dict[str, int]] = {}
-    known = [((a.module, a.name), a.tree) for a in scope.attributes]
-    for (module, name), tree in [*known, *trials.attributes.items()]:
-        attributes.setdefault(module, {})[name] = tree_size(resolve(tree), sizes)
+    shapes, attributes = _resized(trials, sizes)
     values = {
         node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
         for node, value in scope.values.items()
@@ -157,13 +175,12 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         ran = recorded(cause)
         found = first_difference(trials.nodes, ran, *expected, whole=False)
         lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
-        done = len(calls(ran))
-        if done and "val" not in calls(ran)[-1].meta:
-            done -= 1  # the one that failed
-        following = calls(trials.nodes)[done:]
+        done = calls(ran)
+        failed = done.pop() if done and "val" not in done[-1].meta else None
+        following = calls(trials.nodes)[len(done) :]
         if found is None and not (following and line_of(following[0]) in lines):
-            raise _Elsewhere(lines) from error
-        return found or Difference(following[0], "runs", "an error")
+            raise _Elsewhere(lines, cause) from error
+        return found or Difference(following[0], "runs", "an error", failed=failed)
     found = first_difference(trials.nodes, new, *expected)
     if found is not None and found.expected is None and found.numbers is None:
         return first_difference(trials.nodes, workshop.export(model), *expected)

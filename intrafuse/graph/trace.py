@@ -21,6 +21,7 @@ from intrafuse.graph.frozen import Program, free_atoms, freeze, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.graph.rules.products import tie_packed_heads
 from intrafuse.modules import copy_without, place
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "trace",
 ]
 
+CONSTANT = "a tensor of the model's code that is no buffer"
 PASS_ORIGIN = frozenset(
     "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
     "contiguous alias detach repeat".split()
@@ -72,6 +74,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
             for source in node.all_input_nodes:
                 _lock_all(scope, source, "model output")
     nodes = tuple(program.graph.nodes)
+    tie_packed_heads(scope)
     lock_unclear(scope)
     settle(
         scope,
@@ -129,8 +132,8 @@ def _enter(scope: Scope, program) -> None:
             scope.parameter_axes[name] = scope.values[node]
             scope.parameters[node] = name
         elif isinstance(value, Tensor):
-            constant = node.name in signature.inputs_to_lifted_tensor_constants
-            reason = "constant of the model's code" if constant else "model input"
+            constant = signature.inputs_to_lifted_tensor_constants.get(node.name)
+            reason = f"{CONSTANT} ({constant})" if constant else "model input"
             scope.values[node] = [scope.fixed(int(n), reason) for n in value.shape]
 
 

@@ -15,6 +15,7 @@ from intrafuse.graph.rules import (
     recurrent,
     reduce,
     shape,
+    spectral,
     statistics,
 )
 from intrafuse.graph.rules.registry import (
@@ -49,5 +50,6 @@ __all__ = [
     "reduce",
     "register",
     "shape",
+    "spectral",
     "statistics",
 ]

@@ -12,11 +12,21 @@ from math import prod
 
 from torch.fx import Node
 
-from intrafuse.graph.axes import Tree, leaves
+from intrafuse.graph.axes import Product, Tree, leaves
 from intrafuse.graph.groups import Role
-from intrafuse.graph.rules.registry import FOLLOWING, Axes, LockError, Scope, register
+from intrafuse.graph.rules.pointwise import BINARY, PARAMETER_KIND, UNARY
+from intrafuse.graph.rules.registry import (
+    FOLLOWING,
+    VIEWS,
+    Axes,
+    LockError,
+    Scope,
+    operator_name,
+    register,
+)
 
 COMPUTED = "a weight is computed from parameters"
+INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
 def layer_of_computed(scope: Scope, node: Node, x: Tree, reader: int) -> Tree:
@@ -30,7 +40,7 @@ def layer_of_computed(scope: Scope, node: Node, x: Tree, reader: int) -> Tree:
     """
     args, table = scope.arguments(node), scope.table
     if args.get("groups", 1) != 1:
-        raise LockError("its weight is computed, not a parameter, and it works in groups")
+        return _groups_of_computed(scope, node, x, args["groups"], transposed=reader == 0)
     table.unify(scope.axes(args["weight"])[reader], x)
     inputs, out = (scope.axes(args["weight"])[axis] for axis in (reader, 1 - reader))
     if args["bias"] is not None:
@@ -46,6 +56,48 @@ def layer_of_computed(scope: Scope, node: Node, x: Tree, reader: int) -> Tree:
     kernel = prod(scope.shape(args["weight"])[2:])
     scope.cost(node, _sources(scope, args["weight"])[0], times * kernel, out, inputs)
     return table.resolve(out)
+
+
+def _groups_of_computed(
+    scope: Scope, node: Node, x: Tree, groups: int, *, transposed: bool
+) -> Tree:
+    """Couple a grouped convolution with a computed weight, whose groups go as a whole."""
+    args, table = scope.arguments(node), scope.table
+    which, out = grouped(scope, x, scope.axes(args["weight"]), groups, transposed)
+    if args["bias"] is not None:
+        table.unify(out, scope.axes(args["bias"])[0])
+        scope.use(scope.parameter(args["bias"], "bias"), 0, "carrier", "shift")
+    _claim(scope, args["weight"], {"carrier": which})
+    table.choose(which, COMPUTED)
+    owner = _owner(node)
+    if not isinstance(scope.model.get_submodule(owner), FOLLOWING):
+        scope.literal(which, node)
+    else:
+        scope.attribute(f"{owner}.weight", "groups", which, needed=True)
+        _follow(scope, node, x, out)
+    rows, columns, *kernel = scope.axes(args["weight"])
+    times = scope.positions(args["input"] if transposed else node, table.measure(out))
+    name = _sources(scope, args["weight"])[0]
+    scope.cost(node, name, times * prod(map(table.measure, kernel)), rows, columns)
+    return table.resolve(out)
+
+
+def grouped(
+    scope: Scope, channels: Tree, weight: Axes, groups: int, transposed: bool
+) -> tuple[Tree, Tree]:
+    """Couple the axes of a grouped convolution; return its groups and its output channels."""
+    table = scope.table
+    side = weight[0]  # (groups x outputs) of a convolution, (groups x inputs) if transposed
+    split = table.factor(channels, (groups, table.measure(channels) // groups))
+    rows = table.factor(side, (groups, table.measure(side) // groups))
+    if split is None or rows is None:
+        raise LockError("its input cannot be divided into the groups of the convolution")
+    table.unify(split[0], rows[0])
+    table.unify(split[1], rows[1] if transposed else weight[1])
+    for inside in (split[1], rows[1], weight[1]):
+        table.lock(inside, INSIDE_GROUP)
+    out = table.resolve(Product((split[0], weight[1]))) if transposed else side
+    return split[0], out
 
 
 def _claim(scope: Scope, weight: Node, sides: Mapping[Role, Tree]) -> None:
@@ -81,11 +133,53 @@ def _sources(scope: Scope, weight: Node) -> list[str]:
 
 def _follow(scope: Scope, node: Node, inputs: Tree, out: Tree) -> None:
     """Let the sizes that a layer's module holds follow."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    owner = re.sub(r"@\d+", "", stack[-1]) if stack else ""  # a second call is module@1
+    owner = _owner(node)
     if isinstance(scope.model.get_submodule(owner), FOLLOWING):
         for name, tree in (("in_channels", inputs), ("out_channels", out)):
             scope.attribute(f"{owner}.weight", name, tree)
+
+
+def _owner(node: Node) -> str:
+    """Name the module in whose forward an operator was recorded."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return re.sub(r"@\d+", "", stack[-1]) if stack else ""  # a second call is module@1
+
+
+def claim_functions(scope: Scope) -> None:
+    """Let parameters that meet channels element by element, in whatever function, be carriers.
+
+    Such as a decay exp(-exp(a)). What is no sum and no product may not be combined.
+    """
+    for node, name in scope.parameters.items():
+        met = _meetings(scope, node)
+        if not met or None in met:
+            continue
+        plain = all(kind in PARAMETER_KIND for kind in met)
+        for axis, tree in enumerate(scope.parameter_axes[name]):
+            scope.roles.setdefault((name, axis), ("carrier", "scale"))
+            if not plain:
+                scope.table.choose(tree, COMPUTED)
+
+
+def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
+    """Name the operators in which a parameter meets channels, with None for others than pointwise.
+
+    A function of the parameter, before it meets them, adds an empty name.
+    """
+    found: set[str | None] = set()
+    waiting, seen = [parameter], {parameter}
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            name = operator_name(user) if user.op == "call_function" else ""
+            pointwise = name in UNARY or name in BINARY
+            if len(user.all_input_nodes) == 1 and (pointwise or name in VIEWS):
+                found |= {""} if pointwise and name not in VIEWS else set()
+                waiting += [user] if user not in seen else []
+                seen.add(user)
+            else:
+                found.add(name if pointwise else None)
+    return found
 
 
 @register("_weight_norm")
@@ -97,5 +191,6 @@ def weight_norm(scope: Scope, node: Node) -> Axes:
     scope.table.unify(v[dim], g[dim])
     for other, tree in enumerate(v):
         if other != dim:
-            scope.table.lock(tree, "weight norm takes its norm over it")
+            reason = "weight norm takes its norm over it (torch.nn.utils.parametrize."
+            scope.table.lock(tree, f"{reason}remove_parametrizations makes it a plain weight)")
     return scope.axes(args["v"])

@@ -94,3 +94,36 @@ def repeat_interleave(scope: Scope, node: Node) -> Axes:
     dim = args["dim"] % len(x)
     copies = scope.fixed(args["repeats"], "copies")
     return [*x[:dim], scope.table.resolve(Product((x[dim], copies))), *x[dim + 1 :]]
+
+
+@register("index_add", "index_copy", "index_fill")
+def index_add(scope: Scope, node: Node) -> Axes:
+    """Change positions of one dimension, given by a list of numbers."""
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"] % len(x)
+    scope.table.lock(x[dim], NUMBERED)
+    source = args.get("source")
+    for other, tree in enumerate(scope.axes(source) if isinstance(source, Node) else ()):
+        if other == dim:
+            scope.table.lock(tree, NUMBERED)
+        else:
+            scope.table.unify(x[other], tree)
+    return scope.axes(args["self"])
+
+
+@register("scatter", "scatter_add", "scatter_reduce")
+def scatter(scope: Scope, node: Node) -> Axes:
+    """Change positions of one dimension, given by numbers for each place of the others."""
+    args = scope.arguments(node)
+    x, numbers = scope.axes(args["self"]), scope.axes(args["index"])
+    dim = args["dim"] % len(x)
+    others = [numbers, *([scope.axes(args["src"])] if isinstance(args.get("src"), Node) else [])]
+    for axes in others:
+        for other, tree in enumerate(axes):
+            if other == dim:
+                scope.table.lock(tree, NUMBERED)
+            else:
+                scope.table.unify(x[other], tree)  # locks both where the numbers are fewer
+    scope.table.lock(x[dim], NUMBERED)
+    return scope.axes(args["self"])

@@ -7,9 +7,9 @@ from math import prod
 from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import Product, Tree
+from intrafuse.graph.axes import Tree
 from intrafuse.graph.groups import Kind, Layer, Norm
-from intrafuse.graph.rules.computed import layer_of_computed
+from intrafuse.graph.rules.computed import INSIDE_GROUP, grouped, layer_of_computed
 from intrafuse.graph.rules.registry import (
     FOLLOWING,
     Axes,
@@ -21,7 +21,8 @@ from intrafuse.graph.rules.registry import (
 
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
-INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
+TRAINING = "batch norm takes its statistics over it"
+STANDARDISED = f"{TRAINING}, on weights (store them as it gives them, in a plain layer, first)"
 
 
 def declare(
@@ -88,24 +89,6 @@ def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
     return rows
 
 
-def _grouped(
-    scope: Scope, channels: Tree, weight: Axes, groups: int, transposed: bool
-) -> tuple[Tree, Tree]:
-    """Couple the axes of a grouped convolution; return its groups and its output channels."""
-    table = scope.table
-    side = weight[0]  # (groups x outputs) of a convolution, (groups x inputs) if transposed
-    split = table.factor(channels, (groups, table.measure(channels) // groups))
-    rows = table.factor(side, (groups, table.measure(side) // groups))
-    if split is None or rows is None:
-        raise LockError("its input cannot be divided into the groups of the convolution")
-    table.unify(split[0], rows[0])
-    table.unify(split[1], rows[1] if transposed else weight[1])
-    for inside in (split[1], rows[1], weight[1]):
-        table.lock(inside, INSIDE_GROUP)
-    out = table.resolve(Product((split[0], weight[1]))) if transposed else side
-    return split[0], out
-
-
 def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Axes:
     args = scope.arguments(node)
     x = scope.axes(args["input"])
@@ -129,7 +112,7 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
         bias = declare(scope, node, weight, bias, (writer, reader), out)
         scope.use(bias, 0, "writer", "bias")
     else:
-        which, out = _grouped(scope, x[at], w, groups, transposed)
+        which, out = grouped(scope, x[at], w, groups, transposed)
         if isinstance(scope.owner(weight), FOLLOWING):
             scope.attribute(weight, "groups", which, needed=True)
         else:
@@ -167,8 +150,9 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
     x = scope.axes(args["input"])
     names: dict[str, str | None] = {}
     if args["training"]:
+        reason = STANDARDISED if args["input"] in scope.origins else TRAINING
         for tree in (x[0], *x[2:]):
-            scope.table.lock(tree, "batch norm takes its statistics over it")
+            scope.table.lock(tree, reason)
     parts: tuple[tuple[str, Kind], ...] = (
         ("weight", "scale"),
         ("bias", "shift"),
@@ -286,3 +270,19 @@ def embedding(scope: Scope, node: Node) -> Axes:
     scope.use(weight, 1, "writer", "weight")
     scope.attribute(weight, "embedding_dim", columns)
     return [*scope.axes(args["indices"]), columns]
+
+
+@register("embedding_bag")
+def embedding_bag(scope: Scope, node: Node) -> list[Axes]:
+    """Sum, average or take the largest of rows of the weight, for each bag of indices."""
+    args = scope.arguments(node)
+    weight = scope.parameter(args["weight"], "weight")
+    rows, columns = scope.axes(args["weight"])
+    scope.table.lock(rows, "vocabulary of an embedding")
+    scope.use(weight, 1, "writer", "weight")
+    scope.attribute(weight, "embedding_dim", columns)
+    bags, *others = node.meta["val"]
+    fixed = [[scope.fixed(int(n), "bags") for n in other.shape] for other in others]
+    if args["mode"] == 2 and len(fixed[-1]) == 2:  # which row was the largest, for each channel
+        fixed[-1][1] = columns
+    return [[scope.fixed(int(bags.shape[0]), "bags"), columns], *fixed]

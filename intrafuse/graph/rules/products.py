@@ -10,24 +10,29 @@ from __future__ import annotations
 
 from math import prod
 
+from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import UNIT, Product
+from intrafuse.graph.axes import UNIT, Product, leaves
+from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 from intrafuse.graph.rules.scale import follow_size
+from intrafuse.graph.rules.silent import is_silent
 
 SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
+DIVIDED = "torch.nn.MultiheadAttention divides the width of its queries among heads; that stays"
+NEVER_SILENT = "a product sums over features of it that no weights can make zero"
 SHARING = "the query heads of one key-value head stay together"
 
 
-@register("matmul", "bmm", "mm")
+@register("matmul", "bmm", "mm", "mv")
 def matmul(scope: Scope, node: Node) -> Axes:
     """Sum over the last dimension of the first tensor and the last but one of the second."""
     args = scope.arguments(node)
-    first, second = args["self"], args["mat2"] if "mat2" in args else args["other"]
-    return _product(scope, node, first, second)
+    second = next(args[name] for name in ("mat2", "other", "vec") if name in args)
+    return _product(scope, node, args["self"], second)
 
 
 @register("addmm", "baddbmm")
@@ -53,33 +58,59 @@ def addmm(scope: Scope, node: Node) -> Axes:
 
 
 def _product(scope: Scope, node: Node, a: Node, b: Node, bias: str | None = None) -> Axes:
-    """Write a product of matrices, with dimensions before them that broadcast, as labels."""
+    """Write a product of matrices, with dimensions before them that broadcast, as labels.
+
+    A vector has no other dimension than the one that is summed over.
+    """
     rows, columns = len(scope.shape(a)), len(scope.shape(b))
-    if rows < 2 or columns < 2:
-        raise LockError("one of its factors is a vector")
-    batch = max(rows, columns) - 2
+    batch = max(rows, columns, 2) - 2
     letters = list(range(batch))
-    one = [*letters[batch - (rows - 2) :], -1, -2]
-    two = [*letters[batch - (columns - 2) :], -2, -3]
-    return contract(scope, node, (a, b), (one, two), [*letters, -1, -3], bias)
+    one = [-2] if rows == 1 else [*letters[batch - (rows - 2) :], -1, -2]
+    two = [-2] if columns == 1 else [*letters[batch - (columns - 2) :], -2, -3]
+    result = [n for n in (*letters, -1, -3) if n in one or n in two]
+    return contract(scope, node, (a, b), (one, two), result, bias)
 
 
 @register("einsum")
 def einsum(scope: Scope, node: Node) -> Axes:
     """Sum products of two tensors over the letters that the result does not name."""
     args = scope.arguments(node)
-    equation = args["equation"].replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    operands, terms = args["tensors"], left.split(",")
-    if (
-        "." in equation
-        or not arrow
-        or len(operands) != 2
-        or any(len(set(t)) != len(t) for t in terms)
-    ):
-        raise LockError(f"no rule reads the equation {equation}")
-    labels = [[ord(letter) for letter in term] for term in terms]
-    return contract(scope, node, operands, labels, [ord(letter) for letter in right])
+    operands = args["tensors"]
+    read = _read_equation(args["equation"], [len(scope.shape(operand)) for operand in operands])
+    if len(operands) != 2 or read is None:
+        raise LockError(f"no rule reads the equation {args['equation']}")
+    return contract(scope, node, operands, *read)
+
+
+def _read_equation(equation: str, ranks: list[int]) -> tuple[list[list[int]], list[int]] | None:
+    """Turn an equation into labels for the dimensions of each tensor and of the result.
+
+    Dots stand for dimensions that broadcast from the last one. None for a letter that stands twice
+    in one term.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = "".join(terms).replace(".", "")
+    if not arrow:
+        right = "..." * ("." in left) + "".join(sorted(c for c in letters if letters.count(c) == 1))
+    named = [term.replace("...", "") for term in terms]
+    dots = [rank - len(term) for rank, term in zip(ranks, named, strict=True)]
+    if any(len(set(term)) != len(term) for term in named):
+        return None
+
+    def labels(term: str, dotted: int) -> list[int]:
+        before, found, after = term.partition("...")
+        between = range(-dotted, 0) if found else ()
+        return [*map(ord, before), *between, *map(ord, after)]
+
+    return [*map(labels, terms, dots)], labels(right, max(dots))
+
+
+@register("outer", "ger")
+def outer(scope: Scope, node: Node) -> Axes:
+    """Multiply each position of one vector with each of another."""
+    args = scope.arguments(node)
+    return [*scope.axes(args["self"]), *scope.axes(args["vec2"])]
 
 
 def contract(
@@ -105,6 +136,9 @@ def contract(
     summed = [name for name in trees if name not in output]
     if weights[0] is None and weights[1] is None:
         _couple(scope, node, labels, output, trees, sizes)
+        for tree in (table.resolve(trees[name]) for name in summed):
+            if not any(is_silent(scope, operand, set(leaves(tree))) for operand in operands):
+                table.lock(tree, NEVER_SILENT)
     elif weights[0] is not None and weights[1] is not None:
         raise LockError("it multiplies two parameters")
     else:
@@ -205,11 +239,7 @@ def attention(scope: Scope, node: Node) -> Axes:
     table.unify(q[-1], k[-1])
     table.unify(k[-2], v[-2])
     if args["attn_mask"] is not None:
-        scope.carry(args["attn_mask"], "shift")  # a table of relative positions
-        mask, shape = scope.axes(args["attn_mask"]), scope.shape(args["attn_mask"])
-        for back, other in enumerate(reversed((*q[:-1], k[-2])), 1):
-            if back <= len(mask) and shape[-back] != 1:
-                table.unify(mask[-back], other)
+        _couple_mask(scope, args["attn_mask"], [*q[:-1], k[-2]])
     for tree in (q[-2], k[-2]):
         table.lock(tree, "positions of a sequence")
     table.choose(q[-1], SUMMED)
@@ -232,6 +262,15 @@ def attention(scope: Scope, node: Node) -> Axes:
     return [*(table.resolve(tree) for tree in q[:-1]), table.resolve(v[-1])]
 
 
+def _couple_mask(scope: Scope, mask: Node, products: Axes) -> None:
+    """Couple what is added to the products of queries and keys, such as relative positions."""
+    scope.carry(mask, "shift")
+    axes, shape = scope.axes(mask), scope.shape(mask)
+    for back, other in enumerate(reversed(products), 1):
+        if back <= len(axes) and shape[-back] != 1:
+            scope.table.unify(axes[-back], other)
+
+
 def _share_heads(scope: Scope, queries, keys) -> None:
     """Couple each key-value head with the query heads that share it."""
     table = scope.table
@@ -250,3 +289,29 @@ def _together(scope: Scope, heads) -> None:
         free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
         for factor in free[1:]:
             scope.table.lock(factor, SHARING)
+
+
+def tie_packed_heads(scope: Scope) -> None:
+    """Couple the heads of `torch.nn.MultiheadAttention`, together, with the width of its queries.
+
+    Its code divides that width among the heads, so neither can be another without the other.
+    """
+    for path, module in scope.model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight")
+        weights = [f"{path}.{n}" if path else n for n in names]
+        known = [scope.parameter_axes[n] for n in weights if n in scope.parameter_axes]
+        if not known:
+            continue
+        wide = known[0][1]
+        for rows, _ in known:
+            rest = rows
+            while scope.table.measure(rest):
+                part, rest = scope.table.cut(rest, module.embed_dim)
+                if scope.is_fixed(wide):
+                    scope.table.lock(part, DIVIDED)
+                else:
+                    scope.table.unify(part, wide)
+        follow = ("embed_dim", *(("kdim", "vdim") if module._qkv_same_embed_dim else ()))
+        scope.attributes += [Attribute(path, name, wide) for name in follow]

@@ -67,7 +67,10 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
     scope.attribute(owner, "input_size", x[2], needed=True)
     if each % 2:
         scope.attribute(owner, "proj_size", units.output, needed=True)
-        scope.table.lock(units.hidden, "an LSTM with projections needs more units than these")
+        scope.table.lock(
+            units.hidden,
+            "an LSTM with projections must have more units than these, and those may go",
+        )
     steps = scope.positions(args["input"], scope.table.measure(x[2]))
     joined = scope.table.resolve(Sum((units.output,) * directions))
     for start in range(0, len(weights), each):
@@ -86,6 +89,7 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
 def _enter_states(scope: Scope, states: list[Node], batch: Tree, ends: list[Tree]) -> None:
     """Couple initial states with the units."""
     for state, end in zip(states, ends, strict=True):
+        scope.carry(state, "shift")  # one that is learned
         *layers, samples, units = scope.axes(state)
         for tree in layers:
             scope.table.lock(tree, "layers of a recurrent module")

@@ -120,6 +120,12 @@ def slice_(scope: Scope, node: Node) -> Axes:
     if step == 1:
         part = scope.table.slice(x[dim], start, max(start, stop))
         scope.literal(x[dim], node, dim, part=part)
+    elif stop == size and size % step == 0 and start < step:  # one of every few neighbours
+        factors = scope.table.factor(x[dim], (size // step, step))
+        if factors is None:
+            raise LockError("its positions cannot be divided as it asks")
+        part = factors[0]
+        scope.table.lock(factors[1], "one of its positions is selected by number")
     else:
         scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")

@@ -1,0 +1,77 @@
+"""What the trials of a model's code have found so far, and where in the code operators stand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree, leaves
+from intrafuse.graph.rules import Literal, Scope, operator_name
+
+__all__ = ["Trials", "line_of", "modules_of"]
+
+
+@dataclass
+class Trials:
+    """What the trials have found so far.
+
+    Attributes:
+        scope, nodes: the trace.
+        attributes: (module, attribute) -> the tree that it follows.
+        tried: attributes by the place in the code that they were tried for.
+        added: what the last of them added to `attributes`.
+        holders: object with numbers in it -> the module and the attribute that stand for it.
+        failure: where a model failed last, in no operator of the trace, and how.
+    """
+
+    scope: Scope
+    nodes: list[Node]
+    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
+    tried: dict[tuple, list[str]] = field(default_factory=dict)
+    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
+    holders: dict[int, tuple[str, str]] = field(default_factory=dict)
+    failure: str = ""
+
+    def forget(self, place: tuple) -> None:
+        """Let the attributes that were tried last for a place be as they were."""
+        for key in self.added.pop(place, ()):
+            del self.attributes[key]
+
+    def shared(self, path: str, name: str, holder: object) -> tuple[str, str]:
+        """Name a number in an object that several modules may hold, the same for all of them."""
+        first = self.holders.setdefault(id(holder), (path, name.partition(".")[0]))
+        return first[0], f"{first[1]}.{name.partition('.')[2]}"
+
+    @cached_property
+    def places(self) -> dict[Node, tuple]:
+        """Where in the code each operator stands: the same for the same layer of another block."""
+        count: Counter[tuple] = Counter()
+        found = {}
+        for node in self.nodes:
+            place = (line_of(node) or node.name, operator_name(node))
+            module = (*modules_of(node)[:1], *place)
+            found[node] = (*place, count[module])
+            count[module] += 1
+        return found
+
+    def at_stake(self, atoms: list[int]) -> list[Literal]:
+        """List the numbers that may belong to atoms."""
+        wanted, resolve = set(atoms), self.scope.table.resolve
+        items = self.scope.literals
+        return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
+
+
+def modules_of(node: Node) -> list[str]:
+    """List the modules whose forward an operator was recorded in, innermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
+
+
+def line_of(node: Node) -> tuple[str, str] | None:
+    """Name file and line of the model's code where an operator was recorded."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return found[-1] if found else None
