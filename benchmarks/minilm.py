@@ -40,7 +40,7 @@ PARTS = {
     "head width": ["*#width"],
     "heads and head width": ["*#heads", "*#width"],
     "MLP units and heads": ["*.intermediate.dense", "*#heads"],
-    "all of these": None,
+    "all of these": ["*.intermediate.dense", "*#heads", "*#width"],
 }
 METHODS: dict[str, Any] = {
     "select": "select",

@@ -13,7 +13,14 @@ from intrafuse.errors import IntrafuseError
 
 __all__ = ["MergeMap"]
 
-PARTS = ("readers", "gain", "shift", "writer_gain", "writer_shift")  # tensors by parameter
+PARTS = (
+    "readers",
+    "writers",
+    "gain",
+    "shift",
+    "writer_gain",
+    "writer_shift",
+)  # tensors by parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +36,10 @@ class MergeMap:
         carry: (m, n) with rows that sum to one, for what carriers multiply channels with.
         keep: (m,) ascending indices where the channels are selected, else None. Writers and
             carriers are then indexed, exactly, instead of multiplied.
-        readers: Q (n, m) by the name of a reader's weight.
+        readers: Q (n, m) by the name of a reader's weight; or (n r, m r) where each channel lies
+            at r places of an axis that holds nothing else: all of them from all of the new ones.
+        writers: P (r, m, n) by the name of a writer's weight or bias, instead of `encode`, where
+            each channel lies at r places (the width of r heads): one matrix for each place.
         gain, shift: (outputs,) by the name of a reader's weight: its outputs are multiplied by
             the gain and then shifted.
         writer_gain, writer_shift: (m,), or (m, r) where a channel has r outputs, by the name of
@@ -43,6 +53,7 @@ class MergeMap:
     carry: Tensor
     keep: Tensor | None = None
     readers: Mapping[str, Tensor] = field(default_factory=dict)
+    writers: Mapping[str, Tensor] = field(default_factory=dict)
     gain: Mapping[str, Tensor] = field(default_factory=dict)
     shift: Mapping[str, Tensor] = field(default_factory=dict)
     writer_gain: Mapping[str, Tensor] = field(default_factory=dict)
@@ -123,7 +134,10 @@ class MergeMap:
         """
         n, m = self.size, self.width
         shapes = {"encode": (m, n), "decode": (n, m), "carry": (m, n), "keep": (m,)}
-        shapes |= {f"readers:{name}": (n, m) for name in self.readers}
+        for name, matrix in self.readers.items():
+            places = max(1, len(matrix) // n)
+            shapes[f"readers:{name}"] = (n * places, m * places)
+        shapes |= {f"writers:{name}": (*p.shape[:1], m, n) for name, p in self.writers.items()}
         for name, tensor in self.tensors().items():
             if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
                 raise IntrafuseError(

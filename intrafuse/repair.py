@@ -36,14 +36,14 @@ def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> Me
     """Give a map gains and shifts that restore what its readers write, without data.
 
     Mean and variance of the outputs of every reader become what they were, as far as analytic
-    moments tell. A map that brings gains of its own is returned as it is.
+    moments tell. A map that brings gains or readouts of its own is returned as it is.
 
     Args:
         step: the map.
         group: its channel group.
         context: the tensors as merged before it.
     """
-    if step.gain or step.shift:
+    if step.gain or step.shift or step.readers:
         return step
     (found,) = MomentSource().readings_beside(group, [step], context)
     return with_readout(step, found, context.weights, solve=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import leaves, tree_size
+from intrafuse.graph.axes import Block, leaves, tree_size
 from intrafuse.graph.blocks import channel_rows, merge_channels, put_channels, select_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
 from intrafuse.merge import MergeMap
@@ -113,11 +113,16 @@ class Weights:
         for slot in self.present(group.slots):
             tensor = self.state[slot.parameter]
             blocks = self.graph.blocks(slot, group.id, self.sizes)
-            own = slot.role == "reader" and slot.parameter in step.readers
-            if step.keep is not None and not own:
+            named = {"reader": step.readers, "writer": step.writers}.get(slot.role, {})
+            if step.keep is not None and slot.parameter not in named:
                 new = select_channels(tensor, slot.axis, blocks, n, step.keep)
             else:
-                new = merge_channels(tensor, slot.axis, blocks, n, _matrix(step, slot))
+                matrix = _matrix(step, slot)
+                if matrix.shape[-1] > n:  # of all places at once
+                    blocks, length = (Block(0),), matrix.shape[-1]
+                else:
+                    length = n
+                new = merge_channels(tensor, slot.axis, blocks, length, matrix)
             self.state[slot.parameter] = new
         self._merge_statistics(step, group, before)
         self.sizes[group.id] = step.width
@@ -227,4 +232,6 @@ def _matrix(step: MergeMap, slot: Slot) -> Tensor:
     """Choose the matrix (m, n) that one slot is multiplied with."""
     if slot.role == "reader":
         return step.decoder(slot.parameter).T
+    if slot.role == "writer" and slot.parameter in step.writers:
+        return step.writers[slot.parameter]
     return step.carry if slot.kind in ("scale", "variance") else step.encode

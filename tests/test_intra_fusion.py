@@ -292,7 +292,7 @@ def test_the_seed_decides(target):
         ({"target": "median"}, "target must be one of important, k-means, mixture; got 'median'"),
         ({"source_marginal": "even"}, "uniform, importance, softmax; got 'even'"),
         ({"target_marginal": "even"}, "uniform, importance, softmax; got 'even'"),
-        ({"normalisation": "rows"}, "paper, barycentric; got 'rows'"),
+        ({"normalisation": "rows"}, "paper, barycentric, projected, or None; got 'rows'"),
         ({"p": 0.5}, "at least 1; got 0.5"),
         ({"regularisation": -1.0}, "not negative; got -1.0"),
     ],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_models import MODELS, build, inputs, outputs
 from reference import mask_channels
 from typer.testing import CliRunner
 
@@ -16,6 +15,9 @@ import intrafuse
 from intrafuse.cli import app
 from intrafuse.graph import trace
 from intrafuse.zoo import resolve_model
+
+pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+from language_models import MODELS, build, inputs, outputs
 
 # What is prunable in each: heads, widths inside heads, and all else.
 GROUPS = {
@@ -80,6 +82,28 @@ def test_a_configuration_that_can_say_the_sizes_gives_the_network_again(name, tm
         outputs(again, inputs(name)), outputs(result.model, inputs(name)), strict=True
     ):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "qwen3"])
+def test_half_of_the_width_as_well_equals_the_masked_reference(name):
+    model, batch = build(name), inputs(name)
+    plan = intrafuse.plan(model, batch, channels=0.5, method="select", include=["*"])
+    assert any(name.endswith("#normed") for name in plan.widths)
+    found = intrafuse.verify(model, plan)
+    assert found.relative < 1e-4 < found.effect
+
+
+@pytest.mark.parametrize(
+    ("name", "include"), [("llama", ["*#normed"]), ("gpt2", ["*#normed", "*#heads"])]
+)
+def test_a_configuration_says_the_width(name, include, tmp_path):
+    model, batch = build(name), inputs(name)
+    small = intrafuse.prune(model, batch, channels=0.5, method="select", include=include).model
+    assert small.config.hidden_size == 16
+    small.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    for one, other in zip(outputs(small, batch), outputs(again, batch), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])

@@ -87,6 +87,9 @@ def test_layer_norm_shares_the_spread_as_it_enters():
     torch.testing.assert_close(share.mean(), torch.tensor(1.0).double(), rtol=1e-4, atol=0)
 
 
+WORDS = torch.randint(40, (8, 7), generator=torch.Generator().manual_seed(2))
+
+
 class Block(nn.Module):
     """One layer of a transformer, behind its embeddings."""
 
@@ -123,20 +126,112 @@ def test_what_is_there_twice_is_merged_without_loss(part, transport):
         "heads": ((model.q, model.k, model.v), 8, "q#heads"),
     }[part]
     doubled(layers, half)
-    words = torch.randint(40, (8, 7), generator=torch.Generator().manual_seed(2))
+    words = WORDS
     old = copy.deepcopy(model)(words)
     method = Moment(transport=transport, ridge=1e-9)
     pruned = intrafuse.prune(model, words, channels=0.5, include=[group], method=method)
     torch.testing.assert_close(pruned.model(words), old, rtol=0, atol=2e-3)
 
 
-def test_width_of_queries_and_keys_is_selected_as_it_was():
-    """Its readers see the values alone: they cannot tell what queries and keys need."""
-    words = torch.randint(40, (8, 7), generator=torch.Generator().manual_seed(2))
-    model = seeded(Block)
+def test_head_that_mixes_the_values_of_another_goes_without_loss():
+    """Heads 2 and 3 attend as 0 and 1 do, and give other combinations of the same values."""
+    model, words = seeded(Block), WORDS
+    doubled((model.q, model.k), 8)
+    mix = torch.block_diag(*torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad():
+        model.v.weight[8:], model.v.bias[8:] = mix @ model.v.weight[:8], mix @ model.v.bias[:8]
+    old = copy.deepcopy(model)(words)
+    method = Moment(ridge=1e-9)
+    pruned = intrafuse.prune(model, words, channels=0.5, include=["q#heads"], method=method)
+    assert pruned.model.q.weight.shape == (8, 16)
+    torch.testing.assert_close(pruned.model(words), old, rtol=0, atol=2e-3)
+
+
+class SharedWidth(Block):
+    """Queries, keys and values have the same width, as in Hugging Face's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.query, self.key, self.value = self.q, self.k, self.v
+        del self.q, self.k, self.v
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.first(self.words(words))
+        layers = (self.query, self.key, self.value)
+        q, k, v = (f(x).view(*x.shape[:2], -1, self.width).transpose(1, 2) for f in layers)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        x = self.second(x + self.out(heads.transpose(1, 2).flatten(2)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def of_rank(model: Block | SharedWidth, rank: int) -> None:
+    """Let the four outputs of each head be combinations of a few."""
+    random = torch.Generator().manual_seed(3)
+    for name, layer in model.named_children():
+        if name in ("q", "k", "v", "query", "key", "value"):
+            for head in range(4):
+                rows = slice(4 * head, 4 * head + 4)
+                mix = torch.randn(4, rank, generator=random)
+                with torch.no_grad():
+                    layer.weight[rows] = mix @ layer.weight[rows][:rank]
+                    layer.bias[rows] = mix @ layer.bias[rows][:rank]
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [(SharedWidth, "analytic"), (Block, "analytic"), (Block, "calibration")],
+)
+def test_width_that_the_products_do_not_need_goes_without_loss(model, source):
+    model, words = seeded(model), WORDS
     model.split = (4, -1)
-    kept = [
-        intrafuse.prune(model, words, channels=0.5, include=["q#width"], method=method)
-        for method in ("moment", "select")
+    of_rank(model, 2)
+    old = copy.deepcopy(model)(words)
+    settings = {"include": ["q*#width"], "channels": 0.5, "data": [words]}
+    found = [
+        intrafuse.prune(model, words, method=method, **settings)
+        for method in (Moment(source=source, ridge=1e-6), "select")
     ]
-    torch.testing.assert_close(kept[0].model(words), kept[1].model(words))
+    torch.testing.assert_close(found[0].model(words), old, rtol=0, atol=2e-3)
+    assert (found[1].model(words) - old).abs().max() > 0.05
+    assert found[0].plan.apply(model)(words).equal(found[0].model(words))
+
+
+@pytest.mark.parametrize("source", ["analytic", "calibration"])
+def test_best_products_of_each_head_beat_selected_width(source):
+    model, words = seeded(SharedWidth), WORDS
+    old = copy.deepcopy(model)(words)
+    moment, select = (
+        intrafuse.prune(
+            model, words, channels=0.5, include=["query#*"], method=method, data=[words]
+        ).model(words)
+        for method in (Moment(source=source), "select")
+    )
+    assert (moment - old).norm() < 0.8 * (select - old).norm()
+
+
+class Turned(SharedWidth):
+    """Queries pass through a function before they meet keys."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.first(self.words(words))
+        layers = (self.query, self.key, self.value)
+        q, k, v = (f(x).view(*x.shape[:2], -1, self.width).transpose(1, 2) for f in layers)
+        heads = F.scaled_dot_product_attention(q.tanh(), k, v, scale=0.5)
+        return x + self.out(heads.transpose(1, 2).flatten(2))
+
+
+def test_width_is_selected_where_queries_are_altered_before_the_product():
+    model, words = seeded(Turned), WORDS
+    plan = intrafuse.plan(model, words, channels=0.5, include=["query#width"], method="moment")
+    (step,) = plan.maps
+    assert step.keep is not None and not step.writers
+
+
+def test_plan_with_matrices_for_each_head_is_saved_and_loaded(tmp_path):
+    model, words = seeded(SharedWidth), WORDS
+    plan = intrafuse.plan(model, words, channels=0.5, include=["query#*"], method="moment")
+    assert any(step.writers for step in plan.maps)
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = intrafuse.Plan.load(tmp_path / "plan.safetensors")
+    assert loaded.apply(model)(words).equal(plan.apply(model)(words))

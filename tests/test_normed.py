@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from language_models import build, inputs, outputs
 from torch import nn
 
 import intrafuse
@@ -149,26 +148,4 @@ def test_packed_attention_loses_heads_or_width_with_that_of_its_input(pattern):
     attention = plan.apply(model)[1].self_attn
     sizes = {"*#heads": (6, 2, 3), "*#width": (4, 4, 1)}[pattern]
     assert (attention.embed_dim, attention.num_heads, attention.head_dim) == sizes
-    assert not plan.widths.keys() & intrafuse.trace(model, x).by_name.keys()  # unless it is named
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gemma", "qwen3"])
-def test_language_models_with_half_their_width(name):
-    model, batch = build(name), inputs(name)
-    plan = intrafuse.plan(model, batch, channels=0.5, method="select", include=["*"])
-    assert any(name.endswith("#normed") for name in plan.widths)
-    found = intrafuse.verify(model, plan)
-    assert found.relative < 1e-4 < found.effect
-
-
-@pytest.mark.parametrize(
-    ("name", "include"), [("llama", ["*#normed"]), ("gpt2", ["*#normed", "*#heads"])]
-)
-def test_a_configuration_says_the_width(name, include, tmp_path):
-    model, batch = build(name), inputs(name)
-    small = intrafuse.prune(model, batch, channels=0.5, method="select", include=include).model
-    assert small.config.hidden_size == 16
-    small.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    for one, other in zip(outputs(small, batch), outputs(again, batch), strict=True):
-        assert torch.equal(one, other)
+    assert intrafuse.trace(model, x).by_name.keys() == {"1.linear1"}  # unless it is named

@@ -44,7 +44,9 @@ class MethodOptions:
     regularisation: Annotated[
         float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
     ] = None
-    normalisation: Annotated[str | None, typer.Option(help="paper or barycentric.")] = None
+    normalisation: Annotated[str | None, typer.Option(help="paper, barycentric or projected.")] = (
+        None
+    )
     correction: Annotated[
         str | None, typer.Option(help="Variance of folded channels: approximate or none.")
     ] = None

@@ -66,7 +66,8 @@ def merge_channels(
         axis: the axis on which the channels lie.
         blocks: where they lie.
         channels: n.
-        matrix: (m, n); new channel j is the sum of matrix[j, c] times channel c.
+        matrix: (m, n); new channel j is the sum of matrix[j, c] times channel c. Or (r, m, n),
+            one for each of the r places where the channels lie.
 
     Returns:
         A new tensor of the same dtype; the products are taken in float32 at least.
@@ -75,10 +76,12 @@ def merge_channels(
     matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # whatever its strides were
     front = tensor.movedim(axis, 0)
     pieces, reached = [], 0
-    for start, inner in _runs(blocks):
+    runs = _runs(blocks)
+    matrices = matrix.expand(len(runs), *matrix.shape[-2:])
+    for (start, inner), own in zip(runs, matrices, strict=True):
         end = start + channels * inner
         rows = front[start:end].reshape(channels, -1).to(exact)
-        merged = (matrix @ rows).to(tensor.dtype)
+        merged = (own @ rows).to(tensor.dtype)
         pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
         reached = end
     return torch.cat([*pieces, front[reached:]]).movedim(0, axis).contiguous()

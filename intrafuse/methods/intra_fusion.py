@@ -6,7 +6,7 @@ Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 240
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
+from intrafuse.graph.axes import leaves
 from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.rules import operator_name
 from intrafuse.merge import MergeMap
 from intrafuse.methods.select import most_important
-from intrafuse.methods.settings import check_choices
+from intrafuse.methods.settings import check_choice, check_choices
 from intrafuse.transport import (
     Marginal,
-    Normalisation,
     encode_matrix,
     ground_cost,
     marginal,
@@ -36,13 +37,17 @@ __all__ = ["IntraFusion", "channel_features"]
 
 Features = Literal["writers", "all"]
 Target = Literal["important", "k-means", "mixture"]
+Normalisations = Literal["paper", "barycentric", "projected"]
 CHOICES = {
     "features": Features,
     "target": Target,
     "source_marginal": Marginal,
     "target_marginal": Marginal,
-    "normalisation": Normalisation,
 }
+BENT = frozenset(  # activations for which f(c z) = c f(z) does not hold for all c > 0
+    ("elu", "selu", "celu", "gelu", "silu", "mish", "relu6", "hardswish", "hardsigmoid", "hardtanh",
+     "sigmoid", "tanh", "softplus", "log_sigmoid", "softshrink", "hardshrink", "tanhshrink")
+)  # fmt: skip
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
@@ -85,8 +90,13 @@ class IntraFusion:
             by `importance`, or by its `softmax`. Centroids get the importance of their members.
         p: order of the norm of the ground cost.
         regularisation: None chooses the solver by size; 0 is exact; above 0 is entropic.
-        normalisation: `paper` (each channel spreads its whole mass) or `barycentric`
-            (each new channel is a mean; readers still get the whole mass).
+        normalisation: `paper` (each channel spreads its whole mass), `barycentric` (each new
+            channel is a mean; readers still get the whole mass), or `projected` (channels that
+            stay keep their own weights; readers get of each lost channel's mass the part that its
+            target stands for: the cosine of their features). None takes `projected` where an
+            activation is not positive-homogeneous (GELU, SiLU, tanh), else `paper`: sums of
+            channels are means of more weight under ReLU, f(c z) = c f(z), and other channels
+            under GELU (docs/results.md, a sentence encoder).
     """
 
     name: ClassVar[str] = "intra-fusion"
@@ -99,10 +109,18 @@ class IntraFusion:
     target_marginal: Marginal = "uniform"
     p: float = 1.0
     regularisation: float | None = None
-    normalisation: Normalisation = "paper"
+    normalisation: Normalisations | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES)
+        check_choice("normalisation", self.normalisation, Normalisations, optional=True)
+        if self.normalisation == "projected" and self.target != "important":
+            raise IntrafuseError(
+                "normalisation projected needs targets that are channels",
+                value=self.target,
+                remedy='use target="important"',
+                usage=True,
+            )
         if not self.p >= 1:
             raise IntrafuseError("p must be at least 1", value=self.p, usage=True)
         if self.regularisation is not None and not self.regularisation >= 0:
@@ -121,9 +139,13 @@ class IntraFusion:
             marginal(self.target_marginal, target_scores),
             regularisation=self.regularisation,
         )
-        encode = encode_matrix(solution, self.normalisation)
         decode = encode_matrix(solution, "paper").T
-        return MergeMap.linear(group.name, encode, decode)
+        kind = self.normalisation
+        if kind is None and self.target == "important":
+            kind = "projected" if _bent(group, context) else "paper"
+        if kind == "projected":
+            return _projected(group, features, most_important(scores, width), decode)
+        return MergeMap.linear(group.name, encode_matrix(solution, kind or "paper"), decode)
 
     def _targets(
         self, features: Tensor, scores: Tensor, width: int, seed: int
@@ -143,6 +165,27 @@ class IntraFusion:
         share = belongs / belongs.sum(1, keepdim=True).clamp_min(1)
         share = share.to(features)
         return share @ torch.from_numpy(points).to(features), (share.cpu() @ scores.float())
+
+
+def _projected(group: ChannelGroup, features: Tensor, keep: Tensor, decode: Tensor) -> MergeMap:
+    """Select channels; readers add of each lost one what is alike in those that it went to."""
+    step = MergeMap.select(group.name, len(features), keep)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    alike = (unit @ unit[keep.to(unit.device)].T).clamp_min(0).to(decode)
+    decode = decode * alike
+    decode[keep] = step.decode[keep]
+    return replace(step, decode=decode, keep=None)
+
+
+def _bent(group: ChannelGroup, context: Context) -> bool:
+    """Tell whether an activation that is not positive-homogeneous acts on the channels."""
+    program = context.weights.graph.program
+    return any(
+        operator_name(node) in BENT
+        and any(group.id in leaves(tree) for tree in program.values[node])
+        for node in program.nodes
+        if node.op == "call_function"
+    )
 
 
 def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from intrafuse.context import Context
+from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules.products import SUMMED
 from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
-from intrafuse.methods.select import Select, most_important
+from intrafuse.methods.select import most_important
 from intrafuse.methods.settings import check_choices
-from intrafuse.moments.explain import explaining_channels
+from intrafuse.moments.attention import place_encode, with_products
+from intrafuse.moments.explain import explaining_blocks, explaining_channels
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource, Source
 
@@ -38,9 +40,11 @@ class Moment(MomentSource):
     assumed and propagated.
 
     Of attention, whole heads are selected with their queries and keys, and the output projection
-    reads the values of the lost ones from those of the kept. The width of queries and keys is
-    selected by importance, as `select` does: its reader sees the values alone, and one readout for
-    the same width of all heads fits none of them (docs/research.md).
+    reads what all of the lost ones gave from all that the kept ones give. The width inside heads
+    is that of the best products: each head gets queries and keys, and values, of its own that
+    come closest to the old ones (`intrafuse.moments.attention`); where the network does
+    anything else between a layer and the product, it is selected by importance. Without data the
+    outputs of attention get no gain and no shift: their means are not known (docs/research.md).
 
     Attributes:
         transport: merge writers by the map of this method (`folding` keeps most accuracy); with
@@ -67,10 +71,9 @@ class Moment(MomentSource):
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        if SUMMED in group.chosen:
-            return Select()(group, scores, width, context)
-        transport = "none" if group.chosen else self.transport
-        if transport == "folding":
+        if group.chosen:
+            return self._of_attention(group, scores, width, context)
+        if self.transport == "folding":
             step = Folding()(group, scores, width, context)
         else:
             keep = most_important(scores, width)
@@ -79,13 +82,33 @@ class Moment(MomentSource):
                 known = self.readings(group, context.weights, context)
                 keep = explaining_channels(list(known.values()), width) if known else keep
             step = MergeMap.select(group.name, len(scores), keep)
-            if transport == "none" and (known or group.chosen):
+            if self.transport == "none" and known:
                 found = {name: r.narrowed(slice(None), keep) for name, r in known.items()}
                 return self._read_out(step, found, context)
-            if transport == "intra-fusion":
+            if self.transport == "intra-fusion":
                 step = fused(group, keep, context)
         (found,) = self.readings_beside(group, [step], context)
         return self._read_out(step, found, context)
+
+    def _of_attention(
+        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
+    ) -> MergeMap:
+        """Choose heads, or the width inside them, and let readers solve for all places at once."""
+        weights = context.weights
+        known = self.readings(group, weights, context, places=True)
+        keep = most_important(scores, width)
+        summed = SUMMED in group.chosen
+        if known and self.choice == "greedy" and not summed:
+            slot = next(slot for slot in group.readers if slot.parameter in known)
+            blocks = weights.graph.blocks(slot, group.id, weights.sizes)
+            places = torch.from_numpy(positions(blocks, len(scores)))
+            keep = explaining_blocks(list(known.values()), places, width)
+        step = MergeMap.select(group.name, len(scores), keep)
+        if summed:
+            step = with_products(step, group, known, self, context)
+        found = {n: r.encoded(place_encode(step, group, n, weights)) for n, r in known.items()}
+        step = self._read_out(step, found, context)
+        return step if self.source != "analytic" else replace(step, gain={}, shift={})
 
     def _read_out(self, step: MergeMap, found, context: Context) -> MergeMap:
         return with_readout(step, found, context.weights, ridge=self.ridge, max_gain=self.max_gain)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.readers import Reading, reader_taps
+from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
@@ -50,7 +51,7 @@ class Calibration:
         self._known: list[Captured] | None = None
 
     def readings(
-        self, group: ChannelGroup, weights: Weights, *, length: float = 1.0
+        self, group: ChannelGroup, weights: Weights, *, length: float = 1.0, places: bool = False
     ) -> dict[str, Reading]:
         """Measure what each reader of a group reads, originally and as pruned so far.
 
@@ -59,6 +60,8 @@ class Calibration:
             weights: the tensors as merged so far; the group may have been widened in them, so
                 that merged channels stand behind the old ones.
             length: of the correlation between taps, for the variance of outputs.
+            places: see `intrafuse.moments.readers.readings`. These are many, and samples may be
+                few: of n samples of p places the part n / (n + 2 p) of covariances counts.
 
         Returns:
             Readings by the name of the reader's weight. `old` is of the original network (n
@@ -68,25 +71,64 @@ class Calibration:
             IntrafuseError: an activation is not finite.
         """
         slots = [s for s in weights.present(group.readers) if _is_plain(self.model, s)]
-        if self._known is None:
-            layers = sorted(layer.name for layer in weights.graph.layers.values())
-            plain = [name for name in layers if _plain(self.model, name)]
-            self._known = list(self._capture(self.model, plain))
+        if places:
+            slots = [s for s in slots if place_taps(group, s, weights) is not None]
+        known = self._original(weights)
         current = install(self.model, weights)
-        calls = {s.layer: len(self._known[0].get(s.layer, ())) for s in slots}
+        calls = {s.layer: len(known[0].get(s.layer, ())) for s in slots}
         sums: dict[Slot, _Sums] = {slot: _Sums() for slot in slots if calls[slot.layer]}
         new = self._capture(current, [slot.layer for slot in sums], calls) if sums else ()
-        for before, after in zip(self._known, new, strict=bool(sums)):
+        for before, after in zip(known, new, strict=bool(sums)):
             for slot, total in sums.items():
-                was = _rows(group, slot, weights, weights.graph.sizes)
-                now = _rows(group, slot, weights, weights.sizes)
+                was = _rows(group, slot, weights, weights.graph.sizes, places)
+                now = _rows(group, slot, weights, weights.sizes, places)
+                if places and len(was) != len(now):  # the reader was re-solved for what is left
+                    before, was = after, now
                 for x, y in zip(before[slot.layer], after[slot.layer], strict=True):
                     total.add(_part(x, was), _part(y, now))
         found = {}
         for slot, total in sums.items():
             taps, kernel, _ = reader_taps(group, slot, weights, length)
-            found[slot.parameter] = total.reading(slot.layer, taps, kernel, calls[slot.layer])
+            if places:
+                taps = place_taps(group, slot, weights)
+                assert taps is not None
+                kernel = torch.ones(1, 1).double()
+            reading = total.reading(slot.layer, taps, kernel, calls[slot.layer])
+            found[slot.parameter] = _doubted(reading, total.count) if places else reading
         return found
+
+    def written(self, names: Sequence[str], weights: Weights) -> list[Written]:
+        """Measure mean and covariance of what linear maps write in the original network.
+
+        Of the weights as merged so far; None where they read other channels than originally.
+        """
+        found: list[Written] = []
+        for name in names:
+            layer, weight = weights.graph.layers[name], weights.state[name].cpu().double()
+            total = _Sums()
+            for batch in self._original(weights):
+                for x in batch.get(layer.name, ()):
+                    total.add(x.cpu(), x.cpu()[:, :0])
+            if not total.count or weight.dim() != 2:
+                found.append(None)
+                continue
+            matrix = weight.movedim(layer.output_axis, 0)
+            taps = matrix[:, :, None]
+            read = total.reading(layer.name, taps, torch.ones(1, 1).double(), 1)
+            if len(read.old) != matrix.shape[1]:
+                found.append(None)
+                continue
+            bias = weights.state.get(layer.bias or "")
+            mean = matrix @ read.old_mean + (0 if bias is None else bias.cpu().double())
+            found.append((mean, matrix @ read.old @ matrix.T))
+        return found
+
+    def _original(self, weights: Weights) -> list[Captured]:
+        if self._known is None:
+            layers = sorted(layer.name for layer in weights.graph.layers.values())
+            plain = [name for name in layers if _plain(self.model, name)]
+            self._known = list(self._capture(self.model, plain))
+        return self._known
 
     def _capture(
         self, model: nn.Module, layers: list[str], calls: Mapping[str, int] | None = None
@@ -159,10 +201,23 @@ def _is_plain(model: nn.Module, slot: Slot) -> bool:
     return slot.parameter.endswith(".weight") and _plain(model, slot.layer)
 
 
-def _rows(group: ChannelGroup, slot: Slot, weights: Weights, sizes: Mapping[int, int]) -> Tensor:
+def _rows(
+    group: ChannelGroup, slot: Slot, weights: Weights, sizes: Mapping[int, int], places: bool
+) -> Tensor:
     """Return the positions (channels, repeats) of a group on a reader's input axis."""
     blocks = weights.graph.blocks(slot, group.id, sizes)
-    return torch.from_numpy(positions(blocks, sizes[group.id]))
+    rows = torch.from_numpy(positions(blocks, sizes[group.id]))
+    return rows.flatten().sort().values[:, None] if places else rows
+
+
+def _doubted(reading: Reading, samples: int) -> Reading:
+    """Count covariances that were measured on few samples in part, variances in whole."""
+    part = samples / (samples + 2 * len(reading.old_mean))
+
+    def less(matrix: Tensor) -> Tensor:
+        return part * matrix + (1 - part) * matrix.diagonal().diag()
+
+    return replace(reading, old=less(reading.old), new=less(reading.new), cross=less(reading.cross))
 
 
 def _part(x: Tensor, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from intrafuse.moments.readers import Reading
 
-__all__ = ["explaining_channels", "unexplained"]
+__all__ = ["explaining_blocks", "explaining_channels", "unexplained"]
 
 
 def explaining_channels(found: Sequence[Reading], width: int) -> Tensor:
@@ -29,6 +29,43 @@ def explaining_channels(found: Sequence[Reading], width: int) -> Tensor:
         Ascending indices (m,).
     """
     return torch.tensor(sorted(_pivots(found, width)[0]))
+
+
+def explaining_blocks(found: Sequence[Reading], places: Tensor, width: int) -> Tensor:
+    """Choose, one after the other, the channel whose places together explain most.
+
+    As `explaining_channels`, where a channel lies at several places that the readers know one by
+    one: a head and its width. A block b of places explains C_:b C_bb^-1 C_b: of what is left.
+
+    Args:
+        found: what each reader knows of the places; its `old` covariance is used.
+        places: (n, r) where each channel lies.
+        width: m.
+
+    Returns:
+        Ascending indices (m,).
+    """
+    rows, columns = places[:, :, None], places[:, None, :]
+    eye = torch.eye(places.shape[1]).double()
+    left = [reading.old.clone() for reading in found]
+    powers = []
+    for reading in found:
+        power = torch.einsum("oit,ojt->ij", reading.taps, reading.taps)
+        powers.append(power / (power * reading.old).sum().clamp_min(1e-300))
+    floors = [1e-3 * c.diagonal().mean() * eye + 1e-300 * eye for c in left]
+    chosen: list[int] = []
+    for _ in range(width):
+        score = torch.zeros(len(places)).double()
+        for c, power, floor in zip(left, powers, floors, strict=True):
+            gain = (c @ power @ c)[rows, columns]
+            solved = torch.linalg.solve(c[rows, columns] + floor, gain)
+            score += solved.diagonal(dim1=1, dim2=2).sum(1)
+        score[chosen] = -torch.inf
+        chosen.append(int(score.argmax()))
+        own = places[chosen[-1]]
+        for c, floor in zip(left, floors, strict=True):
+            c -= c[:, own] @ torch.linalg.solve(c[own][:, own] + floor, c[own])
+    return torch.tensor(sorted(chosen))
 
 
 def unexplained(found: Sequence[Reading]) -> np.ndarray:

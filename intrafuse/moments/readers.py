@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +18,9 @@ from intrafuse.moments.propagate import CORRELATED, Moments, Propagation
 from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
 from intrafuse.weights import Weights
 
-__all__ = ["Reading", "layer_calls", "reader_taps", "readings"]
+__all__ = ["Reading", "Written", "layer_calls", "place_taps", "reader_taps", "readings", "written"]
+
+Written = tuple[Tensor, Tensor] | None  # mean (outputs,) and covariance of a layer's outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,15 @@ class Reading:
         """Variance (outputs,) of what the reader made of the old activations and of the rest."""
         return output_variance(self.taps, self.kernel, self.old) + self.rest
 
+    def encoded(self, encode: Tensor) -> Reading:
+        """Take combinations of the new channels, E (k, m), as the new ones."""
+        return replace(
+            self,
+            new_mean=encode @ self.new_mean,
+            new=encode @ self.new @ encode.T,
+            cross=self.cross @ encode.T,
+        )
+
     def narrowed(self, old: slice, new: Tensor | slice) -> Reading:
         """Take some channels as the old and some as the new ones."""
         return replace(
@@ -65,11 +77,14 @@ class Reading:
 
 
 def readings(
-    group: ChannelGroup, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
-) -> dict[str, Reading]:
+    group: ChannelGroup, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED,
+    places: bool = False,
+) -> dict[str, Reading]:  # fmt: skip
     """Infer from the weights what each reader of a group reads, by the name of its weight.
 
-    Readers that no moments reach are left out.
+    Readers that no moments reach are left out. With `places` every place of the group on the
+    reader's axis counts as a channel of its own, in the order of the axis (the width of all
+    heads, n r places for n channels at r); readers that read anything else there are left out.
     """
     propagation = Propagation(weights, length=length, correlated=correlated)
     weights = propagation.weights
@@ -79,9 +94,33 @@ def readings(
         nodes = calls.get(slot.parameter, [])
         moments = [propagation.operand(node.args[0]) for node in nodes]
         if slot.parameter in weights.graph.layers and moments and None not in moments:
-            reading = _reading(group, slot, weights, [m for m in moments if m], length)
+            known = [m for m in moments if m]
+            if places:
+                reading = _placed(group, slot, weights, known)
+            else:
+                reading = _reading(group, slot, weights, known, length)
             if reading is not None:
                 found[slot.parameter] = reading
+    return found
+
+
+def written(names: Sequence[str], weights: Weights, *, length: float = 1.0) -> list[Written]:
+    """Infer mean and covariance of what linear maps write, by the names of their weights.
+
+    None where no moments reach one, or where it is called more than once.
+    """
+    propagation = Propagation(weights, length=length)
+    calls = layer_calls(propagation)
+    found: list[Written] = []
+    for name in names:
+        nodes = calls.get(name, [])
+        moments = propagation.of(nodes[0]) if len(nodes) == 1 else None
+        layer = weights.graph.layers.get(name)
+        if moments is None or layer is None:
+            found.append(None)
+        else:
+            own = moments.tree == weights.graph.axes[name][layer.output_axis]
+            found.append((moments.mean, moments.covariance) if own else None)
     return found
 
 
@@ -134,6 +173,34 @@ def _reading(
         rest_mean,
         len(moments),
     )
+
+
+def _placed(
+    group: ChannelGroup, slot: Slot, weights: Weights, moments: list[Moments]
+) -> Reading | None:
+    taps = place_taps(group, slot, weights)
+    tree = weights.graph.axes[slot.parameter][slot.axis]
+    if taps is None or any(moment.tree != tree for moment in moments):
+        return None
+    mean = torch.stack([m.mean for m in moments]).mean(0)
+    covariance = torch.stack([m.covariance for m in moments]).mean(0)
+    zero = torch.zeros(len(taps)).double()
+    layer = weights.graph.layers[slot.parameter].name
+    return Reading(
+        layer, taps, torch.ones(1, 1).double(), mean, covariance, mean, covariance, covariance,
+        zero, zero, len(moments),
+    )  # fmt: skip
+
+
+def place_taps(group: ChannelGroup, slot: Slot, weights: Weights) -> Tensor | None:
+    """Return V (outputs, places, 1) of a linear map that reads a group and nothing else."""
+    layer = weights.graph.layers[slot.parameter]
+    weight = weights.state[slot.parameter].cpu()
+    blocks = weights.graph.blocks(slot, group.id, weights.sizes)
+    count = positions(blocks, weights.sizes[group.id]).size
+    if weight.dim() != 2 or count != weight.shape[slot.axis]:
+        return None
+    return weight.movedim(layer.output_axis, 0).double()[:, :, None]
 
 
 def reader_taps(

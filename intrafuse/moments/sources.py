@@ -14,7 +14,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.merge import MergeMap
 from intrafuse.moments.calibrate import Calibration
-from intrafuse.moments.readers import Reading, reader_taps, readings
+from intrafuse.moments.readers import Reading, Written, reader_taps, readings, written
 from intrafuse.moments.readout import beside
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.weights import Weights
@@ -56,11 +56,24 @@ class MomentSource:
                 raise IntrafuseError(f"{setting} must be {rule}", value=value, usage=True)
 
     def readings(
-        self, group: ChannelGroup, weights: Weights, context: Context
+        self, group: ChannelGroup, weights: Weights, context: Context, *, places: bool = False
     ) -> dict[str, Reading]:
-        """Tell the moments of a group's channels as each of its readers sees them."""
+        """Tell the moments of a group's channels as each of its readers sees them.
+
+        With `places` each place of a channel on the reader's axis counts as one of its own.
+        """
         if self.source == "analytic":
-            return readings(group, weights, length=self.length)
+            return readings(group, weights, length=self.length, places=places)
+        measured = self._measured(context)
+        return measured.readings(group, weights, length=self.length, places=places)
+
+    def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
+        """Tell mean and covariance of what linear maps write, None where nothing is known."""
+        if self.source == "analytic":
+            return written(names, weights, length=self.length)
+        return self._measured(context).written(names, weights)
+
+    def _measured(self, context: Context) -> Calibration:
         if self.source not in context.cache:
             data = context.data
             if self.source == "synthetic":
@@ -73,7 +86,7 @@ class MomentSource:
                     progress=context.progress,
                 )
             context.cache[self.source] = Calibration(context.model, data)
-        return context.cache[self.source].readings(group, weights, length=self.length)
+        return context.cache[self.source]
 
     def readings_beside(
         self, group: ChannelGroup, steps: Sequence[MergeMap], context: Context
