@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import intrafuse
-from intrafuse.methods import Moment
+from intrafuse.methods import IntraFusion, Moment
 
 PARTS = {
     "MLP units": ["*.intermediate.dense"],
@@ -45,6 +45,7 @@ PARTS = {
 METHODS: dict[str, Any] = {
     "select": "select",
     "intra-fusion": "intra-fusion",
+    "intra-fusion, projected": IntraFusion(normalisation="projected"),
     "moment": "moment",
     "moment, 64 sentences": Moment(source="calibration"),
 }

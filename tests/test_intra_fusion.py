@@ -211,6 +211,29 @@ def test_the_map_of_the_paper_multiplies_duplicated_channels(copies):
     torch.testing.assert_close(outputs(small, x), copies * outputs(wide, x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("copies", [2, 3])
+def test_projected_channels_keep_their_weights_and_lose_no_duplicates(copies):
+    _, wide, scores = doubled(copies)
+    x, context = torch.randn(20, 5), context_of(wide, torch.randn(20, 5))
+    method = IntraFusion(normalisation="projected")
+    small, (step,) = fuse(wide, context, method, lambda group: 4, {"0": scores})
+    torch.testing.assert_close(outputs(small, x), outputs(wide, x), atol=1e-5, rtol=1e-5)
+    assert set(step.encode.unique().tolist()) == {0.0, 1.0}
+
+
+def test_projected_readers_get_the_part_of_a_lost_channel_that_is_alike():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    model[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.6, 0.8]])
+    model[2].weight.data = torch.tensor([[1.0, 1.0, 5.0]])
+    method = IntraFusion(normalisation="projected")
+    small = intrafuse.prune(model, torch.ones(1, 2), channels=0.33, method=method).model
+    torch.testing.assert_close(small[0].weight, model[0].weight[:2])
+    shares = (small[2].weight - 1).flatten() / 5  # a share of the mass times a cosine, 0.6 and 0.8
+    assert (shares >= 0).all() and float(
+        (shares / torch.tensor([0.6, 0.8])).sum()
+    ) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("method", OPTIONS, ids=range(len(OPTIONS)))
 def test_more_targets_than_channels_that_differ(method):
     _, wide, _ = doubled(4)
@@ -292,7 +315,7 @@ def test_the_seed_decides(target):
         ({"target": "median"}, "target must be one of important, k-means, mixture; got 'median'"),
         ({"source_marginal": "even"}, "uniform, importance, softmax; got 'even'"),
         ({"target_marginal": "even"}, "uniform, importance, softmax; got 'even'"),
-        ({"normalisation": "rows"}, "paper, barycentric, projected, or None; got 'rows'"),
+        ({"normalisation": "rows"}, "paper, barycentric, projected; got 'rows'"),
         ({"p": 0.5}, "at least 1; got 0.5"),
         ({"regularisation": -1.0}, "not negative; got -1.0"),
     ],

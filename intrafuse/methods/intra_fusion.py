@@ -19,12 +19,10 @@ from torch import Tensor
 
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
-from intrafuse.graph.axes import leaves
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.graph.rules import operator_name
 from intrafuse.merge import MergeMap
 from intrafuse.methods.select import most_important
-from intrafuse.methods.settings import check_choice, check_choices
+from intrafuse.methods.settings import check_choices
 from intrafuse.transport import (
     Marginal,
     encode_matrix,
@@ -43,11 +41,8 @@ CHOICES = {
     "target": Target,
     "source_marginal": Marginal,
     "target_marginal": Marginal,
+    "normalisation": Normalisations,
 }
-BENT = frozenset(  # activations for which f(c z) = c f(z) does not hold for all c > 0
-    ("elu", "selu", "celu", "gelu", "silu", "mish", "relu6", "hardswish", "hardsigmoid", "hardtanh",
-     "sigmoid", "tanh", "softplus", "log_sigmoid", "softshrink", "hardshrink", "tanhshrink")
-)  # fmt: skip
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
@@ -93,10 +88,8 @@ class IntraFusion:
         normalisation: `paper` (each channel spreads its whole mass), `barycentric` (each new
             channel is a mean; readers still get the whole mass), or `projected` (channels that
             stay keep their own weights; readers get of each lost channel's mass the part that its
-            target stands for: the cosine of their features). None takes `projected` where an
-            activation is not positive-homogeneous (GELU, SiLU, tanh), else `paper`: sums of
-            channels are means of more weight under ReLU, f(c z) = c f(z), and other channels
-            under GELU (docs/results.md, a sentence encoder).
+            target stands for: the cosine of their features). `projected` keeps more of the MLPs
+            of a sentence encoder and less of every convolutional network (docs/research.md).
     """
 
     name: ClassVar[str] = "intra-fusion"
@@ -109,11 +102,10 @@ class IntraFusion:
     target_marginal: Marginal = "uniform"
     p: float = 1.0
     regularisation: float | None = None
-    normalisation: Normalisations | None = None
+    normalisation: Normalisations = "paper"
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES)
-        check_choice("normalisation", self.normalisation, Normalisations, optional=True)
         if self.normalisation == "projected" and self.target != "important":
             raise IntrafuseError(
                 "normalisation projected needs targets that are channels",
@@ -140,12 +132,9 @@ class IntraFusion:
             regularisation=self.regularisation,
         )
         decode = encode_matrix(solution, "paper").T
-        kind = self.normalisation
-        if kind is None and self.target == "important":
-            kind = "projected" if _bent(group, context) else "paper"
-        if kind == "projected":
+        if self.normalisation == "projected":
             return _projected(group, features, most_important(scores, width), decode)
-        return MergeMap.linear(group.name, encode_matrix(solution, kind or "paper"), decode)
+        return MergeMap.linear(group.name, encode_matrix(solution, self.normalisation), decode)
 
     def _targets(
         self, features: Tensor, scores: Tensor, width: int, seed: int
@@ -175,17 +164,6 @@ def _projected(group: ChannelGroup, features: Tensor, keep: Tensor, decode: Tens
     decode = decode * alike
     decode[keep] = step.decode[keep]
     return replace(step, decode=decode, keep=None)
-
-
-def _bent(group: ChannelGroup, context: Context) -> bool:
-    """Tell whether an activation that is not positive-homogeneous acts on the channels."""
-    program = context.weights.graph.program
-    return any(
-        operator_name(node) in BENT
-        and any(group.id in leaves(tree) for tree in program.values[node])
-        for node in program.nodes
-        if node.op == "call_function"
-    )
 
 
 def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:
