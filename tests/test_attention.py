@@ -131,7 +131,8 @@ def test_merging_methods_choose_heads_and_queries_and_may_merge_the_rest(method)
     model = network(view="heads")
     plan = intrafuse.plan(model, TOKENS, channels=0.5, method=method)
     selected = {step.group.rpartition(".")[2]: step.keep is not None for step in plan.maps}
-    assert selected["q_proj#heads"] and selected["q_proj#width"]
+    assert selected["q_proj#heads"]
+    assert selected["q_proj#width"] == (method != "moment")  # which gives each head its products
     assert torch.isfinite(plan.apply(model)(TOKENS)).all()
     if method in ("intra-fusion", "folding", "moment"):
         assert not selected["v_proj#width"] and not selected["fc1"]
