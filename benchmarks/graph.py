@@ -8,7 +8,7 @@ are timed by the CPU in a process of their own, after what they import.
 
     pip install -c constraints.txt -e ".[hf]"
     pip install --no-deps torch-pruning==1.6.1     # for the comparison only
-    python benchmarks/graph.py [--limit SECONDS] [--skip-others]
+    python benchmarks/graph.py [--limit SECONDS] [--skip-others] [--ladders densenet]
 """
 
 from __future__ import annotations
@@ -140,11 +140,11 @@ def growth(limit: float) -> None:
             )
 
 
-def comparison(limit: float) -> None:
+def comparison(limit: float, ladders: list[str]) -> None:
     """Print both tools' times up to the largest network that torch-pruning finishes."""
     print("torch-pruning 1.6.1 beside intrafuse, on the CPU")
-    for kind, steps in LADDERS.items():
-        for layers, width in steps:
+    for kind in ladders:
+        for layers, width in LADDERS[kind]:
             other = apart("theirs", kind, layers, width, "cpu", limit)
             if other is None:
                 break
@@ -162,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=300.0)
     parser.add_argument("--skip-others", action="store_true")
+    parser.add_argument("--ladders", default=",".join(LADDERS), help="some, and no growth")
     parser.add_argument("--one", nargs=5)
     options = parser.parse_args()
     if options.one:
@@ -169,9 +170,11 @@ def main() -> None:
         measure = ours if which == "ours" else theirs
         print(json.dumps(measure(kind, int(layers), int(width), device)))
         return
-    growth(options.limit)
+    ladders = options.ladders.split(",")
+    if ladders == [*LADDERS]:
+        growth(options.limit)
     if not options.skip_others:
-        comparison(options.limit)
+        comparison(options.limit, ladders)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, tree_size
+from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import operator_name
 from intrafuse.graph.rules.pointwise import BINARY, UNARY
 
 __all__ = ["Difference", "calls", "first_difference", "numbers"]
 
-NUMERIC = frozenset((*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm"))
+NUMERIC = frozenset(
+    (*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm", "full", "scalar_tensor")
+)
+LIFTED = frozenset(("lift_fresh_copy", "lift_fresh"))  # tensors that the code made out of numbers
 COPIES = frozenset(
     "contiguous alias detach _assert_tensor_metadata _set_grad_enabled _enter_autocast "
     "_exit_autocast".split()
@@ -50,7 +54,12 @@ def calls(nodes: Iterable[Node]) -> list[Node]:
 
 
 def numbers(node: Node) -> tuple[float, ...]:
-    """List the numbers that an operator was given."""
+    """List the numbers that an operator was given, also those of a constant tensor."""
+    if operator_name(node) in LIFTED:
+        constant = node.all_input_nodes[0].meta.get(CONSTANT)
+        if constant is None or constant.is_meta or constant.is_complex():
+            return ()
+        return tuple(constant.double().nan_to_num(0.0).flatten().tolist())
     return tuple(
         float(a) for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float)
     )

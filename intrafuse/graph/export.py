@@ -25,6 +25,7 @@ from intrafuse import errors
 from intrafuse.errors import IntrafuseError
 
 __all__ = [
+    "CONSTANT",
     "ExampleInputs",
     "as_arguments",
     "evaluating",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
+CONSTANT = "constant"  # key of a node's meta: the tensor that the code made out of numbers
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
@@ -94,6 +96,10 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
         ) from error
     sys.stderr.write(printed.getvalue())
     _inline(program.graph_module)
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        if node.name in lifted:
+            node.meta[CONSTANT] = program.constants[lifted[node.name]]
     return program
 
 
@@ -221,8 +227,12 @@ def recorded(error: BaseException) -> list[Node]:
     """List the operators that an export had recorded when it failed."""
     step = error.__traceback__
     while step is not None:
-        graph = getattr(step.tb_frame.f_locals.get("tracer"), "graph", None)
+        tracer = step.tb_frame.f_locals.get("tracer")
+        graph = getattr(tracer, "graph", None)
         if isinstance(graph, Graph):
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    node.meta[CONSTANT] = getattr(getattr(tracer, "root", None), node.target, None)
             return [*graph.nodes]
         step = step.tb_next
     return []
