@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import intrafuse
+from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
 from intrafuse.graph.axes import leaves
@@ -20,6 +21,8 @@ from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.modules import held_sizes, place
 from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
+from intrafuse.storage import agrees, dtype_name, memory_order, pack, unpack
+from intrafuse.surgery import size_changes
 from intrafuse.zoo import ZOO, file_sha256, resolve_model
 from intrafuse.zoo.weights import read_tensors
 
@@ -100,7 +103,7 @@ def save(
     if architecture in ZOO:
         _check(_build(manifest), tensors, manifest)  # refuse now what `load` would refuse
     with replacing_folder(folder) as temporary:
-        packed = {name: _pack(tensor, manifest.tensors[name]) for name, tensor in tensors.items()}
+        packed = {name: pack(tensor, manifest.tensors[name]) for name, tensor in tensors.items()}
         save_file(packed, temporary / WEIGHTS, {"format": "pt"})
         if plan is not None:
             plan.save(temporary / PLAN)
@@ -143,7 +146,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors = {name: t.to(devices.get(name, default)) for name, t in tensors.items()}
     standing = _identities(target)
     removed = [layer for layer in manifest.removed_layers if layer not in standing]
+    saved = folder / PLAN
+    plan = Plan.load(saved) if has_config(target) and saved.is_file() else None
     place(target, tensors, manifest.attributes, removed, manifest.aliases)
+    if plan is not None:
+        follow_sizes(target, size_changes(plan.graph, plan.graph.resized(plan.widths)))
     return target.eval()
 
 
@@ -204,34 +211,14 @@ def _describe(tensors: Mapping[str, Tensor], plan: Plan | None) -> dict[str, Sto
     return {
         name: Stored(
             shape=tuple(tensor.shape),
-            dtype=_dtype(tensor),
+            dtype=dtype_name(tensor),
             pruned_axes=tuple(
                 i for i, tree in enumerate(axes.get(name, ())) if free.intersection(leaves(tree))
             ),
-            order=_order(tensor),
+            order=memory_order(tensor),
         )
         for name, tensor in tensors.items()
     }
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Find the order in which axes lie in memory: kernels, and so rounding, depend on it."""
-    if tensor.is_contiguous():
-        return None
-    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    return order if tensor.permute(order).is_contiguous() else None
-
-
-def _pack(tensor: Tensor, stored: Stored) -> Tensor:
-    """Make a tensor that safetensors can hold: plain memory of its own."""
-    tensor = tensor.resolve_conj().resolve_neg()
-    if stored.dtype in ("complex32", "complex128"):
-        tensor = torch.view_as_real(tensor)
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _identities(model: nn.Module) -> tuple[str, ...]:
@@ -289,9 +276,9 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     for name in sorted(packed.keys() | manifest.tensors.keys()):
         stored, tensor = manifest.tensors.get(name), packed.get(name)
         if stored is not None and tensor is not None:
-            tensors[name] = tensor = _unpack(tensor, stored)
-        if stored is None or tensor is None or not _agree(tensor, stored):
-            given = None if tensor is None else f"{_dtype(tensor)} {list(tensor.shape)}"
+            tensors[name] = tensor = unpack(tensor, stored)
+        if stored is None or tensor is None or not agrees(tensor, stored):
+            given = None if tensor is None else f"{dtype_name(tensor)} {list(tensor.shape)}"
             raise IntrafuseError(
                 "the manifest and the weights disagree",
                 value=given,
@@ -299,21 +286,6 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
                 remedy="save the network again",
             )
     return tensors
-
-
-def _unpack(tensor: Tensor, stored: Stored) -> Tensor:
-    tensor = tensor.clone()  # off the file, and aligned as any other tensor
-    if stored.dtype in ("complex32", "complex128") and tensor.shape[-1:] == (2,):
-        tensor = torch.view_as_complex(tensor)
-    order = stored.order
-    if order is not None and sorted(order) == list(range(tensor.dim())):
-        back = sorted(range(len(order)), key=order.__getitem__)
-        tensor = tensor.permute(order).contiguous().permute(back)
-    return tensor
-
-
-def _agree(tensor: Tensor, stored: Stored) -> bool:
-    return tuple(tensor.shape) == stored.shape and _dtype(tensor) == stored.dtype
 
 
 def _build(manifest: Manifest) -> nn.Module:
@@ -378,7 +350,7 @@ def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
     """Say why a tensor cannot take the place of the model's own, or of an absent one."""
     if old is None:  # a bias that folding gave to a layer without one
         fits = tensor.is_floating_point() or tensor.is_complex()
-        return None if fits else f"file {_dtype(tensor)}, model has none"
+        return None if fits else f"file {dtype_name(tensor)}, model has none"
     same = (
         tensor.dim() == old.dim()
         and tensor.is_floating_point() == old.is_floating_point()
@@ -390,7 +362,9 @@ def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
     )
     if same:
         return None
-    return f"file {_dtype(tensor)} {list(tensor.shape)}, model {_dtype(old)} {list(old.shape)}"
+    return (
+        f"file {dtype_name(tensor)} {list(tensor.shape)}, model {dtype_name(old)} {list(old.shape)}"
+    )
 
 
 def _require_finite(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:

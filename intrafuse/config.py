@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["follow_sizes"]
+__all__ = ["follow_sizes", "has_config"]
 
 PAIRS = 40  # of fields that are tried together: each builds the model once
 WORDS = ("dim", "size", "inner", "heads")  # in the names of fields that are None by default
@@ -37,9 +37,9 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
     Returns:
         The fields that were changed.
     """
-    config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
+    if not has_config(model):
         return {}
+    config = model.config
     options = list(_options(config, model, {(old, new) for old, new in changes if old != new}))
     base = _built(model, config, {}) if options else None
     if base is None:
@@ -66,6 +66,11 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
             found = rest
     _write(model, config, found)
     return found
+
+
+def has_config(model: nn.Module) -> bool:
+    """Tell whether a model has a configuration that it is built from, as those of transformers."""
+    return hasattr(getattr(model, "config", None), "to_dict") and hasattr(model, "save_pretrained")
 
 
 def _steps(config: Any, options: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:

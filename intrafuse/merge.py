@@ -11,16 +11,10 @@ from torch import Tensor
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["MergeMap"]
+__all__ = ["PARTS", "MergeMap"]
 
-PARTS = (
-    "readers",
-    "writers",
-    "gain",
-    "shift",
-    "writer_gain",
-    "writer_shift",
-)  # tensors by parameter
+# Tensors by the name of a parameter.
+PARTS = ("readers", "writers", "gain", "shift", "writer_gain", "writer_shift")
 
 
 @dataclass(frozen=True, eq=False)

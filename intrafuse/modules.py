@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["copy_without", "held_sizes", "place", "set_size", "size_held"]
+__all__ = ["copy_without", "held_size", "held_sizes", "place", "set_size"]
 
 
 def copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
@@ -80,7 +80,7 @@ def held_sizes(module: nn.Module) -> Iterator[tuple[str, int, object]]:
             yield from ((f"{name}.{key}", item, value) for key, item in inside)
 
 
-def size_held(module: nn.Module, name: str) -> int | None:
+def held_size(module: nn.Module, name: str) -> int | None:
     """Look up a whole number that a module holds under a name of `held_sizes`."""
     if "." in name:
         return next((value for known, value, _ in held_sizes(module) if known == name), None)

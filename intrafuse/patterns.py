@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -38,11 +38,12 @@ def require_matches(patterns: Sequence[str], graph: ChannelGraph, argument: str)
     names = sorted({name for group in groups for name in (group.name, *group.layers)})
     for pattern in patterns:
         if not any(matches(group, pattern) for group in groups):
+            norms = pattern.endswith("#normed")
             raise IntrafuseError(
                 f"a pattern in {argument} matches no channel group",
                 value=pattern,
                 usage=True,
-                remedy=near_matches(pattern, names),
+                remedy=_to_name(graph.locked) if norms else near_matches(pattern, names),
             )
 
 
@@ -50,6 +51,14 @@ def near_matches(name: str, names: Sequence[str]) -> str:
     """Word the remedy for a name that is not among sorted names."""
     near = get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return f"near matches: {', '.join(near)}"
+
+
+def _to_name(locked: Iterable[ChannelGroup]) -> str:
+    """Word the remedy for a name that was to free the width that a norm is taken over."""
+    held = [group.name for group in locked if group.held]
+    if not held:
+        return "in this network no group waits to be named so: see `intrafuse inspect`"
+    return f"include={held[:3]} (--include)"
 
 
 def choose_groups(
@@ -65,11 +74,12 @@ def choose_groups(
     for pattern in include or ():
         locked = [group for group in graph.locked if matches(group, pattern)]
         if locked and not any(matches(group, pattern) for group in graph.groups):
+            first = next((group for group in locked if group.held), locked[0])
             raise IntrafuseError(
-                "an included group must keep its size: " + "; ".join(locked[0].locked),
-                layer=locked[0].name,
+                "an included group must keep its size: " + "; ".join(first.locked),
+                layer=first.name,
                 usage=True,
-                remedy="see `intrafuse inspect`",
+                remedy=_to_name(locked) if first.held else "see `intrafuse inspect`",
             )
     return [
         group

@@ -20,12 +20,11 @@ from intrafuse.graph.axes import Tree, locate, tree_size
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules.normed import CASTS
 from intrafuse.graph.trace import ExampleInputs, as_arguments, export_program, trace
 from intrafuse.plan import Plan
 
 __all__ = ["run_reference"]
-
-KEEPING = frozenset(("to", "_to_copy", "float", "type_as", "alias", "detach", "clone"))
 
 
 def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> Any:
@@ -99,7 +98,7 @@ class _Reference(fx.Interpreter):
                 return x.mean(dims, keepdim=True) * self.share[n]
         elif n.all_input_nodes[:1] and n.all_input_nodes[0] in self.share:
             share = self.share[n.all_input_nodes[0]]
-            if name in KEEPING:
+            if name in CASTS:
                 self.share[n] = share
             elif name == "add":
                 (eps,) = (a for a in n.args if isinstance(a, int | float))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 from torch import Tensor, nn
 
 from intrafuse.config import follow_sizes
 from intrafuse.graph.axes import Product, tree_size
+from intrafuse.graph.groups import ChannelGraph
 from intrafuse.modules import copy_without, place
 from intrafuse.weights import Weights
 
-__all__ = ["install"]
+__all__ = ["install", "size_changes"]
 
 
 def install(
@@ -31,19 +32,18 @@ def install(
     target = model if inplace else copy_without(model, [old[k] for k in new if k in old])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
-    follow_sizes(target, _changes(weights))
+    follow_sizes(target, size_changes(weights.graph, weights.sizes))
     return target
 
 
-def _changes(weights: Weights) -> set[tuple[int, int]]:
+def size_changes(graph: ChannelGraph, sizes: Mapping[int, int]) -> set[tuple[int, int]]:
     """List sizes before and after, of groups, of attributes and of the axes of parameters."""
-    graph = weights.graph
     trees = {tree for axes in graph.axes.values() for tree in axes}
     trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
     for tree in [tree for tree in trees if isinstance(tree, Product)]:  # such as heads x width
         for i, j in combinations(range(len(tree.factors) + 1), 2):
             trees.add(Product(tree.factors[i:j]))
-    both = ((tree_size(t, graph.sizes), tree_size(t, weights.sizes)) for t in trees)
+    both = ((tree_size(t, graph.sizes), tree_size(t, sizes)) for t in trees)
     return {(old, new) for old, new in both if old != new}
 
 

@@ -17,7 +17,7 @@ from intrafuse.graph.compare import first_difference
 from intrafuse.graph.rules import location, operator_name
 from intrafuse.graph.rules.computed import COMPUTED
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, export_program
-from intrafuse.merge import MergeMap
+from intrafuse.merge import PARTS, MergeMap
 from intrafuse.plan import Plan
 from intrafuse.reference import run_reference
 
@@ -101,8 +101,7 @@ def _disagrees(
 
 
 def _require_selection(step: MergeMap) -> None:
-    altered = (step.readers, step.gain, step.shift, step.writer_gain, step.writer_shift)
-    if step.keep is None or any(altered):
+    if step.keep is None or any(getattr(step, part) for part in PARTS):
         raise IntrafuseError(
             "only a plan that selects channels has a masked reference, but this group is merged "
             "or repaired",

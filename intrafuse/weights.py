@@ -229,7 +229,7 @@ def _finite(tensor: Tensor, infinite: bool) -> bool:
 
 
 def _matrix(step: MergeMap, slot: Slot) -> Tensor:
-    """Choose the matrix (m, n) that one slot is multiplied with."""
+    """Choose what one slot is multiplied with: (m, n), or for its places as `MergeMap` says."""
     if slot.role == "reader":
         return step.decoder(slot.parameter).T
     if slot.role == "writer" and slot.parameter in step.writers:

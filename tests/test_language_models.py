@@ -98,12 +98,15 @@ def test_half_of_the_width_as_well_equals_the_masked_reference(name):
 )
 def test_a_configuration_says_the_width(name, include, tmp_path):
     model, batch = build(name), inputs(name)
-    small = intrafuse.prune(model, batch, channels=0.5, method="select", include=include).model
-    assert small.config.hidden_size == 16
-    small.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    for one, other in zip(outputs(small, batch), outputs(again, batch), strict=True):
-        assert torch.equal(one, other)
+    result = intrafuse.prune(model, batch, channels=0.5, method="select", include=include)
+    intrafuse.save(tmp_path / "folder", result)
+    loaded = intrafuse.load(tmp_path / "folder", model=build(name, seed=5))
+    for small, folder in ((result.model, tmp_path / "pruned"), (loaded, tmp_path / "loaded")):
+        assert small.config.hidden_size == 16
+        small.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+        for one, other in zip(outputs(result.model, batch), outputs(again, batch), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])

@@ -107,10 +107,21 @@ def test_a_norm_is_left_whole_unless_it_is_named_and_then_selected(method):
     assert step.keep is not None and not step.readers and not step.gain and not step.shift
 
 
-def test_a_layer_of_that_name_does_not_name_its_norm():
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [("write", "it stays unless it is named"), ("read#normed", "matches no channel group")],
+)
+def test_another_name_than_its_group_has_does_not_free_a_norm(pattern, why):
     model, x = Normed("layer"), torch.randn(5, 3)
-    with pytest.raises(IntrafuseError, match="it stays unless it is named"):
-        intrafuse.plan(model, x, channels=0.5, method="select", include=["write"])
+    with pytest.raises(IntrafuseError, match=why) as refused:
+        intrafuse.plan(model, x, channels=0.5, method="select", include=[pattern])
+    assert refused.value.remedy == "include=['write#normed'] (--include)"
+
+
+def test_the_name_of_norms_is_refused_where_there_are_none():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(IntrafuseError, match="no group waits to be named so"):
+        planned(model, torch.randn(5, 3))
 
 
 def test_nothing_but_zeros_gives_no_nan():

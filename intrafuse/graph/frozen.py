@@ -12,15 +12,21 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, layout, leaves
 from intrafuse.graph.export import ExampleInputs
-from intrafuse.graph.groups import NORMED, Attribute, ChannelGraph, ChannelGroup, Cost, Norm, Slot
+from intrafuse.graph.groups import (
+    HELD,
+    NORMED,
+    Attribute,
+    ChannelGraph,
+    ChannelGroup,
+    Cost,
+    Norm,
+    Slot,
+)
 from intrafuse.graph.rules import Scope
 from intrafuse.graph.rules.computed import claim_functions
 from intrafuse.graph.rules.normed import other_uses
 
 __all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
-
-
-HELD = ": it stays unless it is named, as by "
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from intrafuse.graph.axes import Block, Tree, locate, tree_size
 
 __all__ = [
+    "HELD",
     "NORMED",
     "Attribute",
     "ChannelGraph",
@@ -28,6 +29,8 @@ Role = Literal["writer", "carrier", "reader"]
 Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance"]
 # Why channels may be chosen among but not combined, where their number enters a statistic.
 NORMED = "a norm takes its statistics over it"
+# Begins the rest of a reason where the channels stay only until `include` names their group.
+HELD = ": it stays unless it is named, as by "
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,11 @@ class ChannelGroup:
     def normed(self) -> bool:
         """Whether a layer norm or RMS norm takes its statistics over the channels."""
         return NORMED in self.chosen
+
+    @property
+    def held(self) -> bool:
+        """Whether the channels stay only until `include` names their group."""
+        return bool(self.locked) and all(HELD in reason for reason in self.locked)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -17,12 +17,11 @@ from torch.fx import Node
 from intrafuse.graph.axes import Sum, Tree
 from intrafuse.graph.groups import NORMED, Kind, Rescale
 from intrafuse.graph.rules.reduce import reduce
-from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+from intrafuse.graph.rules.registry import CHECKS, Axes, Scope, operator_name, register
 
-__all__ = ["CASTS", "mean_of_squares"]
+__all__ = ["CASTS", "other_uses"]
 
 CASTS = frozenset(("to", "_to_copy", "float", "type_as", "contiguous", "clone", "alias", "detach"))
-SILENT = frozenset(("_assert_tensor_metadata",))
 
 
 @register("layer_norm", "rms_norm")
@@ -54,8 +53,8 @@ def layer_norm(scope: Scope, node: Node) -> Axes:
 @register("mean")
 def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
     """Reduce dimensions to one value; channels stay, but where a norm is written by hand."""
-    found = mean_of_squares(node)
-    weight = None if found is None else _weight_after(scope, found)
+    norm = _norm_after(node)
+    weight = None if norm is None else _weight_after(scope, norm)
     if weight is None:
         return reduce(scope, node)
     x = scope.axes(scope.arguments(node)["self"])
@@ -73,7 +72,7 @@ def _scale(scope: Scope, weight: str, axis: int, tree: Tree, offset: float = 0.0
         scope.rescales.append(Rescale(weight, None, axis, Sum(()), tree, tree, -0.5, offset))
 
 
-def mean_of_squares(node: Node) -> Node | None:
+def _norm_after(node: Node) -> Node | None:
     """Find the operator that divides a tensor by the root of the mean of its own squares.
 
     Args:
@@ -150,7 +149,7 @@ def _uncast(node: Node) -> Node:
 def _only_user(node: Node) -> Node | None:
     """Find the one operator that takes a tensor, after changes of its type."""
     while True:
-        users = [user for user in node.users if operator_name(user) not in SILENT]
+        users = [user for user in node.users if operator_name(user) not in CHECKS]
         if len(users) != 1 or users[0].op != "call_function":
             return None
         if operator_name(users[0]) not in CASTS:
@@ -162,5 +161,5 @@ def other_uses(scope: Scope) -> Iterator[str]:
     """List the weights of norms that other operators take as well."""
     for name, calls in sorted(scope.normed.items()):
         users = [u for n, known in scope.parameters.items() if known == name for u in n.users]
-        if sum(operator_name(user) not in SILENT for user in users) != calls:
+        if sum(operator_name(user) not in CHECKS for user in users) != calls:
             yield name

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Rescale, Role
-from intrafuse.modules import size_held
+from intrafuse.modules import held_size
 
 __all__ = [
     "RULES",
@@ -38,6 +38,7 @@ Axes = list[Tree]
 VIEWS = frozenset(
     "permute t transpose unsqueeze to contiguous clone alias detach slice narrow".split()
 )
+CHECKS = frozenset(("_assert_tensor_metadata",))  # operators that give nothing
 PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
@@ -254,7 +255,7 @@ class Scope:
         for module in (alias.rpartition(".")[0] for alias in names):
             owner = self.model.get_submodule(module)
             known = isinstance(owner, FOLLOWING)
-            value = size_held(owner, name) if known or not needed else None
+            value = held_size(owner, name) if known or not needed else None
             if value == self.table.measure(tree):
                 self.attributes.append(Attribute(module, name, tree))
             elif needed:

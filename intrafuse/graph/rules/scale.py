@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves
 from intrafuse.graph.groups import Rescale
-from intrafuse.graph.rules.registry import Scope, operator_name
+from intrafuse.graph.rules.registry import CHECKS, Scope, operator_name
 
 __all__ = ["follow_size"]
 
@@ -117,7 +117,7 @@ def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
     while waiting:
         node = waiting.pop(0)
         for user in node.users:
-            if user is end or user in scaled or operator_name(user) in ("_assert_tensor_metadata",):
+            if user is end or user in scaled or operator_name(user) in CHECKS:
                 continue
             if user.op != "call_function":
                 return False
