@@ -92,6 +92,20 @@ def test_a_network_that_cannot_be_pruned_is_inspected_all_the_same(tmp_path, mon
     assert "nothing to verify" in found.stderr and "model output" in found.stdout
 
 
+def test_inspect_frees_what_a_norm_holds_where_it_is_named(tmp_path, monkeypatch):
+    layers = "nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)"
+    text = f"from torch import nn\n\n\ndef build():\n    return nn.Sequential({layers})\n"
+    (tmp_path / "with_norm.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("inspect", "with_norm:build", "--input-shape", "4", "--verify")
+    assert "include=['0#normed']" in run(*arguments, "--json", "-").stdout
+    found = figures(*arguments, "--include", "*#normed")
+    assert [group["name"] for group in found["groups"]] == ["0#normed"]
+    assert found["verified"]["relative"] < 1e-5 < found["verified"]["effect"]
+    wrong = run(*arguments, "--include", "1#normed")
+    assert wrong.exit_code == 2 and "include=['0#normed']" in wrong.stderr
+
+
 def test_compare_gives_the_rows_of_the_design(weights):
     arguments = ["compare", "mlp", "--weights", weights, "--channels", "0.3,0.5,0.7"]
     found = figures(*arguments, "--methods", "select,intra-fusion", "--data", "digits")

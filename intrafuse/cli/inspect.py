@@ -24,17 +24,28 @@ Verify = Annotated[
         help="Remove half of every group's channels, and compare with a masked copy.",
     ),
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Free what norms hold by these names, and verify these groups alone; repeatable.",
+    ),
+]
 
 
-def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None:
+def inspect(
+    model: ModelOptions, common: Common, include: Include = None, verify: Verify = False
+) -> None:
     """Show the channel groups of a network, what is locked and why, and its size."""
     common.start()
     from intrafuse.budget import measure
     from intrafuse.graph import trace
+    from intrafuse.patterns import require_matches
     from intrafuse.weights import Weights
 
     resolved = model.resolve(common.device)
-    graph = trace(resolved.model, resolved.example_inputs)
+    graph = trace(resolved.model, resolved.example_inputs, include=include or ())
+    require_matches(include or (), graph, "include")
     figures = measure(graph, graph.sizes, Weights.of(graph, resolved.model).counted())
     groups = sorted(graph.groups, key=lambda group: group.index)
     data = {
@@ -44,7 +55,7 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
         "locked": [{**_data(g), "reasons": list(g.locked)} for g in graph.locked],
     }
     if verify and groups:
-        data["verified"] = _verify(resolved, common)
+        data["verified"] = _verify(resolved, include, common)
     elif verify:
         show_note("note: nothing can be pruned, so that there is nothing to verify")
     write_json(common, "inspection", data)
@@ -64,7 +75,7 @@ def inspect(model: ModelOptions, common: Common, verify: Verify = False) -> None
         show_table(common, "Verified against a masked copy", ["", ""], rows, numbers=(1,))
 
 
-def _verify(resolved: ResolvedModel, common: Common) -> dict[str, Any]:
+def _verify(resolved: ResolvedModel, include: list[str] | None, common: Common) -> dict[str, Any]:
     """Prune a network with `select` and run it against a masked copy of the original."""
     from intrafuse.prune import plan
     from intrafuse.verify import verify
@@ -76,6 +87,7 @@ def _verify(resolved: ResolvedModel, common: Common) -> dict[str, Any]:
         channels=VERIFIED,
         method="select",
         importance="random",
+        include=include or None,
         seed=common.seed or 0,
     )
     found = verify(resolved.model, made)

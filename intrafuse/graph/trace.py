@@ -62,6 +62,8 @@ def trace(
     >>> [(group.name, group.size) for group in trace(model, torch.zeros(1, 4)).groups]
     [('0', 8)]
     """
+    if isinstance(include, str):
+        raise IntrafuseError("include must be a list of patterns", value=include, usage=True)
     args, kwargs = as_arguments(example_inputs)
     program = export_program(model, example_inputs)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 1]
