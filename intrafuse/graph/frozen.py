@@ -61,7 +61,7 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
 
 def hold(scope: Scope, include: Sequence[str]) -> None:
     """Lock what a norm takes its statistics over, but the groups whose names are wanted."""
-    for group in _name_groups(scope, _slots(scope)):
+    for group in _name_groups(scope, _slots(scope)) if scope.normed else ():
         wanted = any(fnmatchcase(group.name, pattern) for pattern in include)
         if group.normed and not group.locked and not wanted:
             scope.table.lock(group.id, f"{NORMED}{HELD}include={[group.name]}")
