@@ -206,7 +206,8 @@ median share of the parameters that can be pruned is {prunable:.0%}. Measured at
   `refused` where nothing could be pruned, or a clear error said why not.
 - **prunable**: share of the parameters on an axis of which some group may shrink.
 - **graph**: seconds for the trace and the plan, on a machine that other work shared.
-- **removed**: share of the parameters that goes with half of every group's channels.
+- **removed**: share of the parameters that goes with half of every group's channels; the width
+  that layer norms and RMS norms are taken over among them, as `include=["*"]` asks.
 - **difference**: of the largest output, between pruned network and masked original.
 - **what stays**: why groups are locked, with their number, the two commonest reasons but for the
   model's own output.
