@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import intrafuse
@@ -46,10 +48,61 @@ class Normed(nn.Module):
         }[self.norm]())  # fmt: skip
 
 
-def planned(model, x, **settings):
+def planned(model, x, **options):
     return intrafuse.plan(
-        model, x, channels=0.5, include=["*#normed"], **{"method": "select", **settings}
+        model, x, channels=0.5, include=["*#normed"], **{"method": "select", **options}
     )
+
+
+class Norm(nn.Module):
+    """A norm of some kind over the last dimension."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], self.weight, eps=0.0)
+        if self.kind == "rms":
+            return F.rms_norm(x, x.shape[-1:], self.weight, 0.0)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * (1 + self.weight)
+
+
+class Stream(nn.Module):
+    """Random blocks that read and write one stream, with norms before or behind them."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        kinds = st.sampled_from(["layer", "rms", "from one"])
+        width = draw(st.integers(4, 9))
+        self.before = draw(st.lists(st.booleans(), min_size=1, max_size=3))
+        self.gated = [draw(st.booleans()) for _ in self.before]
+        self.norms = nn.ModuleList(Norm(draw(kinds), width) for _ in self.before)
+        self.ups = nn.ModuleList(nn.Linear(width, 6 * (1 + gate)) for gate in self.gated)
+        self.downs = nn.ModuleList(nn.Linear(6, width) for _ in self.before)
+        self.embed, self.head = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        blocks = zip(self.before, self.gated, self.norms, self.ups, self.downs, strict=True)
+        for before, gated, norm, up, down in blocks:
+            h = up(norm(x) if before else x)
+            x = x + down(F.glu(h) if gated else F.silu(h))
+            x = x if before else norm(x)
+        return self.head(x)
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_random_streams_equal_their_masked_references(data):
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    model, x = Stream(data.draw).double(), torch.randn(4, 3).double()
+    plan = intrafuse.plan(model, x, channels=0.4, method="select", include=["*"])
+    assert sum(name.endswith("#normed") for name in plan.widths) == 1
+    assert len(plan.widths) == 1 + len(model.before)
+    found = intrafuse.verify(model, plan, tolerance=1e-9)
+    assert found.effect > 1e-6
 
 
 def test_rms_norm_by_numbers():
