@@ -16,7 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["UNIT", "AxisTable", "Block", "Product", "Sum", "Tree", "leaves", "locate", "tree_size"]
+__all__ = [
+    "UNIT",
+    "AxisTable",
+    "Block",
+    "Product",
+    "Sum",
+    "Tree",
+    "layout",
+    "leaves",
+    "locate",
+    "tree_size",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import Product, Tree, tree_size
 from intrafuse.graph.compare import calls
 from intrafuse.graph.rules import Literal
-from intrafuse.graph.trials import Trials, modules_of
+from intrafuse.graph.trials import Trials, modules_of, value_at
 
 __all__ = ["couple"]
 
@@ -113,8 +113,5 @@ def _values(trials: Trials, node: Node, operand: int) -> list:
 
 
 def _tree(trials: Trials, spot: _Spot) -> Tree:
-    value = _values(trials, spot.node, spot.operand)
-    for i in spot.at:
-        value = value[i]
-    assert not isinstance(value, list)
+    value = value_at(_values(trials, spot.node, spot.operand), spot.at)
     return trials.scope.table.resolve(value)

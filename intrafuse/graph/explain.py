@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves, tree_size
 from intrafuse.graph.compare import Difference, numbers
 from intrafuse.graph.couple import couple
-from intrafuse.graph.rules import Literal, Scope, arguments, operator_name
+from intrafuse.graph.rules import Literal, Scope, arguments, line_of, operator_name
 from intrafuse.graph.rules.scale import follow_size
-from intrafuse.graph.trials import Trials, line_of, modules_of
+from intrafuse.graph.trials import Trials, modules_of, value_at
 from intrafuse.modules import held_sizes
 
 __all__ = ["follow_names", "give_up", "learn", "trial_sizes"]
@@ -141,7 +140,7 @@ def _share(
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
     for at in sorted(set(wrong) - open_):
-        size = scope.table.measure(resolve(_at(scope.values[node], at)))
+        size = scope.table.measure(resolve(value_at(scope.values[node], at)))
         for depth, path in enumerate(modules_of(node)):
             for module, name in [key for key in trials.attributes if key[0] == path]:
                 tree = resolve(trials.attributes[module, name])
@@ -150,15 +149,9 @@ def _share(
                 for peer in [n for n in trials.nodes if trials.places[n] == trials.places[node]]:
                     followed = trials.attributes.get((modules_of(peer)[depth], name))
                     if followed is not None:
-                        scope.table.unify(followed, _at(scope.values[peer], at))
+                        scope.table.unify(followed, value_at(scope.values[peer], at))
                 return True
     return False
-
-
-def _at(values: Any, at: tuple[int, ...]) -> Tree:
-    for i in at:
-        values = values[i]
-    return values
 
 
 def _wrong(
@@ -168,7 +161,7 @@ def _wrong(
     if found.failed is not None:
         resolve, values = scope.table.resolve, scope.values[found.node]
         given = _given(found.failed)
-        wanted = {at: tree_size(resolve(_at(values, at)), sizes) for at in given}
+        wanted = {at: tree_size(resolve(value_at(values, at)), sizes) for at in given}
         return {at: n for at, n in given.items() if wanted[at] != n} or None
     if found.expected is None or not isinstance(found.value, list):
         return None

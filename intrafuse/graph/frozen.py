@@ -46,7 +46,7 @@ class Program:
 
 def free_atoms(scope: Scope) -> list[int]:
     """List the atoms that make up the prunable groups."""
-    return [group.id for group in _name_groups(scope, _slots(scope)) if not group.locked]
+    return [group.id for group in _name_groups(scope) if not group.locked]
 
 
 def _slots(scope: Scope) -> dict[int, list[Slot]]:
@@ -61,7 +61,7 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
 
 def hold(scope: Scope, include: Sequence[str]) -> None:
     """Lock what a norm takes its statistics over, but the groups whose names are wanted."""
-    for group in _name_groups(scope, _slots(scope)) if scope.normed else ():
+    for group in _name_groups(scope) if scope.normed else ():
         wanted = any(fnmatchcase(group.name, pattern) for pattern in include)
         if group.normed and not group.locked and not wanted:
             scope.table.lock(group.id, f"{NORMED}{HELD}include={[group.name]}")
@@ -71,7 +71,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
     """Freeze what the rules found."""
     resolve = scope.table.resolve
     axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
-    groups = _name_groups(scope, _slots(scope))
+    groups = _name_groups(scope)
     free = [group for group in groups if not group.locked]
     free = [replace(group, index=len(free) - 1 - i) for i, group in enumerate(free)]
     attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
@@ -152,12 +152,12 @@ def _kinds(scope: Scope) -> dict[int, str]:
     return found
 
 
-def _name_groups(scope: Scope, slots: Mapping[int, list[Slot]]) -> list[ChannelGroup]:
+def _name_groups(scope: Scope) -> list[ChannelGroup]:
     groups = []
     taken: Counter[str] = Counter()
     kinds = _kinds(scope)
     summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}
-    for atom, rows in slots.items():
+    for atom, rows in _slots(scope).items():
         writers = [slot for slot in rows if slot.role == "writer"]
         reasons = list(scope.table.reasons(atom))
         size = scope.table.size[atom]

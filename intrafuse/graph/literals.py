@@ -25,8 +25,8 @@ from intrafuse.graph.compare import Difference, calls, first_difference
 from intrafuse.graph.explain import follow_names, give_up, learn, trial_sizes
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
-from intrafuse.graph.rules import Scope
-from intrafuse.graph.trials import Trials, line_of
+from intrafuse.graph.rules import Scope, line_of
+from intrafuse.graph.trials import Trials
 
 __all__ = ["Workshop", "settle"]
 

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves
-from intrafuse.graph.rules import Literal, Scope, operator_name
+from intrafuse.graph.rules import Literal, Scope, line_of, operator_name
 
-__all__ = ["Trials", "line_of", "modules_of"]
+__all__ = ["Trials", "modules_of", "value_at"]
 
 
 @dataclass
@@ -71,7 +72,8 @@ def modules_of(node: Node) -> list[str]:
     return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
 
 
-def line_of(node: Node) -> tuple[str, str] | None:
-    """Name file and line of the model's code where an operator was recorded."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return found[-1] if found else None
+def value_at(values: Any, at: tuple[int, ...]) -> Tree:
+    """Look up the tree of one axis among those of a result, or of several results."""
+    for i in at:
+        values = values[i]
+    return values

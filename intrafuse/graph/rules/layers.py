@@ -242,29 +242,30 @@ def group_norm(scope: Scope, node: Node) -> Axes:
     return scope.axes(args["input"])
 
 
-@register("embedding")
-def embedding(scope: Scope, node: Node) -> Axes:
-    """Look up rows of the weight: dimension 0 is the vocabulary and stays."""
-    args = scope.arguments(node)
-    weight = scope.parameter(args["weight"], "weight")
-    rows, columns = scope.axes(args["weight"])
+def _rows(scope: Scope, node: Node) -> Tree:
+    """Write the columns of an embedding's rows, which it looks up; the vocabulary stays."""
+    source = scope.arguments(node)["weight"]
+    weight = scope.parameter(source, "weight")
+    rows, columns = scope.axes(source)
     scope.table.lock(rows, "vocabulary of an embedding")
     scope.use(weight, 1, "writer", "weight")
     scope.attribute(weight, "embedding_dim", columns)
-    return [*scope.axes(args["indices"]), columns]
+    return columns
+
+
+@register("embedding")
+def embedding(scope: Scope, node: Node) -> Axes:
+    """Look up rows of the weight: dimension 0 is the vocabulary and stays."""
+    columns = _rows(scope, node)
+    return [*scope.axes(scope.arguments(node)["indices"]), columns]
 
 
 @register("embedding_bag")
 def embedding_bag(scope: Scope, node: Node) -> list[Axes]:
     """Sum, average or take the largest of rows of the weight, for each bag of indices."""
-    args = scope.arguments(node)
-    weight = scope.parameter(args["weight"], "weight")
-    rows, columns = scope.axes(args["weight"])
-    scope.table.lock(rows, "vocabulary of an embedding")
-    scope.use(weight, 1, "writer", "weight")
-    scope.attribute(weight, "embedding_dim", columns)
+    columns = _rows(scope, node)
     bags, *others = node.meta["val"]
     fixed = [[scope.fixed(int(n), "bags") for n in other.shape] for other in others]
-    if args["mode"] == 2 and len(fixed[-1]) == 2:  # which row was the largest, for each channel
+    if scope.arguments(node)["mode"] == 2 and len(fixed[-1]) == 2:  # the largest row's, by channel
         fixed[-1][1] = columns
     return [[scope.fixed(int(bags.shape[0]), "bags"), columns], *fixed]

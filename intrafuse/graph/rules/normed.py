@@ -17,7 +17,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import Sum, Tree
 from intrafuse.graph.groups import NORMED, Kind, Rescale
 from intrafuse.graph.rules.reduce import reduce
-from intrafuse.graph.rules.registry import CHECKS, Axes, Scope, operator_name, register
+from intrafuse.graph.rules.registry import CHECKS, Axes, Scope, arguments, operator_name, register
 
 __all__ = ["CASTS", "other_uses"]
 
@@ -57,8 +57,9 @@ def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
     weight = None if norm is None else _weight_after(scope, norm)
     if weight is None:
         return reduce(scope, node)
-    x = scope.axes(scope.arguments(node)["self"])
-    dim = scope.arguments(node)["dim"][0] % len(x)
+    args = scope.arguments(node)
+    x = scope.axes(args["self"])
+    dim = args["dim"][0] % len(x)
     _scale(scope, weight[0], weight[1], x[dim], weight[2])
     return [*x[:dim], scope.table.atom(1), *x[dim + 1 :]]
 
@@ -81,7 +82,7 @@ def _norm_after(node: Node) -> Node | None:
     Returns:
         The product or quotient, or None where the mean is used otherwise.
     """
-    args = dict(zip(("self", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    args = arguments(node)
     dims = args.get("dim")
     if not isinstance(dims, list | tuple) or len(dims) != 1 or not args.get("keepdim", False):
         return None

@@ -29,6 +29,7 @@ __all__ = [
     "Scope",
     "arguments",
     "entering",
+    "line_of",
     "location",
     "operator_name",
     "register",
@@ -111,8 +112,14 @@ def arguments(node: Node) -> dict[str, Any]:
 
 def location(node: Node) -> str:
     """Name file and line of the model's code where a node was recorded; empty if unknown."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
+    file, line = line_of(node) or ("", "")
+    return f"{file.rpartition('/')[2]}:{line}" if file else ""
+
+
+def line_of(node: Node) -> tuple[str, str] | None:
+    """Name the whole path of that file, and the line; None if unknown."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return found[-1] if found else None
 
 
 class Scope:
