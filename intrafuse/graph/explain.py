@@ -9,7 +9,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import Tree, leaves, tree_size
 from intrafuse.graph.compare import Difference, numbers
 from intrafuse.graph.couple import couple
-from intrafuse.graph.rules import Literal, Scope, arguments, line_of, operator_name
+from intrafuse.graph.rules import START, Literal, Scope, arguments, line_of, operator_name
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.trials import Trials, modules_of, value_at
 from intrafuse.modules import held_sizes
@@ -60,7 +60,7 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
         return True
     if _scales(trials, found, atoms):
         return True
-    if found.expected is None and found.numbers is None:  # it fails, and perhaps not itself
+    if not found.explained or found.start is not None:  # it may not be the number's own fault
         return False
     around = [node for node in trials.nodes if trials.places[node] == place]
     return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
@@ -139,7 +139,7 @@ def _share(
         Whether there was such an attribute.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
-    for at in sorted(set(wrong) - open_):
+    for at in sorted(at for at in set(wrong) - open_ if at[-1] != START):
         size = scope.table.measure(resolve(value_at(scope.values[node], at)))
         for depth, path in enumerate(modules_of(node)):
             for module, name in [key for key in trials.attributes if key[0] == path]:
@@ -157,7 +157,13 @@ def _share(
 def _wrong(
     scope: Scope, found: Difference, sizes: Mapping[int, int]
 ) -> dict[tuple[int, ...], int] | None:
-    """Map where a result differs in size to the size that it has; None where it is not known."""
+    """Map where a result differs in size to the size that it has; None where it is not known.
+
+    A slice that begins elsewhere differs in the size of what lies before it.
+    """
+    if found.start is not None:
+        dim = arguments(found.node)["dim"] % len(scope.values[found.node])
+        return {(dim, START): found.start}
     if found.failed is not None:
         resolve, values = scope.table.resolve, scope.values[found.node]
         given = _given(found.failed)

@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
-from intrafuse.graph.compare import Difference, calls, first_difference
+from intrafuse.graph.compare import Difference, Expected, calls, first_difference
 from intrafuse.graph.explain import follow_names, give_up, learn, trial_sizes
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
@@ -166,14 +166,16 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         for node, value in scope.values.items()
     }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
-    expected = (values, scales, dict(enumerate(scope.table.size)), sizes)
+    starts = {node: resolve(tree) for node, tree in scope.starts.items()}
+    old = dict(enumerate(scope.table.size))
+    expected = Expected(trials.nodes, values, scales, starts, old)
     try:
         model = workshop.build(shapes, attributes)
         new = workshop.record(model)
     except IntrafuseError as error:
         cause = error.__cause__ or error
         ran = recorded(cause)
-        found = first_difference(trials.nodes, ran, *expected, whole=False)
+        found = first_difference(expected, ran, sizes, whole=False)
         lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
         done = calls(ran)
         failed = done.pop() if done and "val" not in done[-1].meta else None
@@ -181,7 +183,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         if found is None and not (following and line_of(following[0]) in lines):
             raise _Elsewhere(lines, cause) from error
         return found or Difference(following[0], "runs", "an error", failed=failed)
-    found = first_difference(trials.nodes, new, *expected)
-    if found is not None and found.expected is None and found.numbers is None:
-        return first_difference(trials.nodes, workshop.export(model), *expected)
+    found = first_difference(expected, new, sizes)
+    if found is not None and not found.explained:
+        return first_difference(expected, workshop.export(model), sizes)
     return found
