@@ -14,7 +14,7 @@ from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.trials import Trials, modules_of, value_at
 from intrafuse.modules import held_sizes
 
-__all__ = ["follow_names", "give_up", "learn", "trial_sizes"]
+__all__ = ["follow_names", "give_up", "learn"]
 
 # Attributes that say how large an axis of attention is, whether or not the code reads them.
 NAMES = {
@@ -38,15 +38,6 @@ def follow_names(trials: Trials) -> None:
                     trials.attributes.setdefault((path, name), tree)
 
 
-def trial_sizes(scope: Scope, atoms: list[int]) -> dict[int, int]:
-    """Choose a new size for every atom: none is the old one, and neighbours differ."""
-    sizes = dict(enumerate(scope.table.size))
-    for i, atom in enumerate(atoms):
-        n = sizes[atom]
-        sizes[atom] = n + 1 + i % 7 if n < 64 else n - 1 - i % 31
-    return sizes
-
-
 def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
 
@@ -56,7 +47,7 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
     if here:
-        _explain(trials, found, here, trial_sizes(trials.scope, atoms))
+        _explain(trials, found, here, trials.sizes(atoms))
         return True
     if _scales(trials, found, atoms):
         return True
@@ -243,7 +234,7 @@ def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     old, new = numbers(node), found.numbers
     if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
         return False
-    sizes = trial_sizes(scope, atoms)
+    sizes = trials.sizes(atoms)
     for tree, _ in _summed_before(scope, node):
         ratio = tree_size(tree, sizes) / scope.table.measure(tree)
         for power in (0.5, -0.5, 1.0, -1.0):

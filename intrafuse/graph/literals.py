@@ -5,7 +5,8 @@ A trace shows numbers only. So a copy of the model is given other sizes in every
 pruned, without any values, and is traced again: a number that changed as the graph expects was
 computed from shapes. One that did not may come from an attribute of the module; then the attribute
 is changed as well, and the trial repeated. What does not follow in the end is locked. So is
-attention whose scale follows the width in a way that no layer before it can make up for.
+attention whose scale follows the width in a way that no layer before it can make up for. A last
+trial with smaller sizes tells what agreed by chance, as quotients do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.fx import Node
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.compare import Difference, Expected, calls, first_difference
-from intrafuse.graph.explain import follow_names, give_up, learn, trial_sizes
+from intrafuse.graph.explain import follow_names, give_up, learn
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope, line_of
@@ -86,8 +87,11 @@ def settle(
         atoms = free()
         try:
             found = _trial(trials, atoms, workshop) if atoms else None
-            if found is None:
+            if found is None and (trials.smaller or not atoms):
                 break
+            if found is None:  # numbers may agree by chance, as quotients do: try others
+                trials.smaller = True
+                continue
             learnt = learn(trials, found, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
@@ -159,7 +163,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         fails is one.
     """
     scope = trials.scope
-    sizes, resolve = trial_sizes(scope, atoms), scope.table.resolve
+    sizes, resolve = trials.sizes(atoms), scope.table.resolve
     shapes, attributes = _resized(trials, sizes)
     values = {
         node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
