@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from intrafuse.errors import IntrafuseError
 __all__ = ["copy_without", "held_size", "held_sizes", "place", "set_size"]
 
 
-def copy_without(model: nn.Module, replaced: list[Tensor]) -> nn.Module:
+def copy_without(model: nn.Module, replaced: Sequence[Tensor]) -> nn.Module:
     """Copy a module but for tensors that will be replaced, which would double its memory."""
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in replaced})
