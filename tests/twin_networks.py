@@ -7,7 +7,7 @@ parameters, so every method must make the same of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ __all__ = ["TWINS", "Family", "build"]
 class Net(nn.Module):
     """Two layers with a function of the first between them, which may call a third."""
 
-    def __init__(self, then: Callable[..., Tensor], layers: list[nn.Module]) -> None:
+    def __init__(self, then: Callable[..., Tensor], layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.first, self.second, *third = layers
         self.third, self.then = nn.ModuleList(third), then
@@ -33,7 +33,7 @@ class Net(nn.Module):
 class Family:
     """Layers, the shape of the input (batch included), and spellings by name."""
 
-    layers: Callable[[], list[nn.Module]]
+    layers: Callable[[], Sequence[nn.Module]]
     shape: tuple[int, ...]
     spellings: dict[str, Callable[..., Tensor]]
 
