@@ -61,7 +61,7 @@ class Unknown(nn.Module):
         self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(F.relu(self.b(torch.expm1(self.a(x)))))
+        return self.c(F.relu(self.b(torch.tan(self.a(x)))))
 
 
 # --- known answers

@@ -9,6 +9,7 @@ where nothing is known of it. The rules are in the package `rules` beside this f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Tree, tree_size
-from intrafuse.graph.rules import entering, operator_name
+from intrafuse.graph.export import CONSTANT
+from intrafuse.graph.rules import entering, location, operator_name
 from intrafuse.weights import Weights
 
 __all__ = ["Moments", "Origin", "Propagation", "register"]
@@ -108,16 +110,57 @@ class Propagation:
         if node.op == "placeholder":
             found = _input(self, node)
         else:
-            rule = RULES.get(operator_name(node)) if node.op == "call_function" else None
-            found = None if rule is None else rule(self, node)
+            found = self._apply_rule(node) if node.op == "call_function" else None
         if found is not None and found.origin is None:
             found = replace(found, origin=Origin(node))
         return found
 
+    def _apply_rule(self, node: Node) -> Moments | None:
+        """Ask an operator's rule; what a rule that fails should describe has no moments.
+
+        No network is lost to such a rule, as no channel is to a rule of the graph that fails.
+        The warning names it; the tests turn the warning into an error.
+        """
+        name = operator_name(node)
+        rule = RULES.get(name)
+        several = any(isinstance(value, list) for value in self.program.values.get(node, ()))
+        if rule is None or several:  # `getitem` describes one of several results
+            return None
+        try:
+            found = rule(self, node)
+            if found is not None:
+                n = self.size(found.tree)
+                if found.mean.shape != (n,) or found.covariance.shape != (n, n):
+                    raise ValueError(f"moments of {n} channels were expected")
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
+                TypeError, ValueError) as error:  # fmt: skip
+            at = location(node)
+            warnings.warn(
+                f"the moment rule of operator {name}{f' at {at}' if at else ''} failed "
+                f"({type(error).__name__}: {error}): what reads its result keeps the weights that "
+                "pruning without moments gives it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        return found
+
     def tensor(self, value: object) -> Tensor | None:
-        """Return the current value of a parameter or buffer, None for anything else."""
+        """Return the current value of a parameter, buffer or constant, None for anything else."""
         name = self.program.parameters.get(value)
-        return None if name is None else self.weights.state.get(name)
+        if name is None:
+            constant = value.meta.get(CONSTANT) if isinstance(value, Node) else None
+            return constant.cpu() if isinstance(constant, Tensor) else None
+        return self.weights.state.get(name)
+
+    def number(self, node: Node, value: float) -> float:
+        """Return a number that an operator was given as the code computes it now.
+
+        Some numbers follow the size of an axis, such as the scale of attention.
+        """
+        tree, exponent = self.program.scales.get(node, (UNIT, 0.0))
+        ratio = self.size(tree) / tree_size(tree, self.weights.graph.sizes)
+        return value * ratio**exponent
 
     def axes(self, node: Any) -> list[Tree]:
         """Return the tree of every dimension of a tensor."""
@@ -133,17 +176,23 @@ class Propagation:
             return Moments(UNIT, torch.tensor([float(value)]).double(), torch.zeros(1, 1).double())
         if not isinstance(value, Node):
             return None
-        return _parameter(self, value, tree) if value in self.program.parameters else self.of(value)
+        known = value in self.program.parameters or CONSTANT in value.meta
+        return _parameter(self, value, tree) if known else self.of(value)
 
     def size(self, tree: Tree) -> int:
         return tree_size(tree, self.weights.sizes)
+
+    def is_single(self, tree: Tree) -> bool:
+        """Tell whether an axis has one position in the traced code, and so broadcasts."""
+        return tree_size(tree, self.weights.graph.sizes) == 1
 
 
 def _sources(self: Propagation, node: Node) -> list[Node]:
     """List the activations that a node is computed from."""
     if node.op != "call_function":
         return []
-    return [n for n in node.all_input_nodes if n not in self.program.parameters]
+    known = self.program.parameters
+    return [n for n in node.all_input_nodes if n not in known and CONSTANT not in n.meta]
 
 
 def _input(self: Propagation, node: Node) -> Moments | None:
@@ -163,9 +212,8 @@ def _parameter(self: Propagation, node: Node, tree: Tree | None) -> Moments | No
     value, axes = self.tensor(node), self.axes(node)
     if value is None or not value.is_floating_point():
         return None
-    sizes = self.weights.graph.sizes
     if tree is None or value.numel() == 1:
-        wide = [dim for dim, t in enumerate(axes) if tree_size(t, sizes) > 1]
+        wide = [dim for dim, t in enumerate(axes) if not self.is_single(t)]
     else:
         wide = [dim for dim, t in enumerate(axes) if t == tree]
     if len(wide) > 1 or (not wide and value.numel() != 1):

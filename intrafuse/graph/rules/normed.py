@@ -19,7 +19,7 @@ from intrafuse.graph.groups import NORMED, Kind, Rescale
 from intrafuse.graph.rules.reduce import reduce
 from intrafuse.graph.rules.registry import CHECKS, Axes, Scope, arguments, operator_name, register
 
-__all__ = ["CASTS", "other_uses"]
+__all__ = ["CASTS", "norm_after", "other_uses"]
 
 CASTS = frozenset(("to", "_to_copy", "float", "type_as", "contiguous", "clone", "alias", "detach"))
 
@@ -53,7 +53,7 @@ def layer_norm(scope: Scope, node: Node) -> Axes:
 @register("mean")
 def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
     """Reduce dimensions to one value; channels stay, but where a norm is written by hand."""
-    norm = _norm_after(node)
+    norm = norm_after(node)
     weight = None if norm is None else _weight_after(scope, norm)
     if weight is None:
         return reduce(scope, node)
@@ -73,7 +73,7 @@ def _scale(scope: Scope, weight: str, axis: int, tree: Tree, offset: float = 0.0
         scope.rescales.append(Rescale(weight, None, axis, Sum(()), tree, tree, -0.5, offset))
 
 
-def _norm_after(node: Node) -> Node | None:
+def norm_after(node: Node) -> Node | None:
     """Find the operator that divides a tensor by the root of the mean of its own squares.
 
     Args:

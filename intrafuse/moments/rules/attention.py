@@ -46,7 +46,7 @@ def attention(self: Propagation, node: Node) -> Moments | None:
     heads = [
         _heads(self, args[name], m) for name, m in zip(names, (query, key, value), strict=True)
     ]
-    positions = int(args["key"].meta["val"].shape[-2])
+    positions = self.size(self.axes(args["key"])[-2])
     if args["is_causal"]:
         positions = (positions + 1) // 2
     if query is None or key is None or value is None or positions == 1:
@@ -54,7 +54,11 @@ def attention(self: Propagation, node: Node) -> Moments | None:
     count = heads[0]
     if count is None or heads.count(count) < 3:
         return replace(found, origin=None)
-    scale = args["scale"] or (len(query.mean) // count) ** -0.5
+    scale = args["scale"]
+    if scale is None:
+        scale = (len(query.mean) // count) ** -0.5
+    else:
+        scale = self.number(node, scale)
     cross = cross_covariance(self, value, key)
     mean, covariance = _averaged(query, key, value, cross, count, scale, positions)
     return Moments(found.tree, mean, covariance)

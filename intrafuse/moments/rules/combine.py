@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from intrafuse.graph.axes import Tree
+from intrafuse.graph.axes import UNIT, Tree
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.moments.gaussian import product_moments
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
-from intrafuse.moments.rules.pointwise import cross_covariance, of_values, transformed, values_of
-from intrafuse.moments.rules.shape import kept, part
+from intrafuse.moments.rules.norms import norm_by_hand
+from intrafuse.moments.rules.pointwise import (
+    cross_covariance,
+    has_one_sign,
+    is_constant,
+    of_values,
+    same_variables,
+    transformed,
+    values_of,
+)
+from intrafuse.moments.rules.shape import elsewhere, kept, part
+
+ONE, ZERO = torch.ones(1).double(), torch.zeros(1).double()
+ELEMENTWISE = frozenset(
+    ("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "fmax", "fmin", "where", "lerp")
+)
 
 
 @register("add", "sub", "subtract", "rsub")
@@ -25,23 +40,26 @@ def add(self: Propagation, node: Node) -> Moments | None:
     the same variables, and for layers that read the same activation.
     """
     pair = _operands(self, node)
-    if pair is None or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+    if pair is None:
         return None
     first, second = reversed(pair) if operator_name(node) == "rsub" else pair
     sign = 1.0 if operator_name(node) == "add" else -1.0
-    one = torch.ones(1).double()
-    if _is_constant(second):
-        return _affine(first, one, sign * second.mean, second.tree)
-    if _is_constant(first):
-        return _affine(second, sign * one, first.mean, first.tree)
-    if _same_variables(first, second):
-        return of_values(self, first, values_of(first) + sign * values_of(second))
-    covariance = first.covariance + second.covariance
-    alike = len(first.mean) == len(second.mean)
-    cross = cross_covariance(self, first, second) if alike else None
+    return _sum(self, first, second, sign * float(arguments(node).get("alpha", 1)))
+
+
+def _sum(self: Propagation, first: Moments, second: Moments, times: float) -> Moments:
+    """Describe first + times second."""
+    if is_constant(second):
+        return _affine(self, first, ONE, times * second.mean, second.tree)
+    if is_constant(first):
+        return _affine(self, second, times * ONE, first.mean, first.tree)
+    if same_variables(first, second):
+        return of_values(self, first, values_of(first) + times * values_of(second))
+    covariance = first.covariance + times**2 * second.covariance
+    cross = cross_covariance(self, first, second) if first.tree == second.tree else None
     if cross is not None:
-        covariance = covariance + sign * (cross + cross.T)
-    return Moments(_wider(first, second), first.mean + sign * second.mean, covariance)
+        covariance = covariance + times * (cross + cross.T)
+    return Moments(_wider(self, first, second), first.mean + times * second.mean, covariance)
 
 
 @register("mul", "multiply")
@@ -52,18 +70,19 @@ def mul(self: Propagation, node: Node) -> Moments | None:
     jointly Gaussian variables (SwiGLU, parts of one layer) mean and variances are exact, and
     covariances up to the third power of the correlations.
     """
-    pair = _operands(self, node)
-    return None if pair is None else _product(self, *pair)
+    norm = norm_by_hand(self, node)
+    pair = _operands(self, node) if norm is None else None
+    return norm if pair is None else _product(self, *pair)
 
 
 def _product(self: Propagation, first: Moments, second: Moments) -> Moments:
     for x, y in ((first, second), (second, first)):
-        if _is_constant(y):
-            return _affine(x, y.mean, torch.zeros(1).double(), y.tree)
-    if _same_variables(first, second):
+        if is_constant(y):
+            return _affine(self, x, y.mean, ZERO, y.tree)
+    if same_variables(first, second):
         return of_values(self, first, values_of(first) * values_of(second))
     among = _relations(self, first, second)
-    tree = _wider(first, second)
+    tree = _wider(self, first, second)
     if among is not None:
         return Moments(tree, *product_moments(values_of(first), values_of(second), among))
     a, b = first.covariance, second.covariance
@@ -75,7 +94,7 @@ def _product(self: Propagation, first: Moments, second: Moments) -> Moments:
 
 def _relations(self: Propagation, x: Moments, y: Moments) -> tuple[Tensor, Tensor, Tensor] | None:
     """Correlate the variables behind two factors; None for independent ones."""
-    if x.origin is None or y.origin is None or len(x.mean) != len(y.mean):
+    if x.origin is None or y.origin is None or x.tree != y.tree:
         return None
     between = relation(self, x.origin, y.origin)
     if between is None:
@@ -87,17 +106,65 @@ def _relations(self: Propagation, x: Moments, y: Moments) -> tuple[Tensor, Tenso
 @register("div", "divide", "true_divide")
 def div(self: Propagation, node: Node) -> Moments | None:
     """Divide by a constant, or by a function of the same variables that has no zero."""
-    pair = _operands(self, node)
+    norm = norm_by_hand(self, node)
+    pair = _operands(self, node) if norm is None else None
     if pair is None or node.kwargs.get("rounding_mode") is not None:
-        return None
-    first, second = pair
-    if _is_constant(second) and bool(second.mean.all()):
-        return _affine(first, 1 / second.mean, torch.zeros(1).double(), second.tree)
-    if _same_variables(first, second):
-        below = values_of(second)
-        if bool((below > 0).all()) or bool((below < 0).all()):
-            return of_values(self, first, values_of(first) / below)
+        return norm
+    return _quotient(self, *pair)
+
+
+def _quotient(self: Propagation, first: Moments, second: Moments) -> Moments | None:
+    if is_constant(second):
+        return (
+            _affine(self, first, 1 / second.mean, ZERO, second.tree) if second.mean.all() else None
+        )
+    fixed = is_constant(first) and (first.tree == second.tree or self.is_single(first.tree))
+    below = values_of(second)
+    if (fixed or same_variables(first, second)) and has_one_sign(below):
+        above = first.mean[:, None] if fixed else values_of(first)
+        return of_values(self, second, above / below)
     return None
+
+
+@register("reciprocal")
+def reciprocal(self: Propagation, node: Node) -> Moments | None:
+    """Divide one by a function that has no zero."""
+    one, below = self.operand(1.0), self.operand(node.args[0])
+    return None if one is None or below is None else _quotient(self, one, below)
+
+
+@register("lerp")
+def lerp(self: Propagation, node: Node) -> Moments | None:
+    """Mix two activations by a number, as products and a sum do."""
+    pair, weight = _operands(self, node), arguments(node)["weight"]
+    if pair is None or not isinstance(weight, int | float):
+        return None
+    return _sum(self, _affine(self, pair[0], (1 - weight) * ONE, ZERO, UNIT), pair[1], weight)
+
+
+@register("sum")
+def sum_(self: Propagation, node: Node) -> Moments | None:
+    """Add up positions: as many times their mean, whose moments count as theirs."""
+    args = arguments(node)
+    before, axes, dims = self.operand(args["self"]), self.axes(args["self"]), args.get("dim")
+    found = elsewhere(self, before, node) if before is not None and dims else None
+    if found is None:
+        return None
+    count = prod(self.size(axes[dim]) for dim in ([dims] if isinstance(dims, int) else dims))
+    return _affine(self, found, count * ONE, ZERO, UNIT)
+
+
+@register("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "new_zeros", "new_ones",
+          "new_full", "scalar_tensor")  # fmt: skip
+def filled(self: Propagation, node: Node) -> Moments | None:
+    """Give one number, unless something may be written in its place."""
+    for user in node.users:
+        changes = user.args[0] is node and str(user.target).split(".")[1].endswith("_")
+        if changes or operator_name(user) not in ELEMENTWISE:
+            return None
+    args = arguments(node)
+    value = args.get("fill_value", args.get("s", float("ones" in operator_name(node))))
+    return self.operand(value) if isinstance(value, int | float) else None
 
 
 @register("glu")
@@ -133,8 +200,19 @@ def cat(self: Propagation, node: Node) -> Moments | None:
         return _beside(self, known, axes[dim])
     if any(m.tree != known[0].tree for m in known) or kept(self, known[0], axes) is None:
         return None
-    counts = torch.tensor([n.meta["val"].shape[dim] for n in args["tensors"]]).double()
+    counts = torch.tensor([self.size(self.axes(n)[dim]) for n in args["tensors"]]).double()
     return _mixture(known, counts / counts.sum())
+
+
+@register("stack")
+def stack(self: Propagation, node: Node) -> Moments | None:
+    """Mix the moments of positions."""
+    parts = [self.operand(n) for n in arguments(node)["tensors"]]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or any(m.tree != known[0].tree for m in known):
+        return None
+    found = kept(self, known[0], self.axes(node)) is not None
+    return _mixture(known, torch.full((len(known),), 1 / len(known)).double()) if found else None
 
 
 def _beside(self: Propagation, parts: list[Moments], tree: Tree) -> Moments:
@@ -163,39 +241,29 @@ def _mixture(parts: list[Moments], shares: Tensor) -> Moments:
 
 def _operands(self: Propagation, node: Node) -> tuple[Moments, Moments] | None:
     """Describe two operands along the same channel axis, over which one may broadcast."""
-    x, y = node.args[:2]
+    x, y = (n if isinstance(n, Node) else self.number(node, n) for n in node.args[:2])
     first = self.operand(x)
     second = self.operand(y, None if first is None else first.tree)
     if first is None and second is not None:
         first = self.operand(x, second.tree)
     if first is None or second is None:
         return None
-    alike = first.tree == second.tree or 1 in (len(first.mean), len(second.mean))
+    alike = first.tree == second.tree or any(self.is_single(m.tree) for m in (first, second))
     return (first, second) if alike else None
 
 
-def _wider(first: Moments, second: Moments) -> Tree:
-    return second.tree if len(second.mean) > len(first.mean) else first.tree
+def _wider(self: Propagation, first: Moments, second: Moments) -> Tree:
+    return second.tree if self.is_single(first.tree) else first.tree
 
 
-def _is_constant(moments: Moments) -> bool:
-    return not moments.covariance.any()
-
-
-def _same_variables(x: Moments, y: Moments) -> bool:
-    """Tell whether channel i of both is a function of the same Gaussian variable."""
-    if x.origin is None or y.origin is None or len(x.mean) != len(y.mean):
-        return False
-    a, b = x.origin.rows, y.origin.rows
-    same_rows = a is b or (a is not None and b is not None and torch.equal(a, b))
-    return x.origin.node is y.origin.node and same_rows
-
-
-def _affine(before: Moments, scale: Tensor, shift: Tensor, tree: Tree) -> Moments:
+def _affine(
+    self: Propagation, before: Moments, scale: Tensor, shift: Tensor, tree: Tree
+) -> Moments:
     """Multiply by a scale and add a shift, each (channels,) of an axis, or (1,)."""
     mean = before.mean * scale + shift
     covariance = before.covariance * (scale * scale[:, None])
-    if len(mean) > len(before.mean):  # one channel broadcasts over the channels of a parameter
+    if self.is_single(before.tree) and not self.is_single(tree):
+        # one channel broadcasts over the channels of a parameter
         return Moments(tree, mean, covariance.expand(len(mean), len(mean)))
     origin = before.origin
     if origin is not None:

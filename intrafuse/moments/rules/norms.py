@@ -8,8 +8,14 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules.normed import CASTS, norm_after
 from intrafuse.moments.gaussian import correlation
 from intrafuse.moments.propagate import Moments, Propagation, register
+
+__all__ = ["norm_by_hand"]
+
+# What stands between the mean of squares and the division by its root.
+UNDER = CASTS | {"add", "sqrt", "rsqrt", "reciprocal", "pow"}
 
 
 @register("batch_norm", "instance_norm")
@@ -69,14 +75,48 @@ def layer_norm(self: Propagation, node: Node) -> Moments | None:
         if rank == 1 and before is not None and before.tree == tree:
             return _shared(_centred(before), gamma, beta, float(args["eps"]), self.axes(node)[-1])
         return _normalised(self, before, tree, gamma, beta, self.axes(node)[-rank])
-    found = _normalised(self, before, tree, gamma, None, self.axes(node)[-rank])
+    eps = torch.finfo(torch.float32).eps if args["eps"] is None else args["eps"]
+    return _root_mean_square(self, before, tree, gamma, float(eps), self.axes(node)[-rank])
+
+
+def norm_by_hand(self: Propagation, node: Node) -> Moments | None:
+    """Describe an RMS norm that is written by hand, before its weight; None for anything else.
+
+    Args:
+        node: a product or a quotient.
+    """
+    for operand, other in (node.args[:2], node.args[1::-1]):
+        at, eps = operand, 0.0
+        while isinstance(at, Node) and operator_name(at) in UNDER:
+            if operator_name(at) == "add":
+                eps = sum(float(n) for n in at.args if isinstance(n, int | float))
+            at = at.all_input_nodes[0]
+        if isinstance(at, Node) and operator_name(at) == "mean" and norm_after(at) is node:
+            (dim,) = arguments(at)["dim"]
+            tree = self.axes(other)[dim]
+            before = self.operand(other)
+            return _root_mean_square(self, before, tree, None, eps, self.axes(node)[dim])
+    return None
+
+
+def _root_mean_square(
+    self: Propagation,
+    before: Moments | None,
+    tree: Tree,
+    gamma: Tensor | None,
+    eps: float,
+    result: Tree,
+) -> Moments:
+    """Give each channel the second moment gamma squared, less what eps takes of small ones."""
+    found = _normalised(self, before, tree, gamma, None, result)
     if before is None or before.tree != tree:
         return found
     power = before.mean.square() + before.covariance.diagonal().clamp_min(0)
     share = torch.where(power > 0, before.mean / power.clamp_min(1e-300).sqrt(), 0.0)
     rest = (1 - share.square()).clamp_min(0).sqrt()
-    mean = share * _levels(gamma, len(share))
-    return Moments(found.tree, mean, found.covariance * rest * rest[:, None])
+    level = (power.mean() / (power.mean() + eps).clamp_min(1e-300)).sqrt()
+    mean = level * share * _levels(gamma, len(share))
+    return Moments(result, mean, found.covariance * level.square() * rest * rest[:, None])
 
 
 def _normalised(

@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from intrafuse.graph.rules import operator_name
-from intrafuse.moments.gaussian import expanded, quadrature_values, transformed_covariance
+from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.gaussian import (
+    correlation,
+    expanded,
+    quadrature_values,
+    transformed_covariance,
+)
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
 
-__all__ = ["cross_covariance", "of_values", "transformed", "values_of"]
+__all__ = [
+    "cross_covariance",
+    "has_one_sign",
+    "is_constant",
+    "of_values",
+    "same_variables",
+    "transformed",
+    "values_of",
+]
 
 
 @register("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "rrelu",
           "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softplus", "clamp",
           "clamp_min", "clamp_max", "log_sigmoid", "threshold", "softshrink", "hardshrink",
-          "tanhshrink", "square", "abs", "neg", "exp", "erf", "sin", "cos", "atan")  # fmt: skip
+          "tanhshrink", "square", "abs", "neg", "exp", "erf", "sin", "cos", "atan", "softsign",
+          "expm1", "sqrt", "rsqrt", "log", "log1p", "nan_to_num", "maximum", "minimum", "fmax",
+          "fmin", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
+          "logical_or", "logical_not")  # fmt: skip
 def pointwise(self: Propagation, node: Node) -> Moments | None:
-    """Expand the function in Hermite polynomials of the Gaussian variable behind its input."""
-    before = self.operand(node.args[0])
-    rest = node.args[1:]
-    if before is None or any(isinstance(value, Node) for value in (*rest, *node.kwargs.values())):
+    """Expand the function in Hermite polynomials of the Gaussian variable behind its input.
+
+    Of several inputs, all must be functions of the same variables, or constants. The function
+    must be defined on all that a Gaussian variable reaches.
+    """
+    given = {n: self.operand(n) for n in node.all_input_nodes}
+    known = {n: moments for n, moments in given.items() if moments is not None}
+    if len(known) < len(given):
         return None
     function = getattr(torch.ops.aten, operator_name(node))  # never in place
-    return transformed(self, before, lambda z: function(z, *rest, **node.kwargs))
+    masks = [arguments(node).get(name) for name in ("condition", "mask")]
+
+    def applied(values: Mapping[Node, Tensor]) -> Tensor:
+        values = {n: v != 0 if n in masks else v for n, v in values.items()}
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        return function(*args, **kwargs).double()
+
+    return _together(self, known, applied)
+
+
+def _together(
+    self: Propagation,
+    given: Mapping[Node, Moments],
+    function: Callable[[Mapping[Node, Tensor]], Tensor],
+) -> Moments | None:
+    """Apply a function to inputs that depend on the same variables, one for each channel."""
+    moments = list(given.values())
+    varying = [m for m in moments if not is_constant(m)]
+    base = varying[0] if varying else max(moments, key=lambda m: len(m.mean))
+    if not all(same_variables(base, other) for other in varying[1:]):
+        return None
+    if any(m.tree != base.tree and not self.is_single(m.tree) for m in moments):
+        return None
+    values = function({n: values_of(m) for n, m in given.items()})
+    return of_values(self, base, values) if bool(values.isfinite().all()) else None
 
 
 @register("pow")
 def power(self: Propagation, node: Node) -> Moments | None:
-    """As `pointwise`, for whole exponents: others are not defined below zero."""
+    """As `pointwise`, for an exponent that is a number."""
     before, exponent = self.operand(node.args[0]), node.args[1]
     if before is None or not isinstance(exponent, int | float):
         return None
-    if exponent < 0 or exponent != int(exponent):
+    values = values_of(before)
+    if exponent < 0 and not has_one_sign(values):
         return None
-    return transformed(self, before, lambda z: z**exponent)
+    values = values**exponent
+    return of_values(self, before, values) if bool(values.isfinite().all()) else None
+
+
+def has_one_sign(values: Tensor) -> bool:
+    """Tell whether values may be divided by: they lie on one side of zero."""
+    return bool((values > 0).all()) or bool((values < 0).all())
 
 
 @register("prelu")
@@ -71,13 +123,28 @@ def values_of(moments: Moments) -> Tensor:
 
 
 def of_values(self: Propagation, before: Moments, values: Tensor) -> Moments:
-    """Return the moments of another function of the variables behind an activation."""
-    assert before.origin is not None
-    origin = replace(before.origin, values=values)
-    among = relation(self, origin, origin)
+    """Return the moments of another function of the variables behind an activation.
+
+    A parameter has no variables behind it but its own positions.
+    """
+    origin = None if before.origin is None else replace(before.origin, values=values)
+    among = relation(self, origin, origin) if origin else correlation(before.covariance)[0]
     assert among is not None
     c = expanded(values)
     return Moments(before.tree, c[:, 0], transformed_covariance(c, c, among), origin)
+
+
+def is_constant(moments: Moments) -> bool:
+    return not moments.covariance.any()
+
+
+def same_variables(x: Moments, y: Moments) -> bool:
+    """Tell whether channel i of both is a function of the same Gaussian variable."""
+    if x.origin is None or y.origin is None or x.tree != y.tree:
+        return False
+    a, b = x.origin.rows, y.origin.rows
+    same_rows = a is b or (a is not None and b is not None and torch.equal(a, b))
+    return x.origin.node is y.origin.node and same_rows
 
 
 def cross_covariance(self: Propagation, x: Moments, y: Moments) -> Tensor | None:

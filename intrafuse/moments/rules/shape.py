@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from intrafuse.graph.axes import Product, Tree, leaves
+from intrafuse.graph.axes import Product, Sum, Tree, leaves, tree_size
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.moments.propagate import Moments, Origin, Propagation, register
 
-__all__ = ["kept", "part"]
+__all__ = ["elsewhere", "kept", "part"]
+
+# Operators that give values, and then numbers of the positions that hold them.
+POOLS = ("adaptive_max_pool{}d", "fractional_max_pool{}d", "max_pool{}d_with_indices")
+EXTREMES = frozenset(("max", "min", *(pool.format(n) for pool in POOLS for n in (1, 2, 3))))
 
 
 @register("flatten", "view", "reshape", "_unsafe_view", "unflatten", "permute", "transpose", "t",
           "swapaxes", "numpy_T", "mT", "unsqueeze", "squeeze", "expand", "expand_as",
           "broadcast_to", "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone",
           "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16",
-          "double")  # fmt: skip
+          "double", "movedim", "moveaxis", "reshape_as", "view_as", "feature_alpha_dropout",
+          "lift_fresh", "lift_fresh_copy", "positive", "pixel_unshuffle",
+          "channel_shuffle")  # fmt: skip
 def moved(self: Propagation, node: Node) -> Moments | None:
     """Keep the moments of channels that are moved or copied, wherever their axis goes."""
     before = self.operand(node.args[0])
@@ -29,14 +35,21 @@ def moved(self: Propagation, node: Node) -> Moments | None:
 
 
 @register("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-          "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-          "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "mean",
-          "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-          "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")  # fmt: skip
+          "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "amax",
+          "amin", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+          "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+          "upsample_trilinear3d")  # fmt: skip
 def resampled(self: Propagation, node: Node) -> Moments | None:
     """Keep the moments: what changes all channels alike cancels in every readout."""
     before = self.operand(node.args[0])
-    return None if before is None else _elsewhere(self, before, node)
+    return None if before is None else elsewhere(self, before, node)
+
+
+@register("pixel_shuffle")
+def pixel_shuffle(self: Propagation, node: Node) -> Moments | None:
+    """Keep the moments of the places of each channel, which become positions."""
+    before = self.operand(node.args[0])
+    return before if before is not None and before.tree == self.axes(node.args[0])[-3] else None
 
 
 def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
@@ -50,7 +63,7 @@ def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | 
     return before if atoms <= Counter(atom for tree in axes for atom in leaves(tree)) else None
 
 
-def _elsewhere(self: Propagation, before: Moments, node: Node) -> Moments | None:
+def elsewhere(self: Propagation, before: Moments, node: Node) -> Moments | None:
     """Keep moments at other positions, where the same variables have other values."""
     found = kept(self, before, self.axes(node))
     return None if found is None else replace(found, origin=None)
@@ -113,11 +126,38 @@ def slice_(self: Propagation, node: Node) -> Moments | None:
     if whole == piece:
         return before
     if not _shares(whole, before.tree):
-        return _elsewhere(self, before, node)
+        return elsewhere(self, before, node)
     if args.get("step", 1) != 1:
         return None
-    start = args["start"] or 0
-    return part(self, before, whole, start % self.size(whole), piece)
+    old = self.weights.graph.sizes
+    start, _, _ = slice(args["start"], None).indices(tree_size(whole, old))
+    border = _border(whole, start, old, self.weights.sizes)
+    return None if border is None else part(self, before, whole, border, piece)
+
+
+def _border(tree: Tree, at: int, old: Mapping[int, int], new: Mapping[int, int]) -> int | None:
+    """Find where a border between the positions of an axis lies once atoms have other sizes.
+
+    None inside an atom, or a block, of another size than before: nobody knows.
+    """
+    if isinstance(tree, Sum):
+        passed = 0
+        for piece in tree.parts:
+            n = tree_size(piece, old)
+            if at < n:
+                inside = _border(piece, at, old, new)
+                return None if inside is None else passed + inside
+            at, passed = at - n, passed + tree_size(piece, new)
+        return passed
+    if at in (0, tree_size(tree, old)):
+        return tree_size(tree, new) if at else 0
+    if isinstance(tree, Product):
+        rest = Product(tree.factors[1:])
+        front, inside = divmod(at, tree_size(rest, old))
+        found = None if inside else _border(tree.factors[0], front, old, new)
+        if found is not None:
+            return found * tree_size(rest, new)
+    return at if all(old[atom] == new[atom] for atom in leaves(tree)) else None
 
 
 @register("select")
@@ -129,11 +169,14 @@ def select(self: Propagation, node: Node) -> Moments | None:
 
 @register("getitem")
 def getitem(self: Propagation, node: Node) -> Moments | None:
-    """Take one result of chunk, split or unbind."""
+    """Take one result of chunk, split or unbind, or the values of a maximum."""
     source, index = node.args
     if not isinstance(source, Node) or not isinstance(index, int):
         return None
     name = operator_name(source)
+    if name in EXTREMES:
+        before = self.operand(source.args[0]) if index == 0 else None
+        return None if before is None else elsewhere(self, before, node)
     if name == "unbind":
         return _selected(self, source.args[0], node, arguments(source)["dim"], index)
     if name not in ("chunk", "split", "split_with_sizes", "unsafe_split", "tensor_split"):
@@ -143,7 +186,7 @@ def getitem(self: Propagation, node: Node) -> Moments | None:
     if before is None:
         return None
     if not _shares(axes[dim], before.tree):
-        return _elsewhere(self, before, node)
+        return elsewhere(self, before, node)
     pieces = [result[dim] for result in self.program.values[source]]
     start = sum(map(self.size, pieces[:index]))
     return part(self, before, axes[dim], start, pieces[index])
@@ -157,7 +200,7 @@ def _selected(
         return None
     whole = self.axes(source)[dim]
     if not _shares(whole, before.tree):
-        return _elsewhere(self, before, node)
+        return elsewhere(self, before, node)
     return part(self, before, whole, index % self.size(whole), None)
 
 
@@ -182,4 +225,4 @@ def pad(self: Propagation, node: Node) -> Moments | None:
         mean = torch.nn.functional.pad(before.mean, sides, value=float(args["value"] or 0))
         covariance = torch.nn.functional.pad(before.covariance, (*sides, *sides))
         return Moments(self.axes(node)[-back], mean, covariance)
-    return _elsewhere(self, before, node)
+    return elsewhere(self, before, node)
