@@ -1,4 +1,4 @@
-"""Prune every architecture of the zoo at 50 % with `select` and hold it against a masked original.
+"""Prune every architecture of the zoo, by `select` against a masked original and by every method.
 
     .venv/bin/python benchmarks/zoo.py                          # all of them, resumes
     .venv/bin/python benchmarks/zoo.py --only 'timm:res*'       # some
@@ -8,7 +8,8 @@ Each architecture runs in a process of its own with a time limit. Results are ad
 as they come; a run skips what the file holds, but for failures with --retry.
 A row passes if groups could be pruned, the pruned network equals the masked original to 1e-4 of
 its largest output in float32, and forward and backward run. `refused` is a clear error or nothing
-that could be pruned, `wrong` an output that differs, `error` anything else.
+that could be pruned, `wrong` an output that differs, `error` anything else. What each method does to
+the outputs is measured as `zoo_methods.py` says.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ import subprocess
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from architectures import ARCHITECTURES, build, import_torchvision
+from zoo_methods import METHODS, SHARE, compare_methods, findings
 
 import intrafuse
 from intrafuse.graph.trace import as_arguments
 from intrafuse.verification import tensors_of
 
-SHARE = 0.5
+HALF = 0.5  # of every group, for `select`
 
 
 def main() -> None:
@@ -43,7 +46,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/zoo.json"))
     parser.add_argument("--retry", action="store_true", help="run again what did not pass")
     parser.add_argument("--again", action="store_true", help="run again whatever is chosen")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each method")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--write", type=Path, help="write the table to this file, and run nothing")
     options = parser.parse_args()
     rows = json.loads(options.results.read_text()) if options.results.exists() else {}
@@ -58,15 +62,25 @@ def main() -> None:
 
     commit = _commit()
     patterns = options.only.split(",")
-    for name in (n for n in ARCHITECTURES if any(fnmatch.fnmatch(n, p) for p in patterns)):
-        known = rows.get(name, {}).get("status")
-        if known is not None and not options.again and not (options.retry and known != "pass"):
-            continue
-        rows[name] = {**apart(name, options.limit), "commit": commit}
-        print(name, line(rows[name]), flush=True)
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(rows, indent=1, sort_keys=True))
+    waiting = [
+        name
+        for name in ARCHITECTURES
+        if any(fnmatch.fnmatch(name, p) for p in patterns)
+        and _is_open(rows.get(name, {}).get("status"), options)
+    ]
+    with ThreadPoolExecutor(options.workers) as pool:
+        jobs = {pool.submit(apart, name, options.limit): name for name in waiting}
+        for job in as_completed(jobs):
+            name = jobs[job]
+            rows[name] = {**job.result(), "commit": commit}
+            print(name, line(rows[name]), flush=True)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(rows, indent=1, sort_keys=True))
     print(summary(rows))
+
+
+def _is_open(known: str | None, options: argparse.Namespace) -> bool:
+    return known is None or options.again or (options.retry and known != "pass")
 
 
 def apart(name: str, limit: float) -> dict[str, Any]:
@@ -74,11 +88,14 @@ def apart(name: str, limit: float) -> dict[str, Any]:
     context = mp.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     started = time.perf_counter()
-    process = context.Process(target=_report, args=(name, theirs))
+    process = context.Process(target=_report, args=(name, limit, theirs))
     process.start()
     theirs.close()
     try:
-        row = ours.recv() if ours.poll(limit) else {"status": "error", "why": f"over {limit:g} s"}
+        allowed = limit * (len(METHODS) + 2)
+        row = (
+            ours.recv() if ours.poll(allowed) else {"status": "error", "why": f"over {allowed:g} s"}
+        )
     except EOFError:
         row = {"status": "error", "why": f"the process died with {process.exitcode}"}
     process.kill()
@@ -92,9 +109,9 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _report(name: str, pipe: Any) -> None:
+def _report(name: str, limit: float, pipe: Any) -> None:
     try:
-        row = examine(name)
+        row = examine(name, limit)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -102,12 +119,12 @@ def _report(name: str, pipe: Any) -> None:
     pipe.send(row)
 
 
-def examine(name: str) -> dict[str, Any]:
+def examine(name: str, limit: float) -> dict[str, Any]:
     """Trace, prune and verify one architecture; refusals and wrong results become rows."""
     model, inputs = build(name)
     try:
         plan = intrafuse.plan(
-            model, inputs, channels=SHARE, method="select", importance="random", seed=1,
+            model, inputs, channels=HALF, method="select", importance="random", seed=1,
             include=["*"],  # the width that norms are taken over, too
         )  # fmt: skip
     except intrafuse.IntrafuseError as error:
@@ -124,7 +141,7 @@ def examine(name: str) -> dict[str, Any]:
         status = "wrong" if "masked original" in str(error) else "refused"
         return {**row, "status": status, "why": str(error)[:600]}
     backward(small, inputs)
-    return {**row, "status": "pass"}
+    return {**row, "status": "pass", "methods": compare_methods(model, inputs, limit)}
 
 
 def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
@@ -171,7 +188,13 @@ def line(row: dict[str, Any]) -> str:
         for k in ("prunable", "removed", "relative", "effect", "graph", "seconds")
         if k in row
     ]
-    return " ".join([row["status"], *figures, row.get("why", "")])
+    methods = row.get("methods", {})
+    figures += [f"{method}={_error(methods[method])}" for method in METHODS if method in methods]
+    return " ".join([row["status"], *figures, row.get("why", ""), *findings(methods)])
+
+
+def _error(value: float | str) -> str:
+    return value.partition(":")[0] if isinstance(value, str) else f"{value:.3f}"
 
 
 def summary(rows: dict[str, Any]) -> str:
@@ -188,7 +211,12 @@ def page(rows: dict[str, Any]) -> str:
     prunable = statistics.median(row["prunable"] for row in passed) if passed else 0.0
     commits = Counter(row.get("commit", "earlier ones of the same day") for row in rows.values())
     measured = ", ".join(f"{commit} ({n})" for commit, n in commits.most_common())
-    header = "| architecture | result | prunable | removed | difference | graph, s | what stays |"
+    header = (
+        "| architecture | result | prunable | removed | difference | graph, s | "
+        f"{' | '.join(METHODS)} | what stays |"
+    )
+    found = {name: findings(rows[name].get("methods", {})) for name in ordered}
+    worse = sum(bool(some) for some in found.values())
     return f"""# Architectures
 
 {__doc__.strip().splitlines()[0]}
@@ -209,6 +237,10 @@ median share of the parameters that can be pruned is {prunable:.0%}. Measured at
 - **removed**: share of the parameters that goes with half of every group's channels; the width
   that layer norms and RMS norms are taken over among them, as `include=["*"]` asks.
 - **difference**: of the largest output, between pruned network and masked original.
+- **{", ".join(METHODS)}**: relative error of the outputs on unseen random inputs where each of these
+  removes {SHARE:.0%} of the channels of a few groups (`benchmarks/zoo_methods.py`), the statistics of
+  batch norm estimated on random inputs before. {worse} rows have a finding (a crash, an output that
+  is not finite, or `moment` more than a tenth above `select`).
 - **what stays**: why groups are locked, with their number, the two commonest reasons but for the
   model's own output.
 
@@ -216,7 +248,7 @@ Heads that only training runs (`aux_logits` of googlenet and inception_v3) are n
 they are switched off here, and would keep the sizes that they had.
 
 {header}
-|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|
 {body}
 """
 
@@ -232,7 +264,8 @@ def _table_row(name: str, row: dict[str, Any]) -> str:
     stays = "; ".join(f"{reason} ({count})" for reason, count in why.most_common(2))
     if row["status"] != "pass" and not row.get("reasons"):
         stays = " ".join(row["why"].split())[:160].replace("|", "/")
-    return f"| {' | '.join([name, row['status'], *shares, difference, graph, stays])} |"
+    errors = [_error(row.get("methods", {}).get(method, "")) for method in METHODS]
+    return f"| {' | '.join([name, row['status'], *shares, difference, graph, *errors, stays])} |"
 
 
 if __name__ == "__main__":
