@@ -23,7 +23,7 @@ from intrafuse.graph.serial import graph_from_data, graph_to_data
 from intrafuse.merge import MergeMap
 from intrafuse.report.tables import text_table
 from intrafuse.surgery import install
-from intrafuse.verification.check import check as prove
+from intrafuse.verification.proof import check as prove
 from intrafuse.weights import Weights
 
 __all__ = ["MergeMap", "Plan"]

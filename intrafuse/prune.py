@@ -28,8 +28,8 @@ from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
 from intrafuse.repair import Repair, reestimate_batchnorm
 from intrafuse.report.tables import text_table
-from intrafuse.verification.check import Check
-from intrafuse.verification.check import check as prove
+from intrafuse.verification.proof import Check
+from intrafuse.verification.proof import check as prove
 from intrafuse.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]

@@ -124,8 +124,7 @@ def _lock_uncached(trials: Trials, atoms: list[int], workshop: Workshop) -> None
         try:
             workshop.cached(workshop.build(*_resized(trials, trials.sizes(some))))
         except IntrafuseError as error:
-            cause = error.__cause__ or error
-            trials.failure = _Elsewhere(_lines(cause), cause).where
+            trials.failure = f" in its default mode, at {error.layer}"
             return False
         return True
 
