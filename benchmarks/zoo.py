@@ -8,8 +8,8 @@ Each architecture runs in a process of its own with a time limit. Results are ad
 as they come; a run skips what the file holds, but for failures with --retry.
 A row passes if groups could be pruned, the pruned network equals the masked original to 1e-4 of
 its largest output in float32, and forward and backward run. `refused` is a clear error or nothing
-that could be pruned, `wrong` an output that differs, `error` anything else. What each method does to
-the outputs is measured as `zoo_methods.py` says.
+that could be pruned, `wrong` an output that differs, `error` anything else. What each method does
+to the outputs is measured as `zoo_methods.py` says.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def examine(name: str, limit: float) -> dict[str, Any]:
         status = "wrong" if "masked original" in str(error) else "refused"
         return {**row, "status": status, "why": str(error)[:600]}
     backward(small, inputs)
-    return {**row, "status": "pass", "methods": compare_methods(model, inputs, limit)}
+    return {**row, "status": "pass", "methods": compare_methods(model, plan.graph, inputs, limit)}
 
 
 def _described(model: torch.nn.Module, inputs: Any) -> dict[str, Any]:
@@ -237,10 +237,11 @@ median share of the parameters that can be pruned is {prunable:.0%}. Measured at
 - **removed**: share of the parameters that goes with half of every group's channels; the width
   that layer norms and RMS norms are taken over among them, as `include=["*"]` asks.
 - **difference**: of the largest output, between pruned network and masked original.
-- **{", ".join(METHODS)}**: relative error of the outputs on unseen random inputs where each of these
-  removes {SHARE:.0%} of the channels of a few groups (`benchmarks/zoo_methods.py`), the statistics of
-  batch norm estimated on random inputs before. {worse} rows have a finding (a crash, an output that
-  is not finite, or `moment` more than a tenth above `select`).
+- **{", ".join(METHODS)}**: relative error of the outputs on unseen random inputs where each
+  of these removes {SHARE:.0%} of the channels of a few groups, and one of every kind at least
+  (`benchmarks/zoo_methods.py`), the statistics of batch norm estimated on random inputs before.
+  {worse} rows have a finding: a crash, an output that is not finite, or `moment` more than a tenth
+  above `select`.
 - **what stays**: why groups are locked, with their number, the two commonest reasons but for the
   model's own output.
 

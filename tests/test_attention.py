@@ -238,3 +238,19 @@ def test_torch_attention_reads_narrower_keys_and_values():
     result = pruned_like_masked(randomise(Memory(), 0), inputs)
     assert result.plan.widths["key"] == 5 and result.plan.widths["value"] == 6
     assert (result.model.attention.kdim, result.model.attention.vdim) == (5, 6)
+
+
+@pytest.mark.parametrize("view", ["width", "unflatten"])
+@pytest.mark.parametrize("grouping", ["fused", "interleave", "expand"])
+@pytest.mark.parametrize("projection", ["separate", "slices"])
+def test_widths_of_one_number_are_told_apart_where_one_head_of_keys_is_left(
+    view, grouping, projection
+):
+    """With a single head of keys, `view(b, t, -1, head_dim)` fits many widths by chance."""
+    for width in (4, 6):
+        model = network(
+            heads=2, width=width, view=view, grouping=grouping, projection=projection, rotary=True
+        )
+        for share in (0.3, 0.5, 0.8):
+            plan = intrafuse.plan(model, TOKENS, channels=share, importance="random")
+            assert plan.apply(model)(TOKENS).shape == (2, 3)

@@ -78,6 +78,9 @@ LOCKS = {
         "takes its size as a number",
     ),
     "literal view": (lambda m, h: h.view(2, 8, 64).view(2, 8, 8, 8), "takes its size as a number"),
+    "literal slice inside": (lambda m, h: h + h[:, 3:4], "takes its size as a number"),
+    "literal slice from the end": (lambda m, h: h + h[:, -5:-4], "takes its size as a number"),
+    "literal narrow": (lambda m, h: h + h.narrow(1, 3, 1), "takes its size as a number"),
     "channel shuffle": (
         lambda m, h: h.view(2, 2, 4, 8, 8).transpose(1, 2).reshape(2, 8, 8, 8),
         "takes its size as a number",

@@ -132,6 +132,7 @@ def slice_(scope: Scope, node: Node) -> Axes:
             raise LockError("its positions cannot be divided as it asks")
         part = factors[0]
         scope.table.lock(factors[1], "one of its positions is selected by number")
+        scope.literal(x[dim], node, dim, part=part)
     else:
         scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")
