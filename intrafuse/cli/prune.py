@@ -129,6 +129,9 @@ def prune(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to save the network in.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Run the result, and its widths against the original.")
+    ] = True,
     common: Common = Common(),
 ) -> None:
     """Make a network smaller, and save it."""
@@ -152,6 +155,7 @@ def prune(
             method=chosen,
             data=data.batches(data.data, common),
             seed=common.seed,
+            check=check,
             progress=partial(advance, "planning"),
             **settings,
         )
@@ -211,6 +215,8 @@ def _show(common: Common, pruned: Pruned, record: dict[str, Any]) -> None:
     header, rows = report.choices()
     if rows:
         show_table(common, "Choices", header, rows, numbers=(2,))
+    for remark in report.remarks():
+        show_note(remark)
 
 
 def _data(
@@ -224,6 +230,8 @@ def _data(
         **pruned.plan.as_data(),
         "latency": {name: asdict(one) for name, one in took.items()},
         "seconds": pruned.report.seconds,
+        "check": None if pruned.report.check is None else asdict(pruned.report.check),
+        "unclear": list(pruned.report.unclear),
         "figures": figures,
         "out": None if out is None else str(out),
     }
