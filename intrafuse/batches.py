@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["batches", "fitting", "map_tensors", "require_rereadable"]
+__all__ = ["batches", "fitting", "map_tensors", "require_finite", "require_rereadable"]
 
 ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
@@ -48,7 +48,8 @@ def batches(
         instead: what serves without data, for the error where there is none.
 
     Raises:
-        IntrafuseError: there is no data, it is not made of batches, or it is empty.
+        IntrafuseError: there is no data, it is not made of batches, it is empty, or it holds
+            numbers that are not finite.
 
     >>> [x.shape for x, _ in batches([torch.zeros(2, 3)], nn.Linear(3, 1), purpose="repair")]
     [torch.Size([2, 3])]
@@ -71,12 +72,33 @@ def batches(
                 )
             batch, labels = (*batch, None)[:2]
         count += 1
+        require_finite((batch, labels), f"batch {count} of the data")
         yield map_tensors(lambda t: t.to(device), (batch, labels))
     if not count:
         raise IntrafuseError(
             "data gave no batch",
             remedy="give a list or a loader, which can be read more than once, not an iterator",
         )
+
+
+def require_finite(value: Any, what: str) -> None:
+    """Refuse NaN and infinity in nested tensors; masks of attention hold -infinity.
+
+    Raises:
+        IntrafuseError: names `what` and the number.
+    """
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            found = "nan" if bool(tensor.isnan().any()) else "inf"
+            raise IntrafuseError(
+                f"data must be finite, but {what} is not",
+                value=found,
+                remedy="leave out these samples, or repair them",
+            )
+        return tensor
+
+    map_tensors(check, value)
 
 
 def require_rereadable(data: object) -> None:
@@ -105,6 +127,6 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
         yield
     except (IntrafuseError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntrafuseError(f"the model refused {what}: {text}", remedy=remedy) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from intrafuse.calls import apart
 from intrafuse.graph.groups import Norm
 from intrafuse.graph.trace import ExampleInputs, trace
 from intrafuse.surgery import install
@@ -13,6 +14,7 @@ from intrafuse.weights import Weights
 __all__ = ["fold_batchnorm", "fold_norms"]
 
 
+@apart
 def fold_batchnorm(
     model: nn.Module, example_inputs: ExampleInputs, *, remove: bool = False, inplace: bool = False
 ) -> nn.Module:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import intrafuse
+from intrafuse.calls import apart
 from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
@@ -36,6 +37,7 @@ PLANLESS = (
 )
 
 
+@apart
 def save(
     folder: str | Path,
     pruned: Pruned | nn.Module,
@@ -113,6 +115,7 @@ def save(
     return folder
 
 
+@apart
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a network that `save` wrote. No code that the folder names is imported.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from intrafuse.calls import apart
 from intrafuse.fusing.checks import (
     Width,
     check_data,
@@ -88,6 +89,7 @@ class Fused:
     plan: Plan | None = None
 
 
+@apart
 def fuse(
     models: Sequence[nn.Module],
     example_inputs: ExampleInputs,

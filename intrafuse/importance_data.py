@@ -148,7 +148,7 @@ def refusing(metric: str) -> Iterator[None]:
         yield
     except (IntrafuseError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntrafuseError(
             f'importance "{metric}" cannot run the model: {type(error).__name__}: {text}',

@@ -109,8 +109,9 @@ def _call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str) -
         model(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # PyTorch's answer to a shape that does not fit
-        raise IntrafuseError(f"a network cannot take its inputs ({error})", value=name) from error
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntrafuseError(f"a network cannot take its inputs ({text})", value=name) from error
 
 
 def _wait(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Figures
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing
 from intrafuse.graph.groups import ChannelGraph
@@ -66,6 +67,7 @@ class Plan:
         """Share of channels, params and macs that goes, in [0, 1]."""
         return self.after.removed(self.before)
 
+    @apart
     def weights(self, model: nn.Module) -> Weights:
         """Compute the tensors of the pruned network; the model stays as it is.
 
@@ -80,6 +82,7 @@ class Plan:
             weights.merge(step.check())
         return weights
 
+    @apart
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Return the pruned network.
 

@@ -13,6 +13,7 @@ from torch import nn
 from intrafuse.batches import require_rereadable
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
+from intrafuse.calls import apart
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
@@ -102,6 +103,7 @@ class Pruned:
     report: Report
 
 
+@apart
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -202,6 +204,7 @@ def plan(
     return Plan(graph, maps, fold, settings, before, after, time.perf_counter() - started)
 
 
+@apart
 def prune(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches, map_tensors
+from intrafuse.batches import batches, fitting, map_tensors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.calibrate import LAYERS
+from intrafuse.moments.calibrate import FIT, LAYERS
 
 __all__ = ["Point", "activations", "observing", "points", "run", "take"]
 
@@ -98,9 +98,10 @@ def _lengths(inputs: Any) -> list[int]:
 def run(model: nn.Module, inputs: Iterable) -> None:
     """Run a network in evaluation mode on batches, for what its hooks see."""
     with evaluating(model), torch.no_grad():
-        for batch in inputs:
+        for seen, batch in enumerate(inputs):
             args, kwargs = as_arguments(batch)
-            model(*args, **kwargs)
+            with fitting(f"batch {seen + 1} of the data", FIT):
+                model(*args, **kwargs)
 
 
 @contextmanager

@@ -20,9 +20,12 @@ import torch.backends.mha
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
 
 from intrafuse import errors
+from intrafuse.calls import alone, as_called
 from intrafuse.errors import IntrafuseError
+from intrafuse.snapshot import same_random_state, unchanged
 
 __all__ = [
     "CONSTANT",
@@ -40,24 +43,38 @@ ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
+    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call.
+
+    Tensors are copies, one for each that was given: a model may compute in place.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            trained = tensor.requires_grad
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(trained)
+        return copies[id(tensor)]
+
+    args, kwargs = (), {}
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, tuple | list):
+        args = tuple(example_inputs)
+    else:
+        args = (example_inputs,)
+    return tree_map_only(Tensor, copy, (args, kwargs))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in evaluation mode, and every module back into its own mode at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Module]:
+    """Let a model run in evaluation mode, one thread at a time; at the end it is as it was.
+
+    What its code caches in attributes, counts or draws at random is put back (`unchanged`), and so
+    are the global random generators. `exporting` computes with shapes only.
+    """
+    with alone(), same_random_state(model), unchanged(model, values=not exporting), as_called():
+        model.eval()
         yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
@@ -70,7 +87,7 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
         raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
     args, kwargs = as_arguments(example_inputs)
     try:
-        with evaluating(model):
+        with evaluating(model, exporting=True):
             return _export(model, args, kwargs)
     except NotImplementedError as error:  # an exported program has no evaluation mode
         raise IntrafuseError(
@@ -84,7 +101,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
     try:
         with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
             program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error).strip() or type(error).__name__
         operator = _last_operator(error)
         raise IntrafuseError(
@@ -160,7 +177,7 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _remedy(model: nn.Module, error: Exception) -> str:
+def _remedy(model: nn.Module, error: BaseException) -> str:
     """Say what to do about a failed export."""
     if isinstance(model, torch.jit.ScriptModule):
         return "pass the module as it was before torch.jit made it a script"
@@ -180,14 +197,14 @@ def _remedy(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _last_operator(error: Exception) -> str | None:
+def _last_operator(error: BaseException) -> str | None:
     """Name the last operator that was recorded before an export failed, where it tells."""
     graph = getattr(error, "partial_fx_graph", None)
     names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
     return names[-1] if names else None
 
 
-def _failing_line(error: Exception) -> str | None:
+def _failing_line(error: BaseException) -> str | None:
     """Find the last line of the model's code, outside PyTorch and this package, that was run."""
     libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]

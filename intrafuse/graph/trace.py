@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.export import (
     ExampleInputs,
@@ -40,6 +41,7 @@ PASS_ORIGIN = frozenset(
 )
 
 
+@apart
 def trace(
     model: nn.Module, example_inputs: ExampleInputs, *, include: Sequence[str] = ()
 ) -> ChannelGraph:

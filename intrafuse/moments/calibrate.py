@@ -19,7 +19,7 @@ from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
-__all__ = ["LAYERS", "Calibration"]
+__all__ = ["FIT", "LAYERS", "Calibration"]
 
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.batches import fitting
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 
@@ -26,6 +27,7 @@ LEAVES, SHADE = 60, 0.85  # balls in each input, and the part of their colour in
 USE_DATA = "give unlabelled data= instead (--data on the command line)"
 
 
+@apart
 def synthesise(
     model: nn.Module,
     example_inputs: ExampleInputs,
