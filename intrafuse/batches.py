@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 
 __all__ = ["batches", "fitting", "map_tensors", "require_finite", "require_rereadable"]
@@ -124,7 +125,8 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
         remedy: what the user can do.
     """
     try:
-        yield
+        with as_called():
+            yield
     except (IntrafuseError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:

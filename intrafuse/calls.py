@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["alone", "apart", "as_called"]
+__all__ = ["alone", "apart", "as_called", "as_library"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +47,7 @@ def apart(function: Callable[P, R]) -> Callable[P, R]:
             for device in _DEVICES:
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(_defaults(torch.float32, torch.device("cpu")))
+            stack.enter_context(as_library())
             return function(*args, **kwargs)
 
     return call
@@ -55,11 +55,21 @@ def apart(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def as_called() -> Iterator[None]:
-    """Let code of the caller run with the default type and device that it was called with."""
+    """Let code of the caller run with the default type and device that it was called with.
+
+    Hooks that see what it does are decorated by `as_library()`.
+    """
     if not _called:
         yield
         return
     with _defaults(*_called[0]):
+        yield
+
+
+@contextmanager
+def as_library() -> Iterator[None]:
+    """Let code of the library run with PyTorch's own default type and device."""
+    with _defaults(torch.float32, torch.device("cpu")):
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.trace import as_arguments, evaluating
@@ -79,7 +80,7 @@ def latencies(
         raise IntrafuseError("latency needs four runs or more", value=runs, usage=True)
     args, kwargs = as_arguments(example_inputs)
     times: dict[str, list[float]] = {name: [] for name in models}
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack, torch.inference_mode(), as_called():
         for model in models.values():
             stack.enter_context(evaluating(model))
         for run in range(-warm, runs):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.batches import batches, fitting
-from intrafuse.calls import apart
+from intrafuse.calls import apart, as_library
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, locate
@@ -161,6 +161,7 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
     handles = []
 
     def measure(mean: str):
+        @as_library()
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             layer = layers[mean]
             merged = merged_output(plan, plan.graph.axes[mean][0], layer, output.double())

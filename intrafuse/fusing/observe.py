@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.batches import batches, fitting, map_tensors
+from intrafuse.calls import as_library
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
@@ -111,7 +112,7 @@ def observing(
     """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
 
     def hook(point: Point) -> Callable[..., Any]:
-        return lambda _module, _args, output: see(point, output)
+        return as_library()(lambda _module, _args, output: see(point, output))
 
     handles = []
     try:

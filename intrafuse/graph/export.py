@@ -72,7 +72,7 @@ def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Modu
     What its code caches in attributes, counts or draws at random is put back (`unchanged`), and so
     are the global random generators. `exporting` computes with shapes only.
     """
-    with alone(), same_random_state(model), unchanged(model, values=not exporting), as_called():
+    with alone(), same_random_state(model), unchanged(model, values=not exporting):
         model.eval()
         yield model
 
@@ -99,7 +99,13 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
+        with (
+            torch.no_grad(),
+            redirect_stderr(printed),
+            _without_warnings(),
+            _plainly(model),
+            as_called(),
+        ):
             program = torch.export.export(model, args, kwargs, strict=False)
     except (Exception, SystemExit) as error:
         text = str(error).strip() or type(error).__name__

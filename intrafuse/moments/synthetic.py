@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.batches import fitting
-from intrafuse.calls import apart
+from intrafuse.calls import apart, as_library
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 
@@ -256,6 +256,7 @@ def _watched(norms: Mapping[str, _BatchNorm]) -> Iterator[Seen]:
     seen: Seen = {}
 
     def keep(name: str) -> Callable:
+        @as_library()
         def hook(_module: nn.Module, received: tuple) -> None:
             seen.setdefault(name, []).append(_moments(norms[name], received[0]))
 
