@@ -57,9 +57,7 @@ def batches(
     """
     if data is None:
         raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE + instead, usage=True)
-    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
-        kind = type(data).__name__
-        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
+    _require_iterable(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in islice(data, limit):
@@ -103,17 +101,25 @@ def require_finite(value: Any, what: str) -> None:
 
 
 def require_rereadable(data: object) -> None:
-    """Refuse data that can be read once only.
+    """Refuse data that can be read once only, or is no data; None is no data, and allowed.
 
     Raises:
-        IntrafuseError: it is an iterator.
+        IntrafuseError: it is an iterator, or not made of batches.
     """
+    if data is not None:
+        _require_iterable(data)
     if isinstance(data, Iterator):
         raise IntrafuseError(
             "data must be readable more than once: a list of batches or a loader",
             value=type(data).__name__,
             remedy="list(batches)",
         )
+
+
+def _require_iterable(data: object) -> None:
+    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
+        kind = type(data).__name__
+        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
 
 
 @contextmanager

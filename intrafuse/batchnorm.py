@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.calls import apart
 from intrafuse.graph.groups import Norm
 from intrafuse.graph.trace import ExampleInputs, trace
@@ -38,6 +39,7 @@ def fold_batchnorm(
     >>> fold_batchnorm(net, torch.zeros(2, 2), remove=True)[1]
     Identity()
     """
+    check_arguments(remove=remove, inplace=inplace)
     graph = trace(model, example_inputs)
     weights = Weights.of(graph, model)
     fold_norms(weights)

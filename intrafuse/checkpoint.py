@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import intrafuse
+from intrafuse.arguments import check_arguments
 from intrafuse.calls import apart
 from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
@@ -79,10 +80,20 @@ def save(
     >>> again.layers[1]
     Linear(in_features=64, out_features=64, bias=True)
     """
+    check_arguments(
+        folder=folder,
+        architecture=architecture,
+        arguments=arguments,
+        source_sha256=source_sha256,
+        figures=figures,
+    )
+    if plan is not None and not isinstance(plan, Plan):
+        raise IntrafuseError("plan must be a Plan, or None", value=type(plan).__name__, usage=True)
     seconds = None
     if isinstance(pruned, Pruned):
         model, plan, seconds = pruned.model, plan or pruned.plan, pruned.report.seconds
     else:
+        check_arguments(model=pruned)
         model = pruned
     folder = usable(folder)
     tensors, aliases = _state(model)
@@ -132,6 +143,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             schema version, holds NaN or Inf; missing, unexpected or misshapen keys; an
             architecture outside the zoo, and no `model`.
     """
+    check_arguments(folder=folder)
+    if model is not None:
+        check_arguments(model=model)
     folder = Path(folder)
     if not folder.is_dir():
         raise IntrafuseError(

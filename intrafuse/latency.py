@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs
@@ -76,8 +77,9 @@ def latencies(
     Raises:
         IntrafuseError: as for `latency`.
     """
-    if runs < 4:
-        raise IntrafuseError("latency needs four runs or more", value=runs, usage=True)
+    check_arguments(runs=runs, warm=warm)
+    for model in models.values():
+        check_arguments(model=model)
     args, kwargs = as_arguments(example_inputs)
     times: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack, torch.inference_mode(), as_called():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Figures
 from intrafuse.calls import apart
@@ -75,6 +76,7 @@ class Plan:
             IntrafuseError: the model has other shapes than the one that was planned for, or holds
                 numbers that are not finite.
         """
+        check_arguments(model=model)
         weights = Weights.of(self.graph, model)
         if self.fold:
             fold_norms(weights)
@@ -90,6 +92,7 @@ class Plan:
             model: the network that the plan was made for (or one of the same shapes).
             inplace: change and return `model` itself instead of a copy.
         """
+        check_arguments(inplace=inplace)
         return install(model, self.weights(model), inplace=inplace)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

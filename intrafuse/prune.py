@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batches import require_rereadable
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
@@ -163,12 +164,14 @@ def plan(
     {'0': 4}
     """
     started = time.perf_counter()
+    overrides = {} if overrides is None else overrides
+    check_arguments(include=include, exclude=exclude, seed=seed, progress=progress)
     budget = Budget.of(
         {"channels": channels, "params": params, "macs": macs, "latency": latency},
         scope=scope,
         floor=floor,
         round_to=round_to,
-        overrides=dict(overrides or {}),
+        overrides=overrides,
     )
     require_rereadable(data)
     _require_plannable(repair)
@@ -248,6 +251,7 @@ def prune(
     Linear(in_features=4, out_features=4, bias=True)
     """
     started = time.perf_counter()
+    check_arguments(inplace=inplace)
     check_choice("repair", repair, Repair, optional=True)
     if repair == "batchnorm" and data is None:
         raise IntrafuseError(

@@ -21,7 +21,7 @@ __all__ = ["same_random_state", "unchanged", "walk"]
 # Nothing of these changes, or it is not the model's to change.
 LEAVES = (
     *(str, bytes, int, float, complex, type(None), type, enum.Enum, torch.dtype, torch.device),
-    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.layout),
+    *(types.FunctionType, types.BuiltinFunctionType, torch.layout),
 )
 PLAIN = (types.SimpleNamespace, partial)  # objects of the standard library that are looked into
 
@@ -86,12 +86,13 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _open(value: Any) -> bool:
-    home = type(value).__module__.partition(".")[0]
+    home = type(value).__module__.partition(".")[0]  # of Python's modules: builtins
     return home not in sys.stdlib_module_names or isinstance(value, PLAIN)
 
 
 def _items(value: dict) -> list[tuple[Any, Any]]:
-    return [*(OrderedDict if isinstance(value, OrderedDict) else dict).items(value)]
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    return [*kind.items(value)]  # whatever a class of its own makes of `items`
 
 
 def _slots(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
@@ -157,7 +158,8 @@ def _refill(value: Any, items: list[Any]) -> None:
         same = [x is y for x, y in zip(now, items, strict=False)]
     if len(now) != len(items) or not all(same):
         kind.clear(value)
-        (kind.extend if kind in (list, deque) else kind.update)(value, items)
+        refill: Any = kind.extend if kind in (list, deque) else kind.update
+        refill(value, items)
 
 
 def _same_class(value: Any, kind: type) -> None:

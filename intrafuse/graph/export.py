@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ __all__ = [
 
 REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
 CONSTANT = "constant"  # key of a node's meta: the tensor that the code made out of numbers
+# Modules that look into a mask: the argument that tells them, and its place.
+STACKS = {nn.TransformerEncoder: ("is_causal", 3), nn.TransformerDecoder: ("tgt_is_causal", 6)}
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
@@ -150,7 +153,8 @@ def _plainly(model: nn.Module) -> Iterator[None]:
     """Let a model compute without fused kernels and without a cache for its next call.
 
     A fused transformer layer is one operator that hides what it does, and a cache of keys and
-    values is an output that `torch.export` does not know.
+    values is an output that `torch.export` does not know. A stack of layers looks into its mask
+    for whether it is causal, unless it is told; masks are applied either way.
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
@@ -158,12 +162,29 @@ def _plainly(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     for config in cached:
         config.use_cache = False
+    hooks = [
+        module.register_forward_pre_hook(partial(_tell, *STACKS[kind]), with_kwargs=True)
+        for module in model.modules()
+        for kind in STACKS
+        if type(module).forward is kind.forward
+    ]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in cached:
             config.use_cache = True
+
+
+def _tell(
+    name: str, place: int, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Give an argument that was not given, or is None, the value False."""
+    if len(args) > place:
+        return (*args[:place], args[place] or False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: kwargs.get(name) or False}
 
 
 @contextmanager

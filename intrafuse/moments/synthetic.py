@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batches import fitting
 from intrafuse.calls import apart, as_library
 from intrafuse.errors import IntrafuseError
@@ -69,7 +70,15 @@ def synthesise(
     >>> [tuple(batch.shape) for batch in synthesise(net, torch.zeros(1, 2), images=4, steps=1)]
     [(4, 2)]
     """
-    _check_settings(images, steps, batch_size, learning_rate)
+    check_arguments(
+        model=model,
+        images=images,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        progress=progress,
+    )
     name, example = _only_input(example_inputs)
     norms = _norms(model)
     if not norms:
@@ -186,15 +195,6 @@ def _moments(norm: _BatchNorm, z: Tensor) -> tuple[Tensor, Tensor]:
     dims = [d for d in range(z.dim()) if d != 1]
     off = z.mean(dims)
     return off, ((z * z).mean(dims) - off.square()).clamp_min(0)
-
-
-def _check_settings(images: int, steps: int, batch_size: int, learning_rate: float) -> None:
-    least = {"images": (images, 1), "steps": (steps, 1), "batch_size": (batch_size, 2)}
-    for setting, (value, lowest) in least.items():
-        if value < lowest:
-            raise IntrafuseError(f"{setting} must be at least {lowest}", value=value, usage=True)
-    if not 0 < learning_rate < float("inf"):
-        raise IntrafuseError("learning_rate must be above 0", value=learning_rate, usage=True)
 
 
 def _only_input(example_inputs: ExampleInputs) -> tuple[str | None, Tensor]:
