@@ -133,7 +133,7 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
     try:
         with as_called():
             yield
-    except (IntrafuseError, torch.OutOfMemoryError):
+    except (IntrafuseError, torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]

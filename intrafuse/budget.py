@@ -190,11 +190,14 @@ def choose_widths(
 
 
 def _locked(graph: ChannelGraph) -> str:
-    """Word what else could be pruned if the code allowed it: three groups, and how many more."""
+    """Word what must stay, and why: three groups, and how many more.
+
+    First what the code does not allow, then what no network could do without.
+    """
     own = {"model input", "model output", "a single channel"}
-    found = [group for group in graph.locked if not own.intersection(group.locked)]
+    found = sorted(graph.locked, key=lambda group: bool(own.intersection(group.locked)))
     if not found:
-        return ""
+        return "" if graph.groups else ". No layer of the network writes channels"
     named = "; ".join(f"{group.name} ({group.locked[0]})" for group in found[:3])
     more = f", and {len(found) - 3} more (intrafuse inspect)" if len(found) > 3 else ""
     return f". These must keep their size: {named}{more}"

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from intrafuse import errors
 from intrafuse.calls import alone, as_called
+from intrafuse.device import require_numbers
 from intrafuse.errors import IntrafuseError
 from intrafuse.snapshot import same_random_state, unchanged
 
@@ -88,6 +89,7 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
     """
     if not isinstance(model, nn.Module):
         raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
+    _require_one_kind_of_place(model)
     args, kwargs = as_arguments(example_inputs)
     try:
         with evaluating(model, exporting=True):
@@ -97,6 +99,14 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
             f"the model cannot be put in evaluation mode: {error}",
             remedy="pass the module that was exported, not the exported one",
         ) from error
+
+
+def _require_one_kind_of_place(model: nn.Module) -> None:
+    """Refuse a model some of whose parameters hold no numbers."""
+    named = dict(model.named_parameters())
+    meta = [name for name, parameter in named.items() if parameter.device.type == "meta"]
+    if 0 < len(meta) < len(named):
+        require_numbers(meta[0], named[meta[0]])
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

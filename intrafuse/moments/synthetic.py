@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafuse.arguments import check_arguments
 from intrafuse.batches import fitting
 from intrafuse.calls import apart, as_library
+from intrafuse.device import require_numbers
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 
@@ -227,6 +228,7 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
     for name, norm in found.items():
         assert norm.running_mean is not None and norm.running_var is not None
+        require_numbers(name, norm.running_mean)
         total = float(norm.running_mean.double().sum() + norm.running_var.double().sum())
         if not math.isfinite(total) or float(norm.running_var.min()) < 0:
             raise IntrafuseError(
