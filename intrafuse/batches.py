@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["batches", "fitting", "map_tensors", "require_rereadable"]
+__all__ = ["batches", "fitting", "map_tensors", "require_finite", "require_rereadable"]
 
 ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
@@ -48,16 +49,15 @@ def batches(
         instead: what serves without data, for the error where there is none.
 
     Raises:
-        IntrafuseError: there is no data, it is not made of batches, or it is empty.
+        IntrafuseError: there is no data, it is not made of batches, it is empty, or it holds
+            numbers that are not finite.
 
     >>> [x.shape for x, _ in batches([torch.zeros(2, 3)], nn.Linear(3, 1), purpose="repair")]
     [torch.Size([2, 3])]
     """
     if data is None:
         raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE + instead, usage=True)
-    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
-        kind = type(data).__name__
-        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
+    _require_iterable(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in islice(data, limit):
@@ -71,6 +71,7 @@ def batches(
                 )
             batch, labels = (*batch, None)[:2]
         count += 1
+        require_finite((batch, labels), f"batch {count} of the data")
         yield map_tensors(lambda t: t.to(device), (batch, labels))
     if not count:
         raise IntrafuseError(
@@ -79,18 +80,46 @@ def batches(
         )
 
 
-def require_rereadable(data: object) -> None:
-    """Refuse data that can be read once only.
+def require_finite(value: Any, what: str) -> None:
+    """Refuse NaN and infinity in nested tensors; masks of attention hold -infinity.
 
     Raises:
-        IntrafuseError: it is an iterator.
+        IntrafuseError: names `what` and the number.
     """
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            found = "nan" if bool(tensor.isnan().any()) else "inf"
+            raise IntrafuseError(
+                f"data must be finite, but {what} is not",
+                value=found,
+                remedy="leave out these samples, or repair them",
+            )
+        return tensor
+
+    map_tensors(check, value)
+
+
+def require_rereadable(data: object) -> None:
+    """Refuse data that can be read once only, or is no data; None is no data, and allowed.
+
+    Raises:
+        IntrafuseError: it is an iterator, or not made of batches.
+    """
+    if data is not None:
+        _require_iterable(data)
     if isinstance(data, Iterator):
         raise IntrafuseError(
             "data must be readable more than once: a list of batches or a loader",
             value=type(data).__name__,
             remedy="list(batches)",
         )
+
+
+def _require_iterable(data: object) -> None:
+    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
+        kind = type(data).__name__
+        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
 
 
 @contextmanager
@@ -102,9 +131,10 @@ def fitting(what: str, remedy: str) -> Iterator[None]:
         remedy: what the user can do.
     """
     try:
-        yield
-    except (IntrafuseError, torch.OutOfMemoryError):
+        with as_called():
+            yield
+    except (IntrafuseError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntrafuseError(f"the model refused {what}: {text}", remedy=remedy) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import apart
 from intrafuse.graph.groups import Norm
 from intrafuse.graph.trace import ExampleInputs, trace
 from intrafuse.surgery import install
@@ -13,6 +15,7 @@ from intrafuse.weights import Weights
 __all__ = ["fold_batchnorm", "fold_norms"]
 
 
+@apart
 def fold_batchnorm(
     model: nn.Module, example_inputs: ExampleInputs, *, remove: bool = False, inplace: bool = False
 ) -> nn.Module:
@@ -36,6 +39,7 @@ def fold_batchnorm(
     >>> fold_batchnorm(net, torch.zeros(2, 2), remove=True)[1]
     Identity()
     """
+    check_arguments(remove=remove, inplace=inplace)
     graph = trace(model, example_inputs)
     weights = Weights.of(graph, model)
     fold_norms(weights)

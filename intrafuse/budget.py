@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafuse.arguments import check_arguments
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.patterns import matches, require_matches
@@ -69,6 +70,10 @@ class Budget:
     overrides: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_arguments(overrides=self.overrides)
+        if self.kind not in (*KINDS, "latency"):
+            kinds = ", ".join((*KINDS, "latency"))
+            raise IntrafuseError(f"kind must be one of {kinds}", value=self.kind, usage=True)
         for name, share in (
             (self.kind, self.share),
             *((f"overrides[{name!r}]", share) for name, share in self.overrides.items()),
@@ -86,7 +91,7 @@ class Budget:
             raise IntrafuseError(
                 f"scope must be one of {', '.join(SCOPES)}", value=self.scope, usage=True
             )
-        if not isinstance(self.round_to, int) or self.round_to < 1:
+        if type(self.round_to) is not int or self.round_to < 1:
             raise IntrafuseError(
                 "round_to must be a whole number from 1", value=self.round_to, usage=True
             )
@@ -185,11 +190,14 @@ def choose_widths(
 
 
 def _locked(graph: ChannelGraph) -> str:
-    """Word what else could be pruned if the code allowed it: three groups, and how many more."""
+    """Word what must stay, and why: three groups, and how many more.
+
+    First what the code does not allow, then what no network could do without.
+    """
     own = {"model input", "model output", "a single channel"}
-    found = [group for group in graph.locked if not own.intersection(group.locked)]
+    found = sorted(graph.locked, key=lambda group: bool(own.intersection(group.locked)))
     if not found:
-        return ""
+        return "" if graph.groups else ". No layer of the network writes channels"
     named = "; ".join(f"{group.name} ({group.locked[0]})" for group in found[:3])
     more = f", and {len(found) - 3} more (intrafuse inspect)" if len(found) > 3 else ""
     return f". These must keep their size: {named}{more}"

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import intrafuse
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import apart
 from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing_folder
@@ -36,6 +38,7 @@ PLANLESS = (
 )
 
 
+@apart
 def save(
     folder: str | Path,
     pruned: Pruned | nn.Module,
@@ -77,10 +80,20 @@ def save(
     >>> again.layers[1]
     Linear(in_features=64, out_features=64, bias=True)
     """
+    check_arguments(
+        folder=folder,
+        architecture=architecture,
+        arguments=arguments,
+        source_sha256=source_sha256,
+        figures=figures,
+    )
+    if plan is not None and not isinstance(plan, Plan):
+        raise IntrafuseError("plan must be a Plan, or None", value=type(plan).__name__, usage=True)
     seconds = None
     if isinstance(pruned, Pruned):
         model, plan, seconds = pruned.model, plan or pruned.plan, pruned.report.seconds
     else:
+        check_arguments(model=pruned)
         model = pruned
     folder = usable(folder)
     tensors, aliases = _state(model)
@@ -113,6 +126,7 @@ def save(
     return folder
 
 
+@apart
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a network that `save` wrote. No code that the folder names is imported.
 
@@ -129,6 +143,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             schema version, holds NaN or Inf; missing, unexpected or misshapen keys; an
             architecture outside the zoo, and no `model`.
     """
+    check_arguments(folder=folder)
+    if model is not None:
+        check_arguments(model=model)
     folder = Path(folder)
     if not folder.is_dir():
         raise IntrafuseError(

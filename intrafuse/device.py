@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 
-__all__ = ["pick_device", "require_device"]
+__all__ = ["pick_device", "require_device", "require_numbers"]
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -21,6 +22,24 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         return require_device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_numbers(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that holds no numbers.
+
+    Raises:
+        IntrafuseError: it is on the meta device.
+    """
+    if tensor.device.type == "meta" and type(tensor) in (
+        Tensor,
+        nn.Parameter,
+    ):  # no class of its own
+        raise IntrafuseError(
+            "a tensor on the meta device holds no numbers",
+            layer=name,
+            remedy="load the weights first; a model that is on the meta device as a whole can be "
+            "traced, with inputs there",
+        )
 
 
 def require_device(name: str | torch.device) -> torch.device:

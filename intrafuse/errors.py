@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["IntrafuseError"]
 
 _MISSING = object()
+LONGEST = 1000  # characters of a value that a message repeats
 
 
 class IntrafuseError(ValueError):
@@ -34,8 +35,16 @@ class IntrafuseError(ValueError):
         if layer is not None:
             message += f" (at {layer})"
         if value is not _MISSING:
-            message += f"; got {value!r}"
+            message += f"; got {_in_one_line(value)}"
         if remedy is not None:
             message += f". Remedy: {remedy}"
         super().__init__(message)
         self.rule, self.layer, self.remedy, self.usage = rule, layer, remedy, usage
+
+
+def _in_one_line(value: object) -> str:
+    """Write a value in one line, and cut what is too long to be read."""
+    text = repr(value)
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import apart
 from intrafuse.fusing.checks import (
     Width,
     check_data,
@@ -88,6 +90,7 @@ class Fused:
     plan: Plan | None = None
 
 
+@apart
 def fuse(
     models: Sequence[nn.Module],
     example_inputs: ExampleInputs,
@@ -149,6 +152,7 @@ def fuse(
     check_choice("features", features, Features)
     check_choice("method", method, FusionMethod)
     check_choice("repair", repair, FusionRepair, optional=True)
+    check_arguments(seed=seed, progress=progress)
     check_data(data, features, repair, samples)
     check_regularisation(regularisation)
     models = check_networks(models)

@@ -7,7 +7,6 @@ Scores are float32, (channels,), one for each channel that the group has now; hi
 
 from __future__ import annotations
 
-import copy
 import difflib
 import types
 import zlib
@@ -22,7 +21,7 @@ from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import channel_rows
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.graph.trace import as_arguments
+from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.importance_data import (
     Scores,
     activation,
@@ -33,6 +32,7 @@ from intrafuse.importance_data import (
     scored,
     taylor,
 )
+from intrafuse.modules import copy_without
 from intrafuse.weights import Weights
 
 __all__ = [
@@ -201,7 +201,8 @@ def _synaptic_flow(context: Context) -> Scores:
             model = _linear_copy(context.model)
             given = dict(model.named_parameters())
             args, kwargs = as_arguments(map_tensors(_ones, context.example_inputs))
-            flow = torch.stack([t.sum() for t in floating(model(*args, **kwargs))]).sum()
+            with evaluating(model):
+                flow = torch.stack([t.sum() for t in floating(model(*args, **kwargs))]).sum()
             found = torch.autograd.grad(flow, list(given.values()), allow_unused=True)
         if not torch.isfinite(flow):
             raise IntrafuseError(
@@ -227,7 +228,7 @@ def _ones(tensor: Tensor) -> Tensor:
 
 def _linear_copy(model: nn.Module) -> nn.Module:
     """Copy a model in float64, with absolute parameters, so that it is linear on ones."""
-    model = copy.deepcopy(model).double().eval()
+    model = copy_without(model, []).double().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.abs()
         parameter.requires_grad_(parameter.is_floating_point())

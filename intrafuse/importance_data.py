@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.batches import batches
+from intrafuse.calls import as_called, as_library
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import channel_rows
@@ -145,10 +146,11 @@ def floating(value: Any) -> Iterator[Tensor]:
 def refusing(metric: str) -> Iterator[None]:
     """Turn what PyTorch raises for inputs that do not fit the model into one line."""
     try:
-        yield
+        with as_called():
+            yield
     except (IntrafuseError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (Exception, SystemExit) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntrafuseError(
             f'importance "{metric}" cannot run the model: {type(error).__name__}: {text}',
@@ -188,6 +190,7 @@ def _watching(context: Context, visit: Visit) -> Iterator[None]:
             handle.remove()
 
 
+@as_library()
 def _report(
     visit: Visit, group: ChannelGroup, slot: Slot, module: nn.Module, args: tuple, kwargs: dict
 ) -> None:

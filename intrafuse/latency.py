@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.trace import as_arguments, evaluating
@@ -75,11 +77,12 @@ def latencies(
     Raises:
         IntrafuseError: as for `latency`.
     """
-    if runs < 4:
-        raise IntrafuseError("latency needs four runs or more", value=runs, usage=True)
+    check_arguments(runs=runs, warm=warm)
+    for model in models.values():
+        check_arguments(model=model)
     args, kwargs = as_arguments(example_inputs)
     times: dict[str, list[float]] = {name: [] for name in models}
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack, torch.inference_mode(), as_called():
         for model in models.values():
             stack.enter_context(evaluating(model))
         for run in range(-warm, runs):
@@ -109,8 +112,9 @@ def _call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str) -
         model(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # PyTorch's answer to a shape that does not fit
-        raise IntrafuseError(f"a network cannot take its inputs ({error})", value=name) from error
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntrafuseError(f"a network cannot take its inputs ({text})", value=name) from error
 
 
 def _wait(device: torch.device) -> None:

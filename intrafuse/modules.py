@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +13,50 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.snapshot import walk
 
 __all__ = ["copy_without", "held_size", "held_sizes", "place", "set_size"]
 
+# What a copy of a model may use together with it.
+SHARED = (type(threading.Lock()), type(threading.RLock()), io.IOBase, types.ModuleType)
+
 
 def copy_without(model: nn.Module, replaced: Sequence[Tensor]) -> nn.Module:
-    """Copy a module but for tensors that will be replaced, which would double its memory."""
+    """Copy a module but for tensors that will be replaced, which would double its memory.
+
+    Locks, open files and Python's modules are shared: both may use them.
+
+    Raises:
+        IntrafuseError: something that the model holds cannot be copied; names it.
+    """
+    shared: list[Any] = [*replaced, *(held for held in walk(model) if isinstance(held, SHARED))]
+    known = {id(held): held for held in shared}
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in replaced})
-    except RuntimeError as error:  # a module that keeps an activation, old weight norm
+        return copy.deepcopy(model, dict(known))
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kept = isinstance(error, RuntimeError)  # an activation, or the weight of old weight norm
         raise IntrafuseError(
-            f"the model cannot be copied: {str(error).splitlines()[0]}",
+            f"the model cannot be copied: {text}",
+            layer=_uncopyable(model, known),
             remedy="call the model under torch.no_grad() first, and remove hooks such as "
-            "weight_norm",
+            "weight_norm"
+            if kept
+            else "set it to None, or give it a __deepcopy__",
         ) from error
+
+
+def _uncopyable(model: nn.Module, known: Mapping[int, object]) -> str | None:
+    """Name the attribute that cannot be copied; its own modules do not count."""
+    own = {id(module): module for module in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            memo = {**own, **known, id(module._modules): module._modules}
+            try:
+                copy.deepcopy(value, memo)
+            except (Exception, SystemExit):
+                return f"{path}.{name}".removeprefix(".")
+    return None
 
 
 def place(

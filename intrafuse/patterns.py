@@ -27,13 +27,6 @@ def require_matches(patterns: Sequence[str], graph: ChannelGraph, argument: str)
     Raises:
         IntrafuseError: with the names that come near.
     """
-    if isinstance(patterns, str):
-        raise IntrafuseError(
-            f"{argument} must be a list of patterns",
-            value=patterns,
-            usage=True,
-            remedy=f"{argument}=[{patterns!r}]",
-        )
     groups = (*graph.groups, *graph.locked)
     names = sorted({name for group in groups for name in (group.name, *group.layers)})
     for pattern in patterns:

@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Figures
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing
 from intrafuse.graph.export import ExampleInputs
@@ -68,6 +70,7 @@ class Plan:
         """Share of channels, params and macs that goes, in [0, 1]."""
         return self.after.removed(self.before)
 
+    @apart
     def weights(self, model: nn.Module) -> Weights:
         """Compute the tensors of the pruned network; the model stays as it is.
 
@@ -75,6 +78,7 @@ class Plan:
             IntrafuseError: the model has other shapes than the one that was planned for, or holds
                 numbers that are not finite.
         """
+        check_arguments(model=model)
         weights = Weights.of(self.graph, model)
         if self.fold:
             fold_norms(weights)
@@ -82,6 +86,7 @@ class Plan:
             weights.merge(step.check())
         return weights
 
+    @apart
     def apply(
         self,
         model: nn.Module,
@@ -102,6 +107,7 @@ class Plan:
             IntrafuseError: the model has other shapes than the one that was planned for, holds
                 numbers that are not finite, or the result is found wrong.
         """
+        check_arguments(inplace=inplace, check=check)
         weights = self.weights(model)
         if check and example_inputs is not None:
             pruned = install(model, weights)

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batches import require_rereadable
 from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Budget, Figures, Scope, choose_widths, measure
+from intrafuse.calls import apart
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ExampleInputs, trace
@@ -117,6 +119,7 @@ class Pruned:
     report: Report
 
 
+@apart
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -176,12 +179,14 @@ def plan(
     {'0': 4}
     """
     started = time.perf_counter()
+    overrides = {} if overrides is None else overrides
+    check_arguments(include=include, exclude=exclude, seed=seed, progress=progress)
     budget = Budget.of(
         {"channels": channels, "params": params, "macs": macs, "latency": latency},
         scope=scope,
         floor=floor,
         round_to=round_to,
-        overrides=dict(overrides or {}),
+        overrides=overrides,
     )
     require_rereadable(data)
     _require_plannable(repair)
@@ -217,6 +222,7 @@ def plan(
     return Plan(graph, maps, fold, settings, before, after, time.perf_counter() - started)
 
 
+@apart
 def prune(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -264,6 +270,7 @@ def prune(
     Linear(in_features=4, out_features=4, bias=True)
     """
     started = time.perf_counter()
+    check_arguments(inplace=inplace, check=check)
     check_choice("repair", repair, Repair, optional=True)
     if repair == "batchnorm" and data is None:
         raise IntrafuseError(

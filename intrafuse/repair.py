@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.batches import batches, fitting
+from intrafuse.calls import apart, as_library
 from intrafuse.context import Context
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, locate
@@ -29,6 +30,7 @@ ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
     "batch, also in the last one"
 )
+FINITE = "look for samples on which the network overflows, and leave them out"
 Repair = Literal["analytic", "batchnorm", "synthetic"]
 
 
@@ -49,6 +51,7 @@ def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> Me
     return with_readout(step, found, context.weights, solve=False)
 
 
+@apart
 def reestimate_batchnorm(
     original: nn.Module,
     pruned: nn.Module,
@@ -85,9 +88,7 @@ def reestimate_batchnorm(
                 mean, variance = targets[name]
                 norms[name].weight.data = variance.sqrt().to(norms[name].weight)
                 norms[name].bias.data = mean.to(norms[name].bias)
-        with evaluating(pruned), _estimating(list(norms.values())):
-            for _ in _outputs(pruned, data):
-                pass
+        _estimate(pruned, norms, data)
         for name in own:
             if name in targets and not norms[name].affine:
                 _aim(norms[name], *targets[name])
@@ -123,22 +124,24 @@ def _norm_module(model: nn.Module, name: str) -> _BatchNorm:
     return module
 
 
-class _estimating:
-    """Let batch norms average the statistics of all batches; momentum comes back at the end."""
-
-    def __init__(self, norms: list[_BatchNorm]) -> None:
-        self.norms = norms
-        self.momenta = [norm.momentum for norm in norms]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
+def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable) -> None:
+    """Let batch norms average the statistics of all batches."""
+    with evaluating(model):  # also puts back momentum, and what is no norm's
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
             norm.training = True
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
-            norm.momentum = momentum
+        for _ in _outputs(model, data):
+            pass
+        found = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
+    for (name, norm), state in zip(norms.items(), found, strict=True):
+        if not all(t.isfinite().all() for t in state.values()):
+            raise IntrafuseError(
+                "statistics must be finite on the data",
+                layer=name.rpartition(".")[0],
+                remedy=FINITE,
+            )
+        norm.load_state_dict(state)
 
 
 def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
@@ -158,6 +161,7 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
     handles = []
 
     def measure(mean: str):
+        @as_library()
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             layer = layers[mean]
             merged = merged_output(plan, plan.graph.axes[mean][0], layer, output.double())

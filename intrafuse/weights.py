@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from intrafuse.device import require_numbers
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Block, leaves, tree_size
 from intrafuse.graph.blocks import channel_rows, merge_channels, put_channels, select_channels
@@ -67,6 +68,14 @@ class Weights:
                     value=tuple(tensor.shape),
                     layer=name,
                     remedy="make the plan from this model",
+                )
+            require_numbers(name, tensor)
+            if tensor.is_floating_point() and tensor.itemsize < 2:
+                raise IntrafuseError(
+                    "weights must have 16 bits or more",
+                    value=str(tensor.dtype),
+                    layer=name,
+                    remedy="prune model.to(torch.bfloat16), and quantize what comes out",
                 )
             mask = name in buffers and name not in slots  # attention masks hold -inf
             if tensor.is_floating_point() and not _finite(tensor, mask):

@@ -229,7 +229,8 @@ def test_labels_that_the_outputs_do_not_fit(context: Context):
         (3, "must be an iterable of batches; got 'int'"),
         ([(1, 2, 3)], "inputs, labels.*got '3 parts'"),
         ([torch.randn(3, 1, 4, 4)], "cannot run the model: RuntimeError"),
-        ([torch.full((1, 2, 4, 4), torch.nan)], r"activations must be finite.*\(at 5\)"),
+        ([torch.full((1, 2, 4, 4), torch.nan)], r"data must be finite, but batch 1 .*got 'nan'"),
+        ([torch.full((1, 2, 4, 4), -torch.inf)], r"activations must be finite.*\(at 5\)"),
     ],
 )
 def test_bad_data(context: Context, data, message: str):

@@ -70,9 +70,10 @@ def _logits(model: nn.Module, images: Tensor, data: Images) -> Tensor:
         logits = model(images)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # PyTorch's answer to a shape that does not fit
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IntrafuseError(
-            f"the model cannot take images of shape {data.input_shape} ({error})", value=data.name
+            f"the model cannot take images of shape {data.input_shape} ({text})", value=data.name
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (len(images), len(data.classes)):
         raise IntrafuseError(

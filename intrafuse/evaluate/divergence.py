@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intrafuse.calls import apart
 from intrafuse.data import Images
 from intrafuse.errors import IntrafuseError
 from intrafuse.fusing.observe import Point, observing, points, run
@@ -95,6 +96,7 @@ class LayerDivergence:
     variance_ratio: float
 
 
+@apart
 def layer_divergence(
     original: nn.Module,
     pruned: nn.Module,

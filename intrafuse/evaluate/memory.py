@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from intrafuse.batches import fitting
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.latency import device_of
+from intrafuse.moments.calibrate import FIT
 
 __all__ = ["peak_memory"]
 
@@ -36,10 +38,11 @@ def peak_memory(model: nn.Module, example_inputs: ExampleInputs) -> int:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            model(*args, **kwargs)
+            with fitting("the example inputs", FIT):
+                model(*args, **kwargs)
             return torch.cuda.max_memory_allocated(device) - before
         known = [*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))]
-        with _Counting(known) as counting:
+        with fitting("the example inputs", FIT), _Counting(known) as counting:
             model(*args, **kwargs)
     return counting.peak
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from intrafuse.arguments import check_arguments
 from intrafuse.checkpoint import MANIFEST
 from intrafuse.data import Images, load_data
 from intrafuse.device import pick_device
@@ -107,6 +108,7 @@ def factorize(
     >>> [record.name for record in found.result.records]
     ['trained', 'pruned-1', 'tuned']
     """
+    check_arguments(out=out, device=device, progress=progress)
     check_choice("workers", workers, Workers)
     if not isinstance(recipe, Recipe):
         remedy = "use make_recipe or read_recipe of intrafuse.factorize"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 from torch import nn
@@ -59,12 +60,16 @@ def check_reference(reference: int, networks: int) -> int:
 
 def check_regularisation(regularisation: float | None) -> None:
     """Refuse a regularisation that is negative or not finite."""
-    if regularisation is not None and not 0 <= regularisation < math.inf:
+    if regularisation is not None and not (_number(regularisation) and regularisation < math.inf):
         raise IntrafuseError(
             "entropic regularisation must be finite and not negative",
             value=regularisation,
             usage=True,
         )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def check_data(data: object, features: str, repair: str | None, samples: int) -> None:
@@ -89,11 +94,14 @@ def scaled_shares(weights: Sequence[float] | None, networks: int) -> tuple[float
     """Scale the networks' weights to sum to one."""
     if weights is None:
         return (1 / networks,) * networks
-    given = [float(weight) for weight in weights]
-    if len(given) != networks:
+    listed = isinstance(weights, list | tuple)
+    if not listed or len(weights) != networks or not all(isinstance(w, Real) for w in weights):
         raise IntrafuseError(
-            f"weights must be {networks} numbers, one for each network", value=given, usage=True
+            f"weights must be {networks} numbers, one for each network",
+            value=weights,
+            usage=True,
         )
+    given = [float(weight) for weight in weights]
     if not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
         raise IntrafuseError(
             "weights must be finite, not negative, and not all zero", value=given, usage=True

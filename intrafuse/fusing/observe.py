@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches, map_tensors
+from intrafuse.batches import batches, fitting, map_tensors
+from intrafuse.calls import as_library
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.calibrate import LAYERS
+from intrafuse.moments.calibrate import FIT, LAYERS
 
 __all__ = ["Point", "activations", "observing", "points", "run", "take"]
 
@@ -98,9 +99,10 @@ def _lengths(inputs: Any) -> list[int]:
 def run(model: nn.Module, inputs: Iterable) -> None:
     """Run a network in evaluation mode on batches, for what its hooks see."""
     with evaluating(model), torch.no_grad():
-        for batch in inputs:
+        for seen, batch in enumerate(inputs):
             args, kwargs = as_arguments(batch)
-            model(*args, **kwargs)
+            with fitting(f"batch {seen + 1} of the data", FIT):
+                model(*args, **kwargs)
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def observing(
     """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
 
     def hook(point: Point) -> Callable[..., Any]:
-        return lambda _module, _args, output: see(point, output)
+        return as_library()(lambda _module, _args, output: see(point, output))
 
     handles = []
     try:

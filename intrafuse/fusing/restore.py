@@ -57,7 +57,7 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
     sums: dict[str, list[Tensor]] = {}
 
     def correct(point: Point, output: Tensor) -> Tensor:
-        lines = output.movedim(point.axis, -1)
+        lines = _finite(point, output).movedim(point.axis, -1)
         count = lines.numel() // lines.shape[-1]
         if count < 2:
             raise IntrafuseError(
@@ -141,6 +141,12 @@ def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> Non
     weights.state[point.bias] = offset * gain.to(offset) + shift.to(offset)
 
 
+def _finite(point: Point, output: Tensor) -> Tensor:
+    if not torch.isfinite(output).all():
+        raise IntrafuseError("activations must be finite on the data", layer=point.name)
+    return output
+
+
 def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
     for inputs, _ in batches(data, model, purpose="repair of batch norm", limit=BATCHES):
         yield inputs
@@ -174,7 +180,7 @@ def _measured(member: Member, data: Iterable) -> Told:
     sums: dict[str, list[Tensor]] = {}
 
     def add(point: Point, output: Tensor) -> None:
-        flat = output.movedim(point.axis, -1).flatten(0, -2).double()
+        flat = _finite(point, output).movedim(point.axis, -1).flatten(0, -2).double()
         calls[point.bias] = calls.get(point.bias, 0) + 1
         parts = [torch.tensor(float(len(flat))), flat.sum(0).cpu(), flat.square().sum(0).cpu()]
         old = sums.get(point.bias)

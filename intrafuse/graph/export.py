@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ import torch.backends.mha
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
 
 from intrafuse import errors
+from intrafuse.calls import alone, as_called
+from intrafuse.device import require_numbers
 from intrafuse.errors import IntrafuseError
+from intrafuse.snapshot import same_random_state, unchanged
 
 __all__ = [
     "CONSTANT",
@@ -39,28 +44,44 @@ __all__ = [
 
 REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
 CONSTANT = "constant"  # key of a node's meta: the tensor that the code made out of numbers
+# Modules that look into a mask: the argument that tells them, and its place.
+STACKS = {nn.TransformerEncoder: ("is_causal", 3), nn.TransformerDecoder: ("tgt_is_causal", 6)}
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call."""
+    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call.
+
+    Tensors are copies, one for each that was given: a model may compute in place.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            trained = tensor.requires_grad
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(trained)
+        return copies[id(tensor)]
+
+    args, kwargs = (), {}
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, tuple | list):
+        args = tuple(example_inputs)
+    else:
+        args = (example_inputs,)
+    return tree_map_only(Tensor, copy, (args, kwargs))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in evaluation mode, and every module back into its own mode at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Module]:
+    """Let a model run in evaluation mode, one thread at a time; at the end it is as it was.
+
+    What its code caches in attributes, counts or draws at random is put back (`unchanged`), and so
+    are the global random generators. `exporting` computes with shapes only.
+    """
+    with alone(), same_random_state(model), unchanged(model, values=not exporting):
+        model.eval()
         yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def export_program(
@@ -75,10 +96,12 @@ def export_program(
     """
     if not isinstance(model, nn.Module):
         raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
+    _require_one_kind_of_place(model)
     args, kwargs = as_arguments(example_inputs)
     try:
-        with evaluating(model):
-            return _export(model, args, kwargs, nullcontext() if cached else plainly(model))
+        mode = nullcontext() if cached else plainly(model)
+        with evaluating(model, exporting=True):
+            return _export(model, args, kwargs, mode)
     except NotImplementedError as error:  # an exported program has no evaluation mode
         raise IntrafuseError(
             f"the model cannot be put in evaluation mode: {error}",
@@ -86,14 +109,28 @@ def export_program(
         ) from error
 
 
+def _require_one_kind_of_place(model: nn.Module) -> None:
+    """Refuse a model some of whose parameters hold no numbers."""
+    named = dict(model.named_parameters())
+    meta = [name for name, parameter in named.items() if parameter.device.type == "meta"]
+    if 0 < len(meta) < len(named):
+        require_numbers(meta[0], named[meta[0]])
+
+
 def _export(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], mode: AbstractContextManager
 ) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), mode:
+        with (
+            torch.no_grad(),
+            redirect_stderr(printed),
+            _without_warnings(),
+            mode,
+            as_called(),
+        ):
             program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error).strip() or type(error).__name__
         operator = _last_operator(error)
         raise IntrafuseError(
@@ -142,19 +179,37 @@ def plainly(model: nn.Module) -> Iterator[None]:
     """Let a model compute without fused kernels and without a cache for its next call.
 
     A fused transformer layer is one operator that hides what it does, and a cache of keys and
-    values is an output that `torch.export` does not know.
+    values is an output that `torch.export` does not know. A stack of layers looks into its mask
+    for whether it is causal, unless it is told; masks are applied either way.
     """
     cached = caching(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for config in cached:
         config.use_cache = False
+    hooks = [
+        module.register_forward_pre_hook(partial(_tell, *STACKS[kind]), with_kwargs=True)
+        for module in model.modules()
+        for kind in STACKS
+        if type(module).forward is kind.forward
+    ]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in cached:
             config.use_cache = True
+
+
+def _tell(
+    name: str, place: int, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Give an argument that was not given, or is None, the value False."""
+    if len(args) > place:
+        return (*args[:place], args[place] or False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: kwargs.get(name) or False}
 
 
 @contextmanager
@@ -174,7 +229,7 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _remedy(model: nn.Module, error: Exception) -> str:
+def _remedy(model: nn.Module, error: BaseException) -> str:
     """Say what to do about a failed export."""
     if isinstance(model, torch.jit.ScriptModule):
         return "pass the module as it was before torch.jit made it a script"
@@ -194,14 +249,14 @@ def _remedy(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _last_operator(error: Exception) -> str | None:
+def _last_operator(error: BaseException) -> str | None:
     """Name the last operator that was recorded before an export failed, where it tells."""
     graph = getattr(error, "partial_fx_graph", None)
     names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
     return names[-1] if names else None
 
 
-def failing_line(error: Exception) -> str | None:
+def failing_line(error: BaseException) -> str | None:
     """Find the last line of the model's code, outside PyTorch and this package, that was run."""
     libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]

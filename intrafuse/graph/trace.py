@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
 
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.export import (
     ExampleInputs,
@@ -22,7 +26,7 @@ from intrafuse.graph.export import (
 from intrafuse.graph.frozen import Program, free_atoms, freeze, hold, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.literals import Workshop, settle
-from intrafuse.graph.rules import RULES, LockError, Scope, operator_name
+from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 from intrafuse.graph.rules.products import tie_packed_heads
 from intrafuse.modules import copy_without, place
 
@@ -36,12 +40,15 @@ __all__ = [
 ]
 
 CONSTANT = "a tensor of the model's code that is no buffer"
+# What a rule raises where it does not understand its arguments.
+ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError, GuardOnDataDependentSymNode)
 PASS_ORIGIN = frozenset(
     "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
     "contiguous alias detach repeat".split()
 )
 
 
+@apart
 def trace(
     model: nn.Module, example_inputs: ExampleInputs, *, include: Sequence[str] = ()
 ) -> ChannelGraph:
@@ -64,10 +71,10 @@ def trace(
     >>> [(group.name, group.size) for group in trace(model, torch.zeros(1, 4)).groups]
     [('0', 8)]
     """
-    if isinstance(include, str):
-        raise IntrafuseError("include must be a list of patterns", value=include, usage=True)
+    check_arguments(include=include)
     args, kwargs = as_arguments(example_inputs)
     program = export_program(model, example_inputs)
+    _require_sizes(program.graph.nodes)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 1]
     if any(tensor.numel() == 0 for tensor in tensors):
         raise IntrafuseError(
@@ -97,6 +104,20 @@ def trace(
         ),
     )
     return freeze(scope, nodes, example_inputs)
+
+
+def _require_sizes(nodes: Iterable[Node]) -> None:
+    """Refuse sizes that depend on numbers in tensors: no channel can be told from them."""
+    for node in nodes:
+        for value in tree_leaves(node.meta.get("val")):
+            if any(isinstance(n, torch.SymInt) for n in getattr(value, "shape", ())):
+                raise IntrafuseError(
+                    "a size must not depend on numbers in tensors, but that of operator "
+                    f"{operator_name(node)} does",
+                    layer=location(node) or node.name,
+                    remedy="multiply by a mask in place of indexing by it, or trace the part of "
+                    "the model that should be pruned",
+                )
 
 
 def _resized(
@@ -158,8 +179,8 @@ def _apply_rule(scope: Scope, node: Node) -> None:
             raise LockError("its rule does not fit these arguments")
     except LockError as error:
         result = _lock_operator(scope, node, f"operator {name}{scope.where(node)}: {error}")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        text = f"its rule failed: {type(error).__name__}: {error}"
+    except ODD as error:
+        text = f"its rule failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         result = _lock_operator(scope, node, f"operator {name}{scope.where(node)}: {text}")
     scope.values[node] = result
     sources = node.all_input_nodes

@@ -65,7 +65,8 @@ def resolve_method(method: str | Method) -> Method:
     1.0
     """
     if not isinstance(method, str):
-        if not callable(method) or isinstance(method, type):
+        known = callable(method) and hasattr(method, "folds_batchnorm")
+        if not known or isinstance(method, type):
             raise IntrafuseError(
                 "method must be a name or a method with settings, such as IntraFusion(p=2)",
                 value=method,

@@ -133,7 +133,8 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Features) -
     for slots in (group.writers, filters, readers):
         present = context.weights.present(slots)
         if present:
-            rows = [context.weights.rows(group, slot).float().cpu() for slot in present]
+            # float32 cannot square weights of 1e30
+            rows = [context.weights.rows(group, slot).double().cpu() for slot in present]
             sides.append(torch.cat(rows, 1))
     if not sides:
         raise IntrafuseError(
@@ -143,7 +144,7 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Features) -
         norms = torch.stack([side.norm(dim=1) for side in sides]).clamp_min(1e-30)
         common = norms.log().mean(0).exp()
         sides = [normalize(side, dim=1) * common[:, None] for side in sides]
-    return torch.cat(sides, 1)
+    return torch.cat(sides, 1).float()
 
 
 def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 0) -> Tensor:
@@ -299,12 +300,13 @@ def _repair(
     weights = context.weights
     blocks = weights.graph.blocks
     where = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id])
-    rows = weights.rows(group, slot).float().cpu().reshape(*where.shape, -1)
+    rows = weights.rows(group, slot).double().cpu().reshape(*where.shape, -1)
+    mean = mean.double()
     told = weights.statistics.get(slot.parameter)
     if told is None:
-        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean).squeeze(1)
+        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean).squeeze(1).float()
         return
-    center, deviation = (line.float().cpu()[torch.from_numpy(where)] for line in told)
+    center, deviation = (line.double().cpu()[torch.from_numpy(where)] for line in told)
     factor = repair_gain(rows, deviation, mean)
-    gain[slot.parameter] = factor.squeeze(1)
-    shift[slot.parameter] = ((1 - factor) * (mean @ center)).squeeze(1)
+    gain[slot.parameter] = factor.squeeze(1).float()
+    shift[slot.parameter] = ((1 - factor) * (mean @ center)).squeeze(1).float()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.batches import batches, fitting
+from intrafuse.calls import as_library
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
@@ -19,7 +20,7 @@ from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
 from intrafuse.surgery import install
 from intrafuse.weights import Weights
 
-__all__ = ["LAYERS", "Calibration"]
+__all__ = ["FIT", "LAYERS", "Calibration"]
 
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
@@ -236,6 +237,7 @@ def _watching(
     """Put at most `each` samples of what enters each call of some layers into `found`."""
     handles = []
 
+    @as_library()
     def hook(layer: str, x: Tensor, axis: int) -> None:
         nonlocal left
         lines = x.movedim(axis, -1).reshape(-1, x.shape[axis])

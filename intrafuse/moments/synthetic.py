@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from intrafuse.arguments import check_arguments
 from intrafuse.batches import fitting
+from intrafuse.calls import apart, as_library
+from intrafuse.device import require_numbers
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 
@@ -26,6 +29,7 @@ LEAVES, SHADE = 60, 0.85  # balls in each input, and the part of their colour in
 USE_DATA = "give unlabelled data= instead (--data on the command line)"
 
 
+@apart
 def synthesise(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -67,7 +71,15 @@ def synthesise(
     >>> [tuple(batch.shape) for batch in synthesise(net, torch.zeros(1, 2), images=4, steps=1)]
     [(4, 2)]
     """
-    _check_settings(images, steps, batch_size, learning_rate)
+    check_arguments(
+        model=model,
+        images=images,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        progress=progress,
+    )
     name, example = _only_input(example_inputs)
     norms = _norms(model)
     if not norms:
@@ -186,15 +198,6 @@ def _moments(norm: _BatchNorm, z: Tensor) -> tuple[Tensor, Tensor]:
     return off, ((z * z).mean(dims) - off.square()).clamp_min(0)
 
 
-def _check_settings(images: int, steps: int, batch_size: int, learning_rate: float) -> None:
-    least = {"images": (images, 1), "steps": (steps, 1), "batch_size": (batch_size, 2)}
-    for setting, (value, lowest) in least.items():
-        if value < lowest:
-            raise IntrafuseError(f"{setting} must be at least {lowest}", value=value, usage=True)
-    if not 0 < learning_rate < float("inf"):
-        raise IntrafuseError("learning_rate must be above 0", value=learning_rate, usage=True)
-
-
 def _only_input(example_inputs: ExampleInputs) -> tuple[str | None, Tensor]:
     """Return the name (of a mapping's input) and the tensor that the model is called with."""
     args, kwargs = as_arguments(example_inputs)
@@ -225,6 +228,7 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
     for name, norm in found.items():
         assert norm.running_mean is not None and norm.running_var is not None
+        require_numbers(name, norm.running_mean)
         total = float(norm.running_mean.double().sum() + norm.running_var.double().sum())
         if not math.isfinite(total) or float(norm.running_var.min()) < 0:
             raise IntrafuseError(
@@ -254,6 +258,7 @@ def _watched(norms: Mapping[str, _BatchNorm]) -> Iterator[Seen]:
     seen: Seen = {}
 
     def keep(name: str) -> Callable:
+        @as_library()
         def hook(_module: nn.Module, received: tuple) -> None:
             seen.setdefault(name, []).append(_moments(norms[name], received[0]))
 

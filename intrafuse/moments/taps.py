@@ -6,6 +6,7 @@ between two taps, K = exp(-distance / length); Sigma (inputs, inputs) the input'
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -20,6 +21,9 @@ __all__ = [
     "tap_correlation",
     "weight_covariance",
 ]
+
+
+LARGE = 40  # binary exponent of weights that are scaled before float32 squares them
 
 
 @cache
@@ -82,9 +86,12 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
         covariance: Sigma (inputs, inputs); by default the identity.
     """
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = (taps @ half).float()  # correlations need no more digits, and this is what takes long
+    rows = taps @ half
+    # Correlations need no more digits than float32 has, and this is what takes long.
+    level = 2.0 ** max(0, math.frexp(float(rows.abs().max()))[1] - LARGE)
+    rows = (rows / level).float()
     mixed = rows if covariance is None else torch.einsum("oit,ij->ojt", rows, covariance.float())
-    found = (mixed.flatten(1) @ rows.flatten(1).T).double()
+    found = (mixed.flatten(1) @ rows.flatten(1).T).double() * level**2
     return (found + found.T) / 2
 
 

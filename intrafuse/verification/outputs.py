@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.batches import map_tensors
+from intrafuse.calls import as_called
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.export import failing_line, plainly
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
@@ -35,13 +36,12 @@ def outputs(
         IntrafuseError: the call fails; says what cannot run, and names the line of code.
     """
     args, kwargs = as_arguments(inputs)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     plain = nullcontext() if cached else plainly(model)
-    with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model), plain:
-        torch.manual_seed(seed)
+    with torch.no_grad(), evaluating(model), plain, as_called():
+        torch.manual_seed(seed)  # the random state is the caller's again afterwards
         try:
             return floating(model(*args, **kwargs))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = next(iter(str(error).splitlines()), "")
             raise IntrafuseError(
                 f"{what} cannot run: {type(error).__name__}: {text}", layer=failing_line(error)

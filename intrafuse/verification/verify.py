@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from intrafuse.arguments import check_arguments
+from intrafuse.calls import apart
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs
 from intrafuse.merge import PARTS, MergeMap
@@ -40,6 +42,7 @@ class Verification:
     tolerance: float
 
 
+@apart
 def verify(
     model: nn.Module,
     plan: Plan,
@@ -70,6 +73,11 @@ def verify(
     >>> verify(net, plan).relative < 1e-6
     True
     """
+    check_arguments(model=model, tolerance=tolerance)
+    if not hasattr(plan, "maps"):
+        raise IntrafuseError(
+            "plan must be an intrafuse.Plan", value=type(plan).__name__, usage=True
+        )
     for step in plan.maps:
         _require_selection(step)
     program = plan.graph.program
