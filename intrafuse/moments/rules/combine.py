@@ -148,7 +148,7 @@ def sum_(self: Propagation, node: Node) -> Moments | None:
     args = arguments(node)
     before, axes, dims = self.operand(args["self"]), self.axes(args["self"]), args.get("dim")
     found = elsewhere(self, before, node) if before is not None and dims else None
-    if found is None:
+    if found is None or dims is None:
         return None
     count = prod(self.size(axes[dim]) for dim in ([dims] if isinstance(dims, int) else dims))
     return _affine(self, found, count * ONE, ZERO, UNIT)
@@ -241,7 +241,7 @@ def _mixture(parts: list[Moments], shares: Tensor) -> Moments:
 
 def _operands(self: Propagation, node: Node) -> tuple[Moments, Moments] | None:
     """Describe two operands along the same channel axis, over which one may broadcast."""
-    x, y = (n if isinstance(n, Node) else self.number(node, n) for n in node.args[:2])
+    x, y = (self.number(node, n) if isinstance(n, int | float) else n for n in node.args[:2])
     first = self.operand(x)
     second = self.operand(y, None if first is None else first.tree)
     if first is None and second is not None:
