@@ -16,6 +16,7 @@ from intrafuse.graph.axes import Product, Tree, leaves
 from intrafuse.graph.groups import Role
 from intrafuse.graph.rules.pointwise import BINARY, PARAMETER_KIND, UNARY
 from intrafuse.graph.rules.registry import (
+    CHECKS,
     FOLLOWING,
     VIEWS,
     Axes,
@@ -172,6 +173,8 @@ def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
         node = waiting.pop()
         for user in node.users:
             name = operator_name(user) if user.op == "call_function" else ""
+            if name in CHECKS:
+                continue
             pointwise = name in UNARY or name in BINARY
             if len(user.all_input_nodes) == 1 and (pointwise or name in VIEWS):
                 found |= {""} if pointwise and name not in VIEWS else set()

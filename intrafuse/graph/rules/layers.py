@@ -18,6 +18,7 @@ from intrafuse.graph.rules.registry import (
     operator_name,
     register,
 )
+from intrafuse.graph.rules.views import parameter_view
 
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
@@ -45,7 +46,7 @@ def linear(scope: Scope, node: Node) -> Axes:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
-    if scope.parameter_view(args["weight"]) is None:
+    if parameter_view(scope, args["weight"]) is None:
         return [*rest, layer_of_computed(scope, node, channels, 1)]
     if args["weight"] not in scope.parameters or args["bias"] not in (None, *scope.parameters):
         return [*rest, _part_of_linear(scope, args, channels)]
@@ -71,7 +72,7 @@ def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
     for argument, kind in parts:
         if args[argument] is None:
             continue
-        view = scope.parameter_view(args[argument])
+        view = parameter_view(scope, args[argument])
         if view is None:
             raise LockError(f"its {argument} is computed, not a parameter")
         name, axes = view
@@ -82,7 +83,7 @@ def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
         if kind == "bias":
             scope.table.unify(rows, scope.axes(args[argument])[0])
     scope.table.unify(columns, channels)
-    name = scope.parameter_view(args["weight"])[0]  # type: ignore[index]
+    name = parameter_view(scope, args["weight"])[0]  # type: ignore[index]
     follower = INPUT_WIDTHS.get(name.rpartition(".")[2])
     if follower is not None:
         scope.attribute(name, follower, columns)
