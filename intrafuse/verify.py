@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from intrafuse.batches import map_tensors
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
-from intrafuse.graph.compare import first_difference
+from intrafuse.graph.compare import Expected, first_difference
 from intrafuse.graph.rules import location, operator_name
 from intrafuse.graph.rules.computed import COMPUTED
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, export_program
@@ -257,14 +257,10 @@ def _fault(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> Intr
     except IntrafuseError as error:
         rule = f"the code depends on a number of channels: {error.rule}"
         return IntrafuseError(f"{rule}, but only once the network is pruned", layer=error.layer)
-    found = first_difference(
-        program.nodes,
-        now,
-        program.values,
-        program.scales,
-        plan.graph.sizes,
-        plan.graph.resized(plan.widths),
+    expected = Expected(
+        program.nodes, program.values, program.scales, program.starts, plan.graph.sizes
     )
+    found = first_difference(expected, now, plan.graph.resized(plan.widths))
     if found is None:
         return None
     return IntrafuseError(

@@ -12,10 +12,11 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, tree_size
 from intrafuse.graph.export import CONSTANT
-from intrafuse.graph.rules import operator_name
+from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.graph.rules.pointwise import BINARY, UNARY
+from intrafuse.graph.rules.shape import slice_range
 
-__all__ = ["Difference", "calls", "first_difference", "numbers"]
+__all__ = ["Difference", "Expected", "calls", "first_difference", "numbers"]
 
 NUMERIC = frozenset(
     (*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm", "full", "scalar_tensor")
@@ -37,6 +38,7 @@ class Difference:
         value: what it does.
         expected: the shape that it should give, where that is what differs.
         numbers: what it computes with, where that is what differs.
+        start: where a slice begins, where that is what differs.
         failed: the operator that failed, with what it was given.
     """
 
@@ -45,7 +47,32 @@ class Difference:
     value: object
     expected: list | None = None
     numbers: tuple[float, ...] | None = None
+    start: int | None = None
     failed: Node | None = None
+
+    @property
+    def explained(self) -> bool:
+        """Whether it is known what differs, rather than that another operator runs or one fails."""
+        return not (self.expected is None and self.numbers is None and self.start is None)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What operators do at any sizes.
+
+    Attributes:
+        nodes: the traced operators.
+        values: the trees of each result.
+        scales: numbers that follow a size: operator -> (tree of the size, exponent).
+        starts: what lies before a slice: operator -> tree.
+        sizes: of every atom when traced.
+    """
+
+    nodes: Iterable[Node]
+    values: Mapping[Node, list]
+    scales: Mapping[Node, tuple[Tree, float]]
+    starts: Mapping[Node, Tree]
+    sizes: Mapping[int, int]
 
 
 def calls(nodes: Iterable[Node]) -> list[Node]:
@@ -66,45 +93,78 @@ def numbers(node: Node) -> tuple[float, ...]:
 
 
 def first_difference(
-    old: Iterable[Node],
-    new: Iterable[Node],
-    values: Mapping[Node, list],
-    scales: Mapping[Node, tuple[Tree, float]],
-    before: Mapping[int, int],
-    sizes: Mapping[int, int],
-    *,
-    whole: bool = True,
+    expected: Expected, new: Iterable[Node], sizes: Mapping[int, int], *, whole: bool = True
 ) -> Difference | None:
-    """Find the first operator whose kind, result or numbers are not what sizes make of them.
+    """Find the first operator whose kind, result, numbers or start are not what sizes make of them.
 
     Args:
-        old, new: the operators of the traced network and of the resized one.
-        values: the trees of each result of the traced network.
-        scales: numbers that follow a size: operator -> (tree of the size, exponent).
-        before, sizes: the size of every atom when traced, and now.
+        expected: what the traced network does.
+        new: the operators of the resized one.
+        sizes: the size of every atom now.
         whole: whether the resized network ran to its end; else only sizes and numbers count.
     """
-    first, second = calls(old), calls(new)
+    first, second = calls(expected.nodes), calls(new)
     for node, now in zip(first, second, strict=False):
         if operator_name(node) != operator_name(now):
             different = Difference(node, "runs another operator", operator_name(now))
             return different if whole else None
-        wanted_shape, shape = _wanted(values[node], sizes), _shape(now.meta.get("val"))
+        wanted_shape, shape = _wanted(expected.values[node], sizes), _shape(now.meta.get("val"))
         if shape is not None and shape != wanted_shape:
             return Difference(node, f"should give {wanted_shape}", shape, wanted_shape)
-        if operator_name(node) in NUMERIC:
-            wanted, given = numbers(node), numbers(now)
-            if node in scales:
-                tree, exponent = scales[node]
-                ratio = (tree_size(tree, sizes) / tree_size(tree, before)) ** exponent
-                wanted = tuple(number * ratio for number in wanted)
-            if len(wanted) != len(given) or not all(
-                a == b or isclose(a, b, rel_tol=1e-9) for a, b in zip(wanted, given, strict=True)
-            ):
-                return Difference(node, f"computes with {[*wanted]}", [*given], numbers=given)
+        found = _other_numbers(expected, node, now, sizes) or _elsewhere(expected, node, now, sizes)
+        if found is not None:
+            return found
     if whole and len(first) != len(second):
         return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
     return None
+
+
+def _other_numbers(
+    expected: Expected, node: Node, now: Node, sizes: Mapping[int, int]
+) -> Difference | None:
+    """Tell whether an operator computes with other numbers than its sizes make of them."""
+    if operator_name(node) not in NUMERIC:
+        return None
+    wanted, given = numbers(node), numbers(now)
+    if node in expected.scales:
+        tree, exponent = expected.scales[node]
+        ratio = (tree_size(tree, sizes) / tree_size(tree, expected.sizes)) ** exponent
+        wanted = tuple(number * ratio for number in wanted)
+    if len(wanted) == len(given) and all(
+        a == b or isclose(a, b, rel_tol=1e-9) for a, b in zip(wanted, given, strict=True)
+    ):
+        return None
+    return Difference(node, f"computes with {[*wanted]}", [*given], numbers=given)
+
+
+def _elsewhere(
+    expected: Expected, node: Node, now: Node, sizes: Mapping[int, int]
+) -> Difference | None:
+    """Tell whether a slice begins elsewhere, or takes steps of another length, than it should."""
+    if operator_name(node) not in ("slice", "narrow"):
+        return None
+    old, given = _range(node), _range(now)
+    if old is None or given is None:
+        return None
+    start = tree_size(expected.starts[node], sizes) if node in expected.starts else old[0]
+    if (start, old[1]) == given:
+        return None
+    rule = (
+        f"should begin at {start} and take every {old[1]}"
+        if old[1] > 1
+        else f"should begin at {start}"
+    )
+    return Difference(node, rule, given[0], start=given[0])
+
+
+def _range(node: Node) -> tuple[int, int] | None:
+    """Return start and step of a slice; None where they are no numbers."""
+    args = arguments(node)
+    shape = node.all_input_nodes[0].meta["val"].shape
+    if not all(a is None or isinstance(a, int) for k, a in args.items() if k != "self"):
+        return None
+    start, _, step = slice_range(node, int(shape[args["dim"]]))
+    return start, step
 
 
 def _wanted(trees: list, sizes: Mapping[int, int]) -> list:

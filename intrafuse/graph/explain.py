@@ -9,12 +9,12 @@ from torch.fx import Node
 from intrafuse.graph.axes import Tree, leaves, tree_size
 from intrafuse.graph.compare import Difference, numbers
 from intrafuse.graph.couple import couple
-from intrafuse.graph.rules import Literal, Scope, arguments, line_of, operator_name
+from intrafuse.graph.rules import START, Literal, Scope, arguments, line_of, operator_name
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.trials import Trials, modules_of, value_at
 from intrafuse.modules import held_sizes
 
-__all__ = ["follow_names", "give_up", "learn", "trial_sizes"]
+__all__ = ["follow_names", "give_up", "learn"]
 
 # Attributes that say how large an axis of attention is, whether or not the code reads them.
 NAMES = {
@@ -38,15 +38,6 @@ def follow_names(trials: Trials) -> None:
                     trials.attributes.setdefault((path, name), tree)
 
 
-def trial_sizes(scope: Scope, atoms: list[int]) -> dict[int, int]:
-    """Choose a new size for every atom: none is the old one, and neighbours differ."""
-    sizes = dict(enumerate(scope.table.size))
-    for i, atom in enumerate(atoms):
-        n = sizes[atom]
-        sizes[atom] = n + 1 + i % 7 if n < 64 else n - 1 - i % 31
-    return sizes
-
-
 def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
 
@@ -56,11 +47,11 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     place = trials.places[found.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
     if here:
-        _explain(trials, found, here, trial_sizes(trials.scope, atoms))
+        _explain(trials, found, here, trials.sizes(atoms))
         return True
     if _scales(trials, found, atoms):
         return True
-    if found.expected is None and found.numbers is None:  # it fails, and perhaps not itself
+    if not found.explained or found.start is not None:  # it may not be the number's own fault
         return False
     around = [node for node in trials.nodes if trials.places[node] == place]
     return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
@@ -139,7 +130,7 @@ def _share(
         Whether there was such an attribute.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
-    for at in sorted(set(wrong) - open_):
+    for at in sorted(at for at in set(wrong) - open_ if at[-1] != START):
         size = scope.table.measure(resolve(value_at(scope.values[node], at)))
         for depth, path in enumerate(modules_of(node)):
             for module, name in [key for key in trials.attributes if key[0] == path]:
@@ -157,7 +148,13 @@ def _share(
 def _wrong(
     scope: Scope, found: Difference, sizes: Mapping[int, int]
 ) -> dict[tuple[int, ...], int] | None:
-    """Map where a result differs in size to the size that it has; None where it is not known."""
+    """Map where a result differs in size to the size that it has; None where it is not known.
+
+    A slice that begins elsewhere differs in the size of what lies before it.
+    """
+    if found.start is not None:
+        dim = arguments(found.node)["dim"] % len(scope.values[found.node])
+        return {(dim, START): found.start}
     if found.failed is not None:
         resolve, values = scope.table.resolve, scope.values[found.node]
         given = _given(found.failed)
@@ -237,7 +234,7 @@ def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
     old, new = numbers(node), found.numbers
     if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
         return False
-    sizes = trial_sizes(scope, atoms)
+    sizes = trials.sizes(atoms)
     for tree, _ in _summed_before(scope, node):
         ratio = tree_size(tree, sizes) / scope.table.measure(tree)
         for power in (0.5, -0.5, 1.0, -1.0):

@@ -33,14 +33,15 @@ __all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
 class Program:
     """The traced operators: nodes in order, the trees of each result, names of parameters.
 
-    It also keeps the inputs that the model was traced with, and numbers in the code that follow a
-    size: operator -> (tree of the size, exponent).
+    It also keeps the inputs that the model was traced with, numbers in the code that follow a size:
+    operator -> (tree of the size, exponent), and what lies before each slice: operator -> tree.
     """
 
     nodes: tuple[Node, ...]
     values: Mapping[Node, Any]
     parameters: Mapping[Node, str]
     scales: Mapping[Node, tuple[Tree, float]]
+    starts: Mapping[Node, Tree]
     example_inputs: ExampleInputs
 
 
@@ -80,6 +81,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
         for node, value in scope.values.items()
     }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    starts = {node: resolve(tree) for node, tree in scope.starts.items()}
     return ChannelGraph(
         groups=tuple(free),
         locked=tuple(group for group in groups if group.locked),
@@ -94,7 +96,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
             replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
             for r in scope.rescales
         ),
-        program=Program(nodes, values, scope.parameters, scales, example_inputs),
+        program=Program(nodes, values, scope.parameters, scales, starts, example_inputs),
     )
 
 

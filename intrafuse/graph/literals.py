@@ -5,7 +5,8 @@ A trace shows numbers only. So a copy of the model is given other sizes in every
 pruned, without any values, and is traced again: a number that changed as the graph expects was
 computed from shapes. One that did not may come from an attribute of the module; then the attribute
 is changed as well, and the trial repeated. What does not follow in the end is locked. So is
-attention whose scale follows the width in a way that no layer before it can make up for.
+attention whose scale follows the width in a way that no layer before it can make up for. A last
+trial with smaller sizes tells what agreed by chance, as quotients do.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch.fx import Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
-from intrafuse.graph.compare import Difference, calls, first_difference
-from intrafuse.graph.explain import follow_names, give_up, learn, trial_sizes
+from intrafuse.graph.compare import Difference, Expected, calls, first_difference
+from intrafuse.graph.explain import follow_names, give_up, learn
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope, line_of
@@ -86,8 +87,11 @@ def settle(
         atoms = free()
         try:
             found = _trial(trials, atoms, workshop) if atoms else None
-            if found is None:
+            if found is None and (trials.smaller or not atoms):
                 break
+            if found is None:  # numbers may agree by chance, as quotients do: try others
+                trials.smaller = True
+                continue
             learnt = learn(trials, found, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
@@ -159,21 +163,23 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         fails is one.
     """
     scope = trials.scope
-    sizes, resolve = trial_sizes(scope, atoms), scope.table.resolve
+    sizes, resolve = trials.sizes(atoms), scope.table.resolve
     shapes, attributes = _resized(trials, sizes)
     values = {
         node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
         for node, value in scope.values.items()
     }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
-    expected = (values, scales, dict(enumerate(scope.table.size)), sizes)
+    starts = {node: resolve(tree) for node, tree in scope.starts.items()}
+    old = dict(enumerate(scope.table.size))
+    expected = Expected(trials.nodes, values, scales, starts, old)
     try:
         model = workshop.build(shapes, attributes)
         new = workshop.record(model)
     except IntrafuseError as error:
         cause = error.__cause__ or error
         ran = recorded(cause)
-        found = first_difference(trials.nodes, ran, *expected, whole=False)
+        found = first_difference(expected, ran, sizes, whole=False)
         lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
         done = calls(ran)
         failed = done.pop() if done and "val" not in done[-1].meta else None
@@ -181,7 +187,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         if found is None and not (following and line_of(following[0]) in lines):
             raise _Elsewhere(lines, cause) from error
         return found or Difference(following[0], "runs", "an error", failed=failed)
-    found = first_difference(trials.nodes, new, *expected)
-    if found is not None and found.expected is None and found.numbers is None:
-        return first_difference(trials.nodes, workshop.export(model), *expected)
+    found = first_difference(expected, new, sizes)
+    if found is not None and not found.explained:
+        return first_difference(expected, workshop.export(model), sizes)
     return found

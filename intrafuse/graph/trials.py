@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves
 from intrafuse.graph.rules import Literal, Scope, line_of, operator_name
+from intrafuse.graph.sizing import trial_sizes
 
 __all__ = ["Trials", "modules_of", "value_at"]
 
@@ -27,6 +29,7 @@ class Trials:
         added: what the last of them added to `attributes`.
         holders: object with numbers in it -> the module and the attribute that stand for it.
         failure: where a model failed last, in no operator of the trace, and how.
+        smaller: whether trials make sizes smaller, as pruning does.
     """
 
     scope: Scope
@@ -36,6 +39,31 @@ class Trials:
     added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
     holders: dict[int, tuple[str, str]] = field(default_factory=dict)
     failure: str = ""
+    smaller: bool = False
+    _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
+
+    def sizes(self, atoms: list[int]) -> dict[int, int]:
+        """Choose sizes for a trial, the same whenever the same is asked."""
+        table = self.scope.table
+        key = (*atoms, len(table.size), self.smaller)
+        if key not in self._sizes:
+            met = self._met().values()
+            self._sizes[key] = trial_sizes(table.size, atoms, met, smaller=self.smaller)
+        return self._sizes[key]
+
+    def _met(self) -> dict[str, frozenset[Tree]]:
+        """List the axes that each module's own operators take and give."""
+        found: dict[str, set[Tree]] = {}
+        for node in self.nodes:
+            for module in modules_of(node)[:1]:
+                found.setdefault(module, set()).update(self._trees(node))
+        return {module: frozenset(trees) for module, trees in found.items()}
+
+    def _trees(self, node: Node) -> Iterator[Tree]:
+        for operand in (node, *node.all_input_nodes):
+            for value in self.scope.values.get(operand, ()):
+                for tree in value if isinstance(value, list) else [value]:
+                    yield self.scope.table.resolve(tree)
 
     def forget(self, place: tuple) -> None:
         """Let the attributes that were tried last for a place be as they were."""

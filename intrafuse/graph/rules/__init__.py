@@ -21,6 +21,7 @@ from intrafuse.graph.rules import (
 )
 from intrafuse.graph.rules.registry import (
     RULES,
+    START,
     Literal,
     LockError,
     Scope,
@@ -34,6 +35,7 @@ from intrafuse.graph.rules.registry import (
 
 __all__ = [
     "RULES",
+    "START",
     "Literal",
     "LockError",
     "Scope",

@@ -24,6 +24,7 @@ from intrafuse.modules import held_size
 
 __all__ = [
     "RULES",
+    "START",
     "Literal",
     "LockError",
     "Scope",
@@ -47,6 +48,7 @@ RESHAPES = frozenset(
 )
 VIEWS = PERMUTATIONS | CASTS | RESHAPES | {"slice", "narrow", "select"}
 CHECKS = frozenset(("_assert_tensor_metadata",))  # operators that give nothing
+START = -1  # ends `Literal.at` of a slice where the number is how many positions lie before it
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
@@ -62,7 +64,8 @@ class Literal:
         node: the operator.
         axis: the tree that is locked where the code does not follow.
         part: the tree whose size is the number.
-        at: where the part lies in the result: its dimension, or the number of a result first.
+        at: where the part lies in the result: its dimension, or the number of a result first;
+            a dimension and `START` for what lies before a slice.
     """
 
     node: Node
@@ -153,6 +156,7 @@ class Scope:
         self.tied: set[tuple[str, int]] = set()  # parameter axes that write, and read elsewhere
         self.normed: Counter[str] = Counter()  # weight of a norm over channels -> its calls
         self.scales: dict[Node, tuple[Tree, float]] = {}  # number = constant * size ** exponent
+        self.starts: dict[Node, Tree] = {}  # slice -> what lies before it
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return the arguments of a node by name, with the operator's defaults."""
@@ -181,6 +185,12 @@ class Scope:
         """State that two tensors have the same axes, dimension by dimension."""
         for x, y in zip(xs, ys, strict=True):
             self.table.unify(x, y)
+
+    def begin(self, node: Node, axis: Tree, before: Tree, dim: int) -> None:
+        """Note which part of an axis lies before a slice, so that the code must begin behind it."""
+        if not self.is_fixed(before):
+            self.starts[node] = before
+            self.literal(axis, node, dim, START, part=before)
 
     def literal(self, tree: Tree, node: Node, *at: int, part: Tree | None = None) -> None:
         """Note an axis whose size, or that of a part of it, the operator was given as a number.

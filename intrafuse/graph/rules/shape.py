@@ -14,6 +14,7 @@ from intrafuse.graph.rules.registry import (
     Axes,
     LockError,
     Scope,
+    arguments,
     operator_name,
     register,
 )
@@ -119,15 +120,14 @@ def slice_(scope: Scope, node: Node) -> Axes:
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
     size = scope.table.measure(x[dim])
-    if operator_name(node) == "narrow":
-        start, stop, step = args["start"], args["start"] + args["length"], 1
-    else:
-        start, stop, step = slice(args["start"], args["end"], args["step"]).indices(size)
+    start, stop, step = slice_range(node, size)
     if (start, stop, step) == (0, size, 1):
         return x
     if step == 1:
-        part = scope.table.slice(x[dim], start, max(start, stop))
+        before, rest = scope.table.cut(x[dim], start)
+        part, _ = scope.table.cut(rest, max(stop - start, 0))
         scope.literal(x[dim], node, dim, part=part)
+        scope.begin(node, x[dim], before, dim)
     elif stop == size and size % step == 0 and start < step:  # one of every few neighbours
         factors = scope.table.factor(x[dim], (size // step, step))
         if factors is None:
@@ -138,6 +138,15 @@ def slice_(scope: Scope, node: Node) -> Axes:
         scope.table.lock(x[dim], f"slice takes its size as a number{scope.where(node)}")
         part = scope.fixed(len(range(start, stop, step)), "strided slice")
     return [*x[:dim], part, *x[dim + 1 :]]
+
+
+def slice_range(node: Node, size: int) -> tuple[int, int, int]:
+    """Return start, stop and step of a slice of an axis with a number of positions."""
+    args = arguments(node)
+    if operator_name(node) == "narrow":
+        start = args["start"] + (size if args["start"] < 0 else 0)
+        return start, start + args["length"], 1
+    return slice(args["start"], args["end"], args["step"]).indices(size)
 
 
 @register("pad", "constant_pad_nd")
