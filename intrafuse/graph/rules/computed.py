@@ -27,6 +27,7 @@ from intrafuse.graph.rules.registry import (
 )
 
 COMPUTED = "a weight is computed from parameters"
+FUNCTION = "a function of a parameter meets its channels"
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
@@ -157,9 +158,9 @@ def claim_functions(scope: Scope) -> None:
             continue
         plain = all(kind in PARAMETER_KIND for kind in met)
         for axis, tree in enumerate(scope.parameter_axes[name]):
-            scope.roles.setdefault((name, axis), ("carrier", "scale"))
+            scope.roles.setdefault((name, axis), ("carrier", "scale" if plain else "function"))
             if not plain:
-                scope.table.choose(tree, COMPUTED)
+                scope.table.choose(tree, FUNCTION)
 
 
 def _meetings(scope: Scope, parameter: Node) -> set[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -17,7 +18,7 @@ from intrafuse.graph.rules.registry import (
     operator_name,
 )
 
-__all__ = ["PARTS", "parameter_pieces", "parameter_view", "permutation"]
+__all__ = ["Piece", "parameter_pieces", "parameter_view", "permutation"]
 
 PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 JOINS = frozenset(("cat", "concat", "concatenate"))
@@ -76,44 +77,63 @@ def _reshaped(
     return [next(given)[0] if n > 1 else None for n in new]
 
 
-def parameter_pieces(scope: Scope, node: Node) -> list[tuple[str, int]] | None:
-    """List the whole vectors that a vector is joined of: name and where each begins.
+@dataclass(frozen=True)
+class Piece:
+    """A whole parameter among those that a vector is joined of, or the one that it is a part of.
+
+    Attributes:
+        parameter, axis: its name, and the axis that lies along the vector.
+        start: where it begins.
+        size: how many positions of the vector are of it.
+    """
+
+    parameter: str
+    axis: int
+    start: int
+    size: int
+
+
+def parameter_pieces(scope: Scope, node: Node) -> list[Piece] | None:
+    """List what a vector is joined of: one parameter, or a part of it, or several whole ones.
 
     None where it is anything else.
     """
-    ids: dict[str, int] = {}
-    where = _elements(scope, node, ids)
-    if where is None or where.dim() != 1:
-        return None
-    names = [*ids]
-    found, at = [], 0
-    for which, run in groupby(where.tolist(), lambda n: n >> 32):
-        got = [n & 0xFFFFFFFF for n in run]
-        name = names[which]
+    view = parameter_view(scope, node)
+    if view is not None:
+        (axis,) = view[1]
+        size = scope.shape(node)[0]
+        return None if axis is None else [Piece(view[0], axis, 0, size)]
+    names: list[str] = []
+    where = _elements(scope, node, names)
+    found, start = [], 0
+    for which, run in groupby([] if where is None else where.tolist(), lambda n: n >> 32):
+        name, got = names[which], [n & 0xFFFFFFFF for n in run]
         if got != [*range(scope.table.measure(scope.parameter_axes[name][0]))]:
             return None
-        found.append((name, at))
-        at += len(got)
-    return found
+        found.append(Piece(name, 0, start, len(got)))
+        start += len(got)
+    return found or None
 
 
-def _elements(scope: Scope, node: Node, ids: dict[str, int]) -> torch.Tensor | None:
-    """Compute which element of which vector each element of a tensor is."""
+def _elements(scope: Scope, node: Node, names: list[str]) -> torch.Tensor | None:
+    """Compute for each element of a joined vector which one of which vector it is."""
     if node in scope.parameters:
         if len(scope.shape(node)) != 1:
             return None
-        which = ids.setdefault(scope.parameters[node], len(ids))
+        if scope.parameters[node] not in names:
+            names.append(scope.parameters[node])
+        which = names.index(scope.parameters[node])
         return torch.arange(scope.shape(node)[0]) + (which << 32)
     name = operator_name(node) if node.op == "call_function" else ""
+    sources = node.all_input_nodes
     if name in CASTS:
-        return _elements(scope, node.all_input_nodes[0], ids)
-    args = scope.arguments(node) if name in JOINS | PARTS else {}
-    if name == "getitem" and operator_name(node.all_input_nodes[0]) in PARTS:
-        whole = node.all_input_nodes[0]
-        source = _elements(scope, whole.all_input_nodes[0], ids)
-        parts = [int(t.shape[0]) for t in whole.meta["val"]]
-        return None if source is None else source.split(parts)[node.args[1]]  # type: ignore[index]
+        return _elements(scope, sources[0], names)
+    if name == "getitem" and operator_name(sources[0]) in PARTS:
+        whole = _elements(scope, sources[0].all_input_nodes[0], names)
+        sizes = [int(part.shape[0]) for part in sources[0].meta["val"]]
+        return None if whole is None else whole.split(sizes)[node.args[1]]  # type: ignore[index]
     if name in JOINS:
-        pieces = [_elements(scope, tensor, ids) for tensor in args["tensors"]]
-        return None if any(p is None for p in pieces) else torch.cat(pieces)  # type: ignore[arg-type]
+        pieces = [_elements(scope, source, names) for source in scope.arguments(node)["tensors"]]
+        known = [piece for piece in pieces if piece is not None]
+        return torch.cat(known) if len(known) == len(pieces) else None
     return None
