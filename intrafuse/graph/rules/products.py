@@ -13,7 +13,7 @@ from math import prod
 from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import UNIT, Product, leaves
+from intrafuse.graph.axes import UNIT, Product
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
@@ -49,6 +49,17 @@ def inner(scope: Scope, node: Node) -> Axes:
         two[j] = one[i]
     result = [name for name in (*one, *two) if (name in one) != (name in two)]
     return contract(scope, node, (a, b), (one, two), result)
+
+
+@register("linalg_vecdot")
+def vecdot(scope: Scope, node: Node) -> Axes:
+    """Sum over one dimension, that which both tensors have."""
+    args = scope.arguments(node)
+    operands = args["x"], args["y"]
+    rank = max(len(scope.shape(x)) for x in operands)
+    labels = [[*range(rank)][rank - len(scope.shape(x)) :] for x in operands]
+    summed = args["dim"] % rank
+    return contract(scope, node, operands, labels, [n for n in range(rank) if n != summed])
 
 
 @register("addmm", "baddbmm")
@@ -152,9 +163,9 @@ def contract(
     summed = [name for name in trees if name not in output]
     if weights[0] is None and weights[1] is None:
         _couple(scope, node, labels, output, trees, sizes)
-        for tree in (table.resolve(trees[name]) for name in summed):
-            if not any(is_silent(scope, operand, set(leaves(tree))) for operand in operands):
-                table.lock(tree, NEVER_SILENT)
+        for atom in (atom for name in summed for atom in scope.free_atoms(trees[name])):
+            if not any(is_silent(scope, operand, {atom}) for operand in operands):
+                table.lock(atom, NEVER_SILENT)
     elif weights[0] is not None and weights[1] is not None:
         raise LockError("it multiplies two parameters")
     else:
