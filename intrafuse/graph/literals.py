@@ -23,7 +23,7 @@ from torch.fx import Node
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.compare import Difference, Expected, calls, first_difference, numbers
-from intrafuse.graph.explain import follow_names, give_up, learn
+from intrafuse.graph.explain import follow_names, give_up, learn, reconsider
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope, line_of, operator_name
@@ -92,12 +92,12 @@ def settle(
             if found is None and (trials.smaller or not atoms):
                 break
             if found is None:  # numbers may agree by chance, as quotients do: try others
-                trials.smaller = True
+                trials.smaller, trials.attempt = True, None
                 continue
-            learnt = learn(trials, found, atoms)
+            learnt = reconsider(trials, found) or learn(trials, found, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
-            learnt = give_up(trials, failure.lines, atoms)
+            learnt = reconsider(trials, None) or give_up(trials, failure.lines, atoms)
         if not learnt:
             _lock_culprits(trials, atoms, works, left)
     else:
