@@ -32,7 +32,7 @@ from architectures import ARCHITECTURES, build, import_torchvision
 
 import intrafuse
 from intrafuse.graph.trace import as_arguments
-from intrafuse.verify import tensors_of
+from intrafuse.verification import tensors_of
 
 SHARE = 0.5
 

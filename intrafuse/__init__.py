@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from intrafuse.moments.synthetic import synthesise
     from intrafuse.plan import Plan
     from intrafuse.prune import Pruned, Report, plan, prune
-    from intrafuse.verify import Verification, verify
+    from intrafuse.verification import Check, Verification, verify
 
 __all__ = [
     "Budget",
     "ChannelGraph",
     "ChannelGroup",
+    "Check",
     "Context",
     "Factorized",
     "Figures",
@@ -66,7 +67,7 @@ _HOMES = {
     "moments.synthetic": ("synthesise",),
     "plan": ("Plan",),
     "prune": ("Pruned", "Report", "plan", "prune"),
-    "verify": ("Verification", "verify"),
+    "verification": ("Check", "Verification", "verify"),
 }
 _MODULES = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 

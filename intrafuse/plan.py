@@ -17,11 +17,13 @@ from intrafuse.batchnorm import fold_norms
 from intrafuse.budget import KINDS, Figures
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing
+from intrafuse.graph.export import ExampleInputs
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.serial import graph_from_data, graph_to_data
 from intrafuse.merge import MergeMap
 from intrafuse.report.tables import text_table
 from intrafuse.surgery import install
+from intrafuse.verification.check import check as prove
 from intrafuse.weights import Weights
 
 __all__ = ["MergeMap", "Plan"]
@@ -80,14 +82,33 @@ class Plan:
             weights.merge(step.check())
         return weights
 
-    def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        example_inputs: ExampleInputs | None = None,
+        inplace: bool = False,
+        check: bool = True,
+    ) -> nn.Module:
         """Return the pruned network.
 
         Args:
             model: the network that the plan was made for (or one of the same shapes).
+            example_inputs: run the result with them, to prove that it is what was planned.
             inplace: change and return `model` itself instead of a copy.
+            check: whether to do so where example inputs are given.
+
+        Raises:
+            IntrafuseError: the model has other shapes than the one that was planned for, holds
+                numbers that are not finite, or the result is found wrong.
         """
-        return install(model, self.weights(model), inplace=inplace)
+        weights = self.weights(model)
+        if check and example_inputs is not None:
+            pruned = install(model, weights)
+            prove(model, pruned, self, example_inputs)
+            if not inplace:
+                return pruned
+        return install(model, weights, inplace=inplace)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Predict the shape of every parameter and buffer that the graph knows."""

@@ -28,7 +28,8 @@ from intrafuse.patterns import choose_groups
 from intrafuse.plan import Plan
 from intrafuse.repair import Repair, reestimate_batchnorm
 from intrafuse.report.tables import text_table
-from intrafuse.verify import check_code
+from intrafuse.verification.check import Check
+from intrafuse.verification.check import check as prove
 from intrafuse.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]
@@ -48,6 +49,9 @@ class Report:
         latency: of a call, measured "before" and "after"; empty but for a budget of latency.
         notes: what the method says of its choices, by group name: for `auto` what was "chosen",
             and the "predicted" error of each candidate.
+        check: how the network was proved, None where that was switched off; its seconds are apart.
+        unclear: numbers that modules hold, as "module.name", that no traced code read and that may
+            name several axes: these had one size and now have several, so the numbers stay.
     """
 
     wanted: Mapping[str, float]
@@ -57,6 +61,8 @@ class Report:
     seconds: float
     latency: Mapping[str, Latency] = field(default_factory=dict)
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check: Check | None = None
+    unclear: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -78,7 +84,16 @@ class Report:
         header = ["", "before", "after", "removed", "wanted"]
         table = text_table(f"Pruned in {self.seconds:.2f} s", header, rows, numbers=(1, 2, 3, 4))
         header, rows = self.choices()
-        return table + (text_table("Choices", header, rows, numbers=(2,)) if rows else "")
+        table += text_table("Choices", header, rows, numbers=(2,)) if rows else ""
+        return "\n".join([table.rstrip("\n"), *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """Say how the network was checked, and what may need a look."""
+        found = [] if self.check is None else [str(self.check)]
+        if self.unclear:
+            shown = ", ".join(self.unclear[:6]) + (", ..." if len(self.unclear) > 6 else "")
+            found.append(f"Not followed, because they may name several sizes: {shown}")
+        return found
 
     def choices(self) -> tuple[list[str], list[list[str]]]:
         """Give header and rows of what was chosen for each group, beside the best of the others."""
@@ -222,6 +237,7 @@ def prune(
     seed: int = 0,
     repair: Repair | None = None,
     inplace: bool = False,
+    check: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Make a network smaller.
@@ -232,12 +248,15 @@ def prune(
         repair: `batchnorm` re-estimates the statistics of batch norm from `data` (unlabelled),
             `synthetic` from inputs made without data (`synthesise`); `analytic` as for `plan`.
         inplace: change `model` itself; by default it stays untouched.
+        check: run the result, and its widths as a plan of `select` against the original with the
+            other channels silenced; an error instead of a network that is wrong.
 
     Returns:
         The pruned network, its plan and a report.
 
     Raises:
-        IntrafuseError: as for `plan`; also a repair that is unknown or lacks data.
+        IntrafuseError: as for `plan`; also a repair that is unknown or lacks data, and a result
+            that the check finds wrong.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -273,8 +292,7 @@ def prune(
         progress=progress,
     )
     smaller = made.apply(model)
-    if made.maps:
-        check_code(smaller, made, example_inputs, original=model)
+    proof = prove(model, smaller, made, example_inputs) if check else None
     took = (
         latencies({"before": model, "after": smaller}, example_inputs)
         if latency is not None
@@ -288,14 +306,17 @@ def prune(
     elif inplace:
         smaller = made.apply(model, inplace=True)
     budget: Mapping[str, Any] = made.settings["budget"]
+    seconds = time.perf_counter() - started - (proof.seconds if proof else 0.0)
     report = Report(
         {budget["kind"]: budget["share"]},
         made.removed,
         made.before,
         made.after,
-        time.perf_counter() - started,
+        seconds,
         took,
         made.notes,
+        proof,
+        made.graph.unclear(made.graph.resized(made.widths)),
     )
     return Pruned(smaller, made, report)
 

@@ -17,7 +17,12 @@ __all__ = ["install", "size_changes"]
 
 
 def install(
-    model: nn.Module, weights: Weights, *, remove: Iterable[str] = (), inplace: bool = False
+    model: nn.Module,
+    weights: Weights,
+    *,
+    remove: Iterable[str] = (),
+    inplace: bool = False,
+    share: bool = False,
 ) -> nn.Module:
     """Return a module that holds the given tensors, with attributes that agree with them.
 
@@ -26,10 +31,12 @@ def install(
         weights: the new tensors.
         remove: paths of modules to replace by `nn.Identity`.
         inplace: change `model` itself instead of a copy.
+        share: let the copy hold the model's own parameters where they stay as they are.
     """
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {k: t for k, t in weights.state.items() if k not in old or t is not _detached(old[k], t)}
-    target = model if inplace else copy_without(model, [old[k] for k in new if k in old])
+    kept = [*model.parameters()] if share else []
+    target = model if inplace else copy_without(model, [*kept, *(old[k] for k in new if k in old)])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
     follow_sizes(target, size_changes(weights.graph, weights.sizes))

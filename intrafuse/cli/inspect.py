@@ -78,7 +78,7 @@ def inspect(
 def _verify(resolved: ResolvedModel, include: list[str] | None, common: Common) -> dict[str, Any]:
     """Prune a network with `select` and run it against a masked copy of the original."""
     from intrafuse.prune import plan
-    from intrafuse.verify import verify
+    from intrafuse.verification import verify
 
     inputs = resolved.example_inputs
     made = plan(

@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ __all__ = [
     "CONSTANT",
     "ExampleInputs",
     "as_arguments",
+    "caching",
     "evaluating",
     "export_program",
+    "failing_line",
+    "plainly",
     "record",
     "recorded",
 ]
@@ -60,8 +63,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:
+def export_program(
+    model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = False
+) -> torch.export.ExportedProgram:
     """Export a model in evaluation mode; it is not changed.
+
+    With `cached` the model makes the cache for its next call, if it does so by default.
 
     Raises:
         IntrafuseError: it is no module, or it cannot be traced.
@@ -71,7 +78,7 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
     args, kwargs = as_arguments(example_inputs)
     try:
         with evaluating(model):
-            return _export(model, args, kwargs)
+            return _export(model, args, kwargs, nullcontext() if cached else plainly(model))
     except NotImplementedError as error:  # an exported program has no evaluation mode
         raise IntrafuseError(
             f"the model cannot be put in evaluation mode: {error}",
@@ -79,10 +86,12 @@ def export_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.exp
         ) from error
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], mode: AbstractContextManager
+) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
-        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), _plainly(model):
+        with torch.no_grad(), redirect_stderr(printed), _without_warnings(), mode:
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -91,7 +100,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.expo
             "the model cannot be traced by torch.export: "
             f"{type(error).__name__}: {text.splitlines()[0]}"
             + (f", in operator {operator}" if operator else ""),
-            layer=_failing_line(error),
+            layer=failing_line(error),
             remedy=_remedy(model, error),
         ) from error
     sys.stderr.write(printed.getvalue())
@@ -122,15 +131,20 @@ def _inline(module: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
 
 
+def caching(model: nn.Module) -> list[Any]:
+    """List the configurations by which a model makes a cache for its next call."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+
+
 @contextmanager
-def _plainly(model: nn.Module) -> Iterator[None]:
+def plainly(model: nn.Module) -> Iterator[None]:
     """Let a model compute without fused kernels and without a cache for its next call.
 
     A fused transformer layer is one operator that hides what it does, and a cache of keys and
     values is an output that `torch.export` does not know.
     """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    cached = caching(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for config in cached:
@@ -187,7 +201,7 @@ def _last_operator(error: Exception) -> str | None:
     return names[-1] if names else None
 
 
-def _failing_line(error: Exception) -> str | None:
+def failing_line(error: Exception) -> str | None:
     """Find the last line of the model's code, outside PyTorch and this package, that was run."""
     libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
@@ -202,8 +216,10 @@ class _Done(Exception):
     """Raised once a model has run: what was recorded till then is all that is wanted."""
 
 
-def record(model: nn.Module, example_inputs: ExampleInputs) -> list[Node]:
+def record(model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = False) -> list[Node]:
     """List the operators that a model runs, without the passes that finish an export.
+
+    With `cached` the model makes the cache for its next call, if it does so by default.
 
     Raises:
         IntrafuseError: it cannot be traced.
@@ -214,7 +230,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs) -> list[Node]:
 
     hook = model.register_forward_hook(stop)
     try:
-        return [*export_program(model, example_inputs).graph.nodes]
+        return [*export_program(model, example_inputs, cached=cached).graph.nodes]
     except IntrafuseError as error:
         if not isinstance(error.__cause__, _Done):
             raise

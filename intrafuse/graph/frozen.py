@@ -97,6 +97,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
             replace(r, before=resolve(r.before), part=resolve(r.part), over=resolve(r.over))
             for r in scope.rescales
         ),
+        hints=tuple(replace(h, trees=tuple(map(resolve, h.trees))) for h in scope.hints),
         program=Program(nodes, values, scope.parameters, scales, starts, example_inputs),
     )
 

@@ -18,6 +18,7 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "Cost",
+    "Hint",
     "Layer",
     "Norm",
     "Rescale",
@@ -168,6 +169,21 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True)
+class Hint:
+    """A number that a module holds and that no traced operator read: it may name a size.
+
+    Attributes:
+        module: the module's path.
+        name: the attribute.
+        trees: the axes of that size on the nearest parameters; it follows them where they agree.
+    """
+
+    module: str
+    name: str
+    trees: tuple[Tree, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """Multiply-accumulates of one operator for one sample: factor times the sizes of the axes."""
 
@@ -232,6 +248,7 @@ class ChannelGraph:
     costs: tuple[Cost, ...]
     aliases: Mapping[str, str]
     rescales: tuple[Rescale, ...] = ()
+    hints: tuple[Hint, ...] = ()
     program: Any = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -268,7 +285,19 @@ class ChannelGraph:
         found: dict[str, dict[str, int]] = {}
         for item in self.attributes:
             found.setdefault(item.module, {})[item.name] = tree_size(item.tree, sizes)
+        for hint in self.hints:
+            now = {tree_size(tree, sizes) for tree in hint.trees}
+            if len(now) == 1:
+                found.setdefault(hint.module, {})[hint.name] = now.pop()
         return found
+
+    def unclear(self, sizes: Mapping[int, int]) -> tuple[str, ...]:
+        """List numbers that may name axes that no longer have one size, as "module.name"."""
+        return tuple(
+            f"{hint.module}.{hint.name}".lstrip(".")
+            for hint in self.hints
+            if len({tree_size(tree, sizes) for tree in hint.trees}) > 1
+        )
 
     def macs(self, sizes: Mapping[int, int]) -> int:
         """Count the multiply-accumulates for one sample at the given sizes."""

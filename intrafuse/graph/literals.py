@@ -28,6 +28,7 @@ from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope, line_of, operator_name
 from intrafuse.graph.trials import Trials
+from intrafuse.graph.unread import follow_unread
 
 __all__ = ["Workshop", "settle"]
 
@@ -62,11 +63,14 @@ class Workshop:
         build: makes a copy of the model with parameters of other shapes, and other attributes.
         record: lists the operators that a model runs; those that lead nowhere are among them.
         export: lists those that an export keeps.
+        cached: lists those that it runs where it makes a cache for its next call; None where it
+            makes none by default.
     """
 
     build: Build
     record: Export
     export: Export
+    cached: Export | None = None
 
 
 def settle(
@@ -82,29 +86,54 @@ def settle(
     """
     trials = Trials(scope, nodes)
     follow_names(trials)
-    if not _open(scope, nodes, free()):
-        return
+    if _open(scope, nodes, free()):
+        _explore(trials, free, workshop)
+    trials.smaller = True  # what agreed by chance, as quotients do, does not agree again
+    works = partial(_works, trials, workshop=workshop)
+    if not follow_unread(trials, free(), works) and _open(scope, nodes, free()):
+        _explore(trials, free, workshop)
+    if workshop.cached is not None:
+        _lock_uncached(trials, free(), workshop)
+    for (module, name), tree in trials.attributes.items():
+        scope.attributes.append(Attribute(module, name, tree))
+
+
+def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) -> None:
+    """Run the model at other sizes, and learn, until it does what the graph expects."""
     works = partial(_works, trials, workshop=workshop)
     for left in range(ROUNDS, 0, -1):
         atoms = free()
         try:
             found = _trial(trials, atoms, workshop) if atoms else None
-            if found is None and (trials.smaller or not atoms):
-                break
-            if found is None:  # numbers may agree by chance, as quotients do: try others
-                trials.smaller, trials.attempt = True, None
-                continue
+            if found is None:
+                trials.attempt = None  # it was right
+                return
             learnt = reconsider(trials, found) or learn(trials, found, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
             learnt = reconsider(trials, None) or give_up(trials, failure.lines, atoms)
         if not learnt:
             _lock_culprits(trials, atoms, works, left)
-    else:
-        for atom in free():
-            scope.table.lock(atom, "no trial of the code at other sizes succeeded")
-    for (module, name), tree in trials.attributes.items():
-        scope.attributes.append(Attribute(module, name, tree))
+    for atom in free():
+        trials.scope.table.lock(atom, "no trial of the code at other sizes succeeded")
+
+
+def _lock_uncached(trials: Trials, atoms: list[int], workshop: Workshop) -> None:
+    """Lock the sizes at which a model fails in its default mode, where it makes a cache."""
+
+    def works(some: list[int]) -> bool:
+        assert workshop.cached is not None
+        trials.failure = ""
+        try:
+            workshop.cached(workshop.build(*_resized(trials, trials.sizes(some))))
+        except IntrafuseError as error:
+            cause = error.__cause__ or error
+            trials.failure = _Elsewhere(_lines(cause), cause).where
+            return False
+        return True
+
+    if atoms and not works(atoms) and works([]):
+        _lock_culprits(trials, atoms, works, ROUNDS)
 
 
 def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
@@ -164,6 +193,10 @@ def _resized(
     return shapes, attributes
 
 
+def _lines(cause: BaseException) -> list[tuple[str, str]]:
+    return [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+
+
 def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference | None:
     """Run the model at other sizes.
 
@@ -189,7 +222,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
         cause = error.__cause__ or error
         ran = recorded(cause)
         found = first_difference(expected, ran, sizes, whole=False)
-        lines = [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
+        lines = _lines(cause)
         done = calls(ran)
         failed = done.pop() if done and "val" not in done[-1].meta else None
         following = calls(trials.nodes)[len(done) :]

@@ -11,6 +11,7 @@ from intrafuse.graph.groups import (
     ChannelGraph,
     ChannelGroup,
     Cost,
+    Hint,
     Layer,
     Norm,
     Rescale,
@@ -55,6 +56,7 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
 
     trees = [tree for axes in graph.axes.values() for tree in axes]
     trees += [item.tree for item in graph.attributes]
+    trees += [tree for hint in graph.hints for tree in hint.trees]
     trees += [tree for cost in graph.costs for tree in cost.trees]
     trees += [tree for r in graph.rescales for tree in (r.before, r.part, r.over)]
     used = sorted({atom for tree in trees for atom in leaves(tree)})
@@ -66,6 +68,7 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in graph.layers.values()],
         "norms": [asdict(norm) for norm in graph.norms],
         "attributes": [[a.module, a.name, _pack(a.tree)] for a in graph.attributes],
+        "hints": [[h.module, h.name, [*map(_pack, h.trees)]] for h in graph.hints],
         "costs": [[c.layer, c.factor, [*map(_pack, c.trees)]] for c in graph.costs],
         "aliases": dict(graph.aliases),
         "rescales": [
@@ -106,6 +109,7 @@ def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
         attributes=tuple(Attribute(m, n, _unpack(tree)) for m, n, tree in data["attributes"]),
         costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
         aliases=data["aliases"],
+        hints=tuple(Hint(m, n, tuple(map(_unpack, ts))) for m, n, ts in data.get("hints", ())),
         rescales=tuple(
             Rescale(w, b, axis, _unpack(before), _unpack(part), _unpack(over), exponent, *offset)
             for w, b, axis, before, part, over, exponent, *offset in data.get("rescales", ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.graph.export import (
     ExampleInputs,
     as_arguments,
+    caching,
     evaluating,
     export_program,
     record,
@@ -89,6 +91,7 @@ def trace(
             lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
             lambda resized: record(resized, example_inputs),
             lambda resized: [*export_program(resized, example_inputs).graph.nodes],
+            partial(record, example_inputs=example_inputs, cached=True) if caching(model) else None,
         ),
     )
     return freeze(scope, nodes, example_inputs)

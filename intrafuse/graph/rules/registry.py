@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
-from intrafuse.graph.groups import Attribute, Cost, Kind, Layer, Norm, Rescale, Role
+from intrafuse.graph.groups import Attribute, Cost, Hint, Kind, Layer, Norm, Rescale, Role
 from intrafuse.modules import held_size
 
 __all__ = [
@@ -148,6 +148,7 @@ class Scope:
         self.layers: dict[str, Layer] = {}
         self.norms: list[Norm] = []
         self.attributes: list[Attribute] = []
+        self.hints: list[Hint] = []
         self.costs: list[Cost] = []
         self.literals: list[Literal] = []  # sizes that the code may hold as numbers
         self.contracted: dict[Node, Tree] = {}  # product of activations -> what it sums over

@@ -8,7 +8,8 @@ squares over them divided by the number of all, and eps as a share of these that
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,13 +19,16 @@ from torch.utils import _pytree
 
 from intrafuse.graph.axes import Tree, locate, tree_size
 from intrafuse.graph.blocks import positions
+from intrafuse.graph.compare import calls
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.graph.rules.normed import CASTS
 from intrafuse.graph.trace import ExampleInputs, as_arguments, export_program, trace
-from intrafuse.plan import Plan
 
-__all__ = ["run_reference"]
+if TYPE_CHECKING:
+    from intrafuse.plan import Plan
+
+__all__ = ["Reference", "placed", "run_reference"]
 
 
 def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> Any:
@@ -39,19 +43,25 @@ def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) 
         What the network returns.
     """
     graph = plan.graph
-    if graph.program is None:  # a plan that was loaded
-        graph = trace(masked, example_inputs, include=list(graph.by_name))
     program = export_program(masked, example_inputs)
-    runner = _Reference(program, graph, plan)
+    if graph.program is None or not _alike(program, graph.program.nodes):
+        graph = trace(masked, example_inputs, include=list(graph.by_name))
+    runner = Reference(program, graph, plan)
     with torch.no_grad():
-        flat = runner.run(*_placed(program, example_inputs))
+        flat = runner.run(*placed(program, example_inputs))
     wanted = len(program.graph_signature.user_outputs)
     spec = program.call_spec.out_spec
     assert spec is not None
     return _pytree.tree_unflatten([*flat][len(flat) - wanted :], spec)
 
 
-def _placed(program: ExportedProgram, example_inputs: ExampleInputs) -> list[Any]:
+def _alike(program: ExportedProgram, nodes: Sequence[Node]) -> bool:
+    """Tell whether a program runs the operators that were traced; a plan may be loaded."""
+    names = [[*map(operator_name, calls(some))] for some in (program.graph.nodes, nodes)]
+    return names[0] == names[1]
+
+
+def placed(program: ExportedProgram, example_inputs: ExampleInputs) -> list[Any]:
     """List what the placeholders of a program stand for, in their order."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -66,14 +76,13 @@ def _placed(program: ExportedProgram, example_inputs: ExampleInputs) -> list[Any
     return found
 
 
-class _Reference(fx.Interpreter):
+class Reference(fx.Interpreter):
     """An interpreter that knows which channels lie where, and computes norms by the definition."""
 
     def __init__(self, program: ExportedProgram, graph: ChannelGraph, plan: Plan) -> None:
         super().__init__(program.graph_module)
-        own = [node for node in program.graph.nodes if node.op == "call_function"]
-        known = [node for node in graph.program.nodes if node.op == "call_function"]
-        self.known = dict(zip(own, known, strict=True))
+        both = calls(program.graph.nodes), calls(graph.program.nodes)
+        self.known = dict(zip(*both, strict=True))
         self.channels = graph
         self.gone: dict[int, Tensor] = {}  # atom -> its channels that go
         for step in plan.maps:
@@ -104,6 +113,14 @@ class _Reference(fx.Interpreter):
                 (eps,) = (a for a in n.args if isinstance(a, int | float))
                 return self.env[n.all_input_nodes[0]] + eps * share
         return super().run_node(n)
+
+    def staying(self, known: Node, value: Tensor) -> Tensor:
+        """Leave out the channels that go from the result of a traced operator."""
+        for dim, tree in enumerate(self.channels.program.values[known]):
+            stays = self._positions(tree, value)
+            if stays is not None:
+                value = value.index_select(dim, stays)
+        return value
 
     def _input(self, n: Node) -> Tensor:
         return self.env[n.all_input_nodes[0]]
