@@ -25,6 +25,10 @@ SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
 DIVIDED = "torch.nn.MultiheadAttention divides the width of its queries among heads; that stays"
 NEVER_SILENT = "a product sums over features of it that no weights can make zero"
+SPECTRAL = (
+    "it multiplies two parameters, as spectral norm does (torch.nn.utils.parametrize."
+    "remove_parametrizations, or torch.nn.utils.remove_spectral_norm, makes its weight a plain one)"
+)
 SHARING = "the query heads of one key-value head stay together"
 
 
@@ -167,7 +171,7 @@ def contract(
             if not any(is_silent(scope, operand, {atom}) for operand in operands):
                 table.lock(atom, NEVER_SILENT)
     elif weights[0] is not None and weights[1] is not None:
-        raise LockError("it multiplies two parameters")
+        raise LockError(SPECTRAL)
     else:
         which = 0 if weights[0] is not None else 1
         _layer(scope, node, operands[which], labels[which], labels[1 - which], output, trees, bias)
