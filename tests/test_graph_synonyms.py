@@ -50,7 +50,7 @@ PRODUCTS = {
     "F.linear": lambda n, h: F.linear(h, n.p),
     "einsum": lambda n, h: torch.einsum("...i,oi->...o", h, n.p),
     "einsum of a turned one": lambda n, h: torch.einsum("...i,io->...o", h, n.p.T),
-    "tensordot": lambda n, h: torch.tensordot(h, n.p, dims=([-1], [1])),
+    "tensordot": lambda n, h: torch.tensordot(h, n.p, dims=([-1], [1])),  # type: ignore[arg-type]
     "inner": lambda n, h: torch.inner(h, n.p),
     "contiguous": lambda n, h: h @ n.p.T.contiguous(),
     "detached": lambda n, h: h @ n.p.detach().T,
@@ -107,7 +107,7 @@ MEETINGS = {
 def test_channels_meet_functions_of_a_parameter_with_casts_between(name, meeting):
     model = network(lambda n, h: MEETINGS[meeting](h, FUNCTIONS[name](n.p)), (8,))
     with torch.no_grad():
-        model.p.abs_().add_(0.5)
+        model.get_parameter("p").abs_().add_(0.5)
     assert pruned_widths(model, LINE, far=1e-6) == [8]
 
 
@@ -169,8 +169,11 @@ def test_a_bias_may_be_joined_of_parameters_and_zeros(name):
     assert pruned_widths(model, SEQUENCE) == [3, 4, 8]
     plan = intrafuse.plan(model, SEQUENCE, channels=0.5, method="select", include=["*#width"])
     small = plan.apply(model)
-    assert small.q_bias.shape == small.k_bias.shape == small.v_bias.shape
-    assert small.qkv.weight.shape[0] == 3 * len(small.q_bias) == 18
+    shapes = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
+    assert shapes["q_bias"] == shapes["v_bias"] == tuple(small.get_buffer("k_bias").shape) == (6,)
+    assert (
+        shapes["qkv.weight"] == (18, 4) and vars(small.get_submodule("qkv"))["out_features"] == 18
+    )
 
 
 def test_a_bias_that_is_joined_of_parts_and_sums_stays():
@@ -205,6 +208,9 @@ def test_a_number_that_is_equal_by_chance_is_told_from_the_one_that_is_meant(nam
 
 class Counted(nn.Module):
     """Attention whose heads, width, length and batch may be one number."""
+
+    count: int
+    each: int
 
     def __init__(self, names):
         super().__init__()

@@ -59,7 +59,8 @@ def _scaled(
     given = args.get("bias", args["self"] if operator_name(layer) == "addmm" else None)
     if given is None or given in scope.parameters:
         known = scope.layers.get(name)
-        bias = scope.parameters.get(given) or (known.bias if known else None)
+        own = known.bias if known else None
+        bias = own if given is None else scope.parameters[given]
         return [(name, bias, axis, before, part)]
     found: list[tuple[str, str | None, int, Tree, Tree]] = [(name, None, axis, before, part)]
     start = scope.table.measure(before)
