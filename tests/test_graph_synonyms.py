@@ -172,7 +172,7 @@ def test_a_bias_may_be_joined_of_parameters_and_zeros(name):
     shapes = {name: tuple(tensor.shape) for name, tensor in small.named_parameters()}
     assert shapes["q_bias"] == shapes["v_bias"] == tuple(small.get_buffer("k_bias").shape) == (6,)
     assert (
-        shapes["qkv.weight"] == (18, 4) and vars(small.get_submodule("qkv"))["out_features"] == 18
+        shapes["qkv.weight"] == (18, 8) and vars(small.get_submodule("qkv"))["out_features"] == 18
     )
 
 
