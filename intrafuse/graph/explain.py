@@ -14,7 +14,7 @@ from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.trials import Trials, modules_of, value_at
 from intrafuse.modules import held_sizes
 
-__all__ = ["follow_names", "give_up", "learn"]
+__all__ = ["follow_names", "give_up", "learn", "reconsider"]
 
 # Attributes that say how large an axis of attention is, whether or not the code reads them.
 NAMES = {
@@ -55,6 +55,32 @@ def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
         return False
     around = [node for node in trials.nodes if trials.places[node] == place]
     return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
+
+
+def reconsider(trials: Trials, found: Difference | None) -> bool:
+    """Take another attribute where the one that was tried last did harm.
+
+    An attribute that has the size of an axis by chance, such as the size of an image, makes the
+    code fail, or makes an operator differ that did not before.
+
+    Args:
+        trials: what is known.
+        found: what differs now; None where the code fails outside any operator.
+
+    Returns:
+        Whether it did harm; then another is tried, or its numbers are locked.
+    """
+    if trials.attempt is None:
+        return False
+    (place, items), trials.attempt = trials.attempt, None
+    order = {node: i for i, node in enumerate(trials.nodes)}
+    if found is not None and order[found.node] >= min(order[item.node] for item in items):
+        return False
+    if not _try_next(trials, place, items):
+        trials.forget(place)
+        for item in items:
+            _lock(trials.scope, item)
+    return True
 
 
 def give_up(trials: Trials, lines: list[tuple[str, str]], atoms: list[int]) -> bool:
@@ -194,7 +220,7 @@ def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
         return False
     trials.forget(place)  # the last one did not help
     tried.append(name)
-    trials.added[place] = []
+    trials.added[place], trials.attempt = [], (place, items)
     for item, keys in zip(items, options, strict=True):
         key = keys[name]
         if key not in trials.attributes:

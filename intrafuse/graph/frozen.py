@@ -23,8 +23,9 @@ from intrafuse.graph.groups import (
     Slot,
 )
 from intrafuse.graph.rules import Scope
-from intrafuse.graph.rules.computed import claim_functions
+from intrafuse.graph.rules.computed import COMPUTED, claim_functions
 from intrafuse.graph.rules.normed import other_uses
+from intrafuse.graph.rules.sums import ADDED
 
 __all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
 
@@ -131,6 +132,9 @@ def lock_unclear(scope: Scope) -> None:
                     scope.use(name, axis, "carrier", "scale")
             for atom in _squared(tree):
                 scope.table.lock(atom, "it is multiplied with itself along one axis")
+            for atom in leaves(tree):
+                if {COMPUTED, ADDED} <= {*scope.table.choices(atom)}:
+                    scope.table.lock(atom, f"{COMPUTED}, and {ADDED}")
 
 
 def _squared(tree: Tree) -> list[int]:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Role = Literal["writer", "carrier", "reader"]
-Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance"]
+Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance", "function"]
 # Why channels may be chosen among but not combined, where their number enters a statistic.
 NORMED = "a norm takes its statistics over it"
 # Begins the rest of a reason where the channels stay only until `include` names their group.
@@ -43,7 +43,8 @@ class Slot:
         axis: the dimension of the parameter.
         role: writer, carrier or reader of the channels.
         kind: `weight` or `bias` of a writer or reader; `scale` (multiplies the channel),
-            `shift` (is added to it), `mean` or `variance` (running statistics) of a carrier.
+            `shift` (is added to it), `mean` or `variance` (running statistics) of a carrier, or
+            `function` (a function of it meets the channel).
         blocks: where the channels lie along the axis at the traced sizes.
     """
 

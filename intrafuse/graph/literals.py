@@ -22,11 +22,11 @@ from torch.fx import Node
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves, tree_size
-from intrafuse.graph.compare import Difference, Expected, calls, first_difference
-from intrafuse.graph.explain import follow_names, give_up, learn
+from intrafuse.graph.compare import Difference, Expected, calls, first_difference, numbers
+from intrafuse.graph.explain import follow_names, give_up, learn, reconsider
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
-from intrafuse.graph.rules import Scope, line_of
+from intrafuse.graph.rules import Scope, line_of, operator_name
 from intrafuse.graph.trials import Trials
 from intrafuse.graph.unread import follow_unread
 
@@ -34,6 +34,8 @@ __all__ = ["Workshop", "settle"]
 
 Export = Callable[[nn.Module], Any]
 Build = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Mapping[str, int]]], nn.Module]
+# Operators whose number may be a size.
+ARITHMETIC = frozenset("add sub rsub mul div pow multiply divide true_divide floor_divide".split())
 ROUNDS = 24  # of trials; what is open after them is locked
 
 
@@ -84,11 +86,11 @@ def settle(
     """
     trials = Trials(scope, nodes)
     follow_names(trials)
-    if _open(scope, free()):
+    if _open(scope, nodes, free()):
         _explore(trials, free, workshop)
     trials.smaller = True  # what agreed by chance, as quotients do, does not agree again
     works = partial(_works, trials, workshop=workshop)
-    if not follow_unread(trials, free(), works) and _open(scope, free()):
+    if not follow_unread(trials, free(), works) and _open(scope, nodes, free()):
         _explore(trials, free, workshop)
     if workshop.cached is not None:
         _lock_uncached(trials, free(), workshop)
@@ -104,11 +106,12 @@ def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) 
         try:
             found = _trial(trials, atoms, workshop) if atoms else None
             if found is None:
+                trials.attempt = None  # it was right
                 return
-            learnt = learn(trials, found, atoms)
+            learnt = reconsider(trials, found) or learn(trials, found, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
-            learnt = give_up(trials, failure.lines, atoms)
+            learnt = reconsider(trials, None) or give_up(trials, failure.lines, atoms)
         if not learnt:
             _lock_culprits(trials, atoms, works, left)
     for atom in free():
@@ -159,11 +162,18 @@ def _lock_culprits(
         waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
 
 
-def _open(scope: Scope, atoms: list[int]) -> bool:
-    """Tell whether some number in the code may belong to the atoms that may be pruned."""
+def _open(scope: Scope, nodes: list[Node], atoms: list[int]) -> bool:
+    """Tell whether some number in the code may belong to the atoms that may be pruned.
+
+    A number that tensors are multiplied with may be the size of any axis.
+    """
     wanted = set(atoms)
     trees = [item.axis for item in scope.literals] + [tree for _, _, tree in scope.heads]
-    return any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
+    if any(not wanted.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees):
+        return True
+    return bool(atoms) and any(
+        operator_name(node) in ARITHMETIC and numbers(node) for node in calls(nodes)
+    )
 
 
 def _resized(

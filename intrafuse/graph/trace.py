@@ -28,6 +28,7 @@ from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 from intrafuse.graph.rules.products import tie_packed_heads
+from intrafuse.graph.rules.registry import VIEWS
 from intrafuse.modules import copy_without, place
 
 __all__ = [
@@ -42,10 +43,7 @@ __all__ = [
 CONSTANT = "a tensor of the model's code that is no buffer"
 # What a rule raises where it does not understand its arguments.
 ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError, GuardOnDataDependentSymNode)
-PASS_ORIGIN = frozenset(
-    "view reshape unsqueeze squeeze expand permute transpose t index slice select to clone "
-    "contiguous alias detach repeat".split()
-)
+PASS_ORIGIN = VIEWS | {"index"}
 
 
 @apart

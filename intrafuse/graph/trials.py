@@ -28,6 +28,7 @@ class Trials:
         tried: attributes by the place in the code that they were tried for.
         added: what the last of them added to `attributes`.
         holders: object with numbers in it -> the module and the attribute that stand for it.
+        attempt: what an attribute was tried for last: the place, and its numbers.
         failure: where a model failed last, in no operator of the trace, and how.
         smaller: whether trials make sizes smaller, as pruning does.
     """
@@ -38,6 +39,7 @@ class Trials:
     tried: dict[tuple, list[str]] = field(default_factory=dict)
     added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
     holders: dict[int, tuple[str, str]] = field(default_factory=dict)
+    attempt: tuple[tuple, list[Literal]] | None = None
     failure: str = ""
     smaller: bool = False
     _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)

@@ -36,7 +36,7 @@ def masked(model: nn.Module, plan: Plan, *, share: bool = False) -> nn.Module:
         dropped = sorted(set(range(group.size)) - set(step.keep.tolist()))
         for slot in group.readers if COMPUTED in group.chosen else group.slots:
             tensor = tensors.get(slot.parameter)
-            if tensor is None or slot.kind == "variance":
+            if tensor is None or slot.kind in ("variance", "function"):
                 continue
             where = torch.from_numpy(positions(slot.blocks, group.size)[dropped].ravel())
             tensor.detach().movedim(slot.axis, 0)[where.to(tensor.device)] = 0

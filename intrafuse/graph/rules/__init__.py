@@ -18,6 +18,7 @@ from intrafuse.graph.rules import (
     shape,
     spectral,
     statistics,
+    sums,
 )
 from intrafuse.graph.rules.registry import (
     RULES,
@@ -58,4 +59,5 @@ __all__ = [
     "shape",
     "spectral",
     "statistics",
+    "sums",
 ]

@@ -16,6 +16,7 @@ from intrafuse.graph.axes import Product, Tree, leaves
 from intrafuse.graph.groups import Role
 from intrafuse.graph.rules.pointwise import BINARY, PARAMETER_KIND, UNARY
 from intrafuse.graph.rules.registry import (
+    CHECKS,
     FOLLOWING,
     VIEWS,
     Axes,
@@ -26,6 +27,7 @@ from intrafuse.graph.rules.registry import (
 )
 
 COMPUTED = "a weight is computed from parameters"
+FUNCTION = "a function of a parameter meets its channels"
 INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are pruned instead)"
 
 
@@ -156,9 +158,9 @@ def claim_functions(scope: Scope) -> None:
             continue
         plain = all(kind in PARAMETER_KIND for kind in met)
         for axis, tree in enumerate(scope.parameter_axes[name]):
-            scope.roles.setdefault((name, axis), ("carrier", "scale"))
+            scope.roles.setdefault((name, axis), ("carrier", "scale" if plain else "function"))
             if not plain:
-                scope.table.choose(tree, COMPUTED)
+                scope.table.choose(tree, FUNCTION)
 
 
 def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
@@ -172,6 +174,8 @@ def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
         node = waiting.pop()
         for user in node.users:
             name = operator_name(user) if user.op == "call_function" else ""
+            if name in CHECKS:
+                continue
             pointwise = name in UNARY or name in BINARY
             if len(user.all_input_nodes) == 1 and (pointwise or name in VIEWS):
                 found |= {""} if pointwise and name not in VIEWS else set()

@@ -18,7 +18,9 @@ from intrafuse.graph.rules.registry import (
     operator_name,
     register,
 )
+from intrafuse.graph.rules.views import parameter_pieces, parameter_view
 
+PRODUCTS = frozenset("matmul mm bmm mv addmm baddbmm einsum dot vdot inner tensordot".split())
 # Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
 TRAINING = "batch norm takes its statistics over it"
@@ -28,10 +30,14 @@ STANDARDISED = f"{TRAINING}, on weights (store them as it gives them, in a plain
 def declare(
     scope: Scope, node: Node, weight: str, bias: str | None, axes: tuple[int, int], out: Tree
 ) -> str | None:
-    """Record a layer and name its bias: one that it has, or one that its module could hold."""
+    """Record a layer and name its bias: one that it has, or one that its module could hold.
+
+    A module takes a bias that it is given where torch's own code runs it, not products by hand.
+    """
     name = weight.rpartition(".")[0]
     module = scope.model.get_submodule(name)
     plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.endswith(".weight")
+    plain &= operator_name(node) not in PRODUCTS
     if bias is None and plain and module.bias is None:
         bias = f"{name}.bias"
         scope.parameter_axes.setdefault(bias, [out])
@@ -45,10 +51,10 @@ def linear(scope: Scope, node: Node) -> Axes:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]."""
     args = scope.arguments(node)
     *rest, channels = scope.axes(args["input"])
-    if scope.parameter_view(args["weight"]) is None:
+    if parameter_view(scope, args["weight"]) is None:
         return [*rest, layer_of_computed(scope, node, channels, 1)]
     if args["weight"] not in scope.parameters or args["bias"] not in (None, *scope.parameters):
-        return [*rest, _part_of_linear(scope, args, channels)]
+        return [*rest, _part_of_linear(scope, node, channels)]
     weight = scope.parameter(args["weight"], "weight")
     bias = scope.optional_parameter(args["bias"], "bias")
     rows, columns = scope.axes(args["weight"])
@@ -64,28 +70,36 @@ def linear(scope: Scope, node: Node) -> Axes:
     return [*rest, rows]
 
 
-def _part_of_linear(scope: Scope, args, channels: Tree) -> Tree:
-    """Couple a linear map whose weight or bias is a part of a parameter, as in packed attention."""
+def _part_of_linear(scope: Scope, node: Node, channels: Tree) -> Tree:
+    """Couple a linear map whose weight or bias is a part of a parameter, as in packed attention.
+
+    A bias may also be joined of several parameters and buffers.
+    """
+    args = scope.arguments(node)
     rows, columns = scope.axes(args["weight"])
-    parts: tuple[tuple[str, Kind], ...] = (("weight", "weight"), ("bias", "bias"))
-    for argument, kind in parts:
-        if args[argument] is None:
-            continue
-        view = scope.parameter_view(args[argument])
-        if view is None:
-            raise LockError(f"its {argument} is computed, not a parameter")
-        name, axes = view
-        for axis, role in zip(axes, ("writer", "reader"), strict=False):
-            if axis is None:
-                raise LockError(f"its {argument} is computed, not a parameter")
-            scope.use(name, axis, role, kind)  # type: ignore[arg-type]
-        if kind == "bias":
-            scope.table.unify(rows, scope.axes(args[argument])[0])
+    view = parameter_view(scope, args["weight"])
+    if view is None or None in view[1]:
+        raise LockError("its weight is computed, not a parameter")
+    weight, axes = view
+    for axis, role in zip(axes, ("writer", "reader"), strict=True):
+        scope.use(weight, axis, role, "weight")  # type: ignore[arg-type]
+    if args["bias"] is not None:
+        pieces = parameter_pieces(scope, args["bias"])
+        if pieces is None:
+            raise LockError("its bias is computed, not a parameter")
+        scope.table.unify(rows, scope.axes(args["bias"])[0])
+        for piece in pieces:
+            if scope.roles.get((piece.parameter, piece.axis)) == ("carrier", "shift"):
+                del scope.roles[piece.parameter, piece.axis]  # which `cat` takes it for
+            scope.use(piece.parameter, piece.axis, "writer", "bias")
     scope.table.unify(columns, channels)
-    name = scope.parameter_view(args["weight"])[0]  # type: ignore[index]
-    follower = INPUT_WIDTHS.get(name.rpartition(".")[2])
+    follower = INPUT_WIDTHS.get(weight.rpartition(".")[2])
     if follower is not None:
-        scope.attribute(name, follower, columns)
+        scope.attribute(weight, follower, columns)
+    if args["weight"] in scope.parameters:
+        scope.attribute(weight, "out_features", rows)
+        scope.attribute(weight, "in_features", columns)
+    scope.cost(node, weight, scope.positions(node, scope.table.measure(rows)), rows, columns)
     return rows
 
 

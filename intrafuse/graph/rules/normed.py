@@ -17,11 +17,18 @@ from torch.fx import Node
 from intrafuse.graph.axes import Sum, Tree
 from intrafuse.graph.groups import NORMED, Kind, Rescale
 from intrafuse.graph.rules.reduce import reduce
-from intrafuse.graph.rules.registry import CHECKS, Axes, Scope, arguments, operator_name, register
+from intrafuse.graph.rules.registry import (
+    CASTS,
+    CHECKS,
+    Axes,
+    Scope,
+    arguments,
+    operator_name,
+    register,
+)
+from intrafuse.graph.rules.views import parameter_view
 
 __all__ = ["CASTS", "norm_after", "other_uses"]
-
-CASTS = frozenset(("to", "_to_copy", "float", "type_as", "contiguous", "clone", "alias", "detach"))
 
 
 @register("layer_norm", "rms_norm")
@@ -132,7 +139,7 @@ def _weight_after(scope: Scope, node: Node) -> tuple[str, int, float] | None:
             if len(numbers) != 1 or factor.kwargs.get("alpha", 1) != 1:
                 return None
             factor, offset = _uncast(factor.all_input_nodes[0]), float(numbers[0])
-        known = scope.parameter_view(factor)
+        known = parameter_view(scope, factor)
         axes = [axis for axis in known[1] if axis is not None] if known else []
         if known and known[0] in scope.trained and len(axes) == 1:
             alone = scope.shape(factor)[-1:] == scope.shape(node)[-1:]

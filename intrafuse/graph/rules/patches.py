@@ -118,17 +118,3 @@ def reshape_as(scope: Scope, node: Node) -> Axes:
     axes = reshape(scope, scope.axes(args["self"]), scope.shape(node))
     scope.unify(axes, scope.axes(args["other"]))
     return [scope.table.resolve(tree) for tree in axes]
-
-
-@register("movedim", "moveaxis")
-def movedim(scope: Scope, node: Node) -> Axes:
-    """Move dimensions to other places; the others keep their order."""
-    args = scope.arguments(node)
-    x = scope.axes(args["self"])
-    source, destination = (
-        [n % len(x) for n in ([args[key]] if isinstance(args[key], int) else args[key])]
-        for key in ("source", "destination")
-    )
-    rest = iter(tree for dim, tree in enumerate(x) if dim not in source)
-    moved = dict(zip(destination, (x[dim] for dim in source), strict=True))
-    return [moved[dim] if dim in moved else next(rest) for dim in range(len(x))]

@@ -16,7 +16,7 @@ UNARY = (
     "exp log log1p expm1 sqrt rsqrt square abs neg sign sin cos tan atan erf reciprocal floor "
     "ceil round clamp clamp_min clamp_max pow logical_not bitwise_not isnan isinf nan_to_num "
     "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
-    "clone contiguous detach detach_ alias to _to_copy type_as float half bfloat16 double "
+    "clone contiguous detach alias to _to_copy float half bfloat16 double "
     "zeros_like ones_like full_like rand_like randn_like empty_like fill lift_fresh_copy "
     "lift_fresh positive logit"
 ).split()
@@ -40,6 +40,12 @@ def unary(scope: Scope, node: Node) -> Axes:
     """Act on each element; a second tensor (the exponent of pow) makes it a binary operator."""
     if sum(isinstance(argument, Node) for argument in node.args) > 1:
         return binary(scope, node)
+    return scope.axes(node.all_input_nodes[0])
+
+
+@register("type_as")
+def type_as(scope: Scope, node: Node) -> Axes:
+    """Take the type of another tensor, and nothing else of it."""
     return scope.axes(node.all_input_nodes[0])
 
 

@@ -13,17 +13,22 @@ from math import prod
 from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import UNIT, Product, leaves
+from intrafuse.graph.axes import UNIT, Product
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.rules.silent import is_silent
+from intrafuse.graph.rules.views import parameter_view
 
 SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
 DIVIDED = "torch.nn.MultiheadAttention divides the width of its queries among heads; that stays"
 NEVER_SILENT = "a product sums over features of it that no weights can make zero"
+SPECTRAL = (
+    "it multiplies two parameters, as spectral norm does (torch.nn.utils.parametrize."
+    "remove_parametrizations, or torch.nn.utils.remove_spectral_norm, makes its weight a plain one)"
+)
 SHARING = "the query heads of one key-value head stay together"
 
 
@@ -35,13 +40,39 @@ def matmul(scope: Scope, node: Node) -> Axes:
     return _product(scope, node, args["self"], second)
 
 
+@register("dot", "vdot", "inner", "tensordot")
+def inner(scope: Scope, node: Node) -> Axes:
+    """Sum over the last dimension of both tensors, or over dimensions that are named."""
+    args = scope.arguments(node)
+    a = args["self"]
+    b = next(args[name] for name in ("tensor", "other") if name in args)
+    ranks = len(scope.shape(a)), len(scope.shape(b))
+    pairs = [*zip(args.get("dims_self", (-1,)), args.get("dims_other", (-1,)), strict=True)]
+    one, two = [*range(ranks[0])], [*range(ranks[0], sum(ranks))]
+    for i, j in pairs:
+        two[j] = one[i]
+    result = [name for name in (*one, *two) if (name in one) != (name in two)]
+    return contract(scope, node, (a, b), (one, two), result)
+
+
+@register("linalg_vecdot")
+def vecdot(scope: Scope, node: Node) -> Axes:
+    """Sum over one dimension, that which both tensors have."""
+    args = scope.arguments(node)
+    operands = args["x"], args["y"]
+    rank = max(len(scope.shape(x)) for x in operands)
+    labels = [[*range(rank)][rank - len(scope.shape(x)) :] for x in operands]
+    summed = args["dim"] % rank
+    return contract(scope, node, operands, labels, [n for n in range(rank) if n != summed])
+
+
 @register("addmm", "baddbmm")
 def addmm(scope: Scope, node: Node) -> Axes:
     """Add a tensor, such as a bias, to a product."""
     args = scope.arguments(node)
     second = args["mat2"] if "mat2" in args else args["batch2"]
     bias = args["self"]
-    weight = scope.parameter_view(second)
+    weight = parameter_view(scope, second)
     if bias not in scope.parameters or weight is None or len(scope.shape(bias)) != 1:
         result = _product(scope, node, args["mat1"] if "mat1" in args else args["batch1"], second)
         for back, other in enumerate(reversed(scope.axes(bias)), 1):
@@ -132,15 +163,15 @@ def contract(
                 trees[name], sizes[name] = tree, size
             elif size != 1:
                 table.unify(trees[name], tree)
-    weights = [scope.parameter_view(operand) for operand in operands]
+    weights = [parameter_view(scope, operand) for operand in operands]
     summed = [name for name in trees if name not in output]
     if weights[0] is None and weights[1] is None:
         _couple(scope, node, labels, output, trees, sizes)
-        for tree in (table.resolve(trees[name]) for name in summed):
-            if not any(is_silent(scope, operand, set(leaves(tree))) for operand in operands):
-                table.lock(tree, NEVER_SILENT)
+        for atom in (atom for name in summed for atom in scope.free_atoms(trees[name])):
+            if not any(is_silent(scope, operand, {atom}) for operand in operands):
+                table.lock(atom, NEVER_SILENT)
     elif weights[0] is not None and weights[1] is not None:
-        raise LockError("it multiplies two parameters")
+        raise LockError(SPECTRAL)
     else:
         which = 0 if weights[0] is not None else 1
         _layer(scope, node, operands[which], labels[which], labels[1 - which], output, trees, bias)
@@ -175,7 +206,7 @@ def _layer(
     scope: Scope, node: Node, operand: Node, own, others, output, trees, bias: str | None
 ) -> None:
     """Name what a parameter does in a product with an activation."""
-    known = scope.parameter_view(operand)
+    known = parameter_view(scope, operand)
     assert known is not None
     parameter, axes = known
     written, read = [], []
@@ -206,7 +237,7 @@ def grouped_product(scope: Scope, node: Node) -> Axes:
     """Multiply runs of rows by the matrix of the expert that they were sent to."""
     x, weight = node.args[0], node.args[1]
     assert isinstance(x, Node) and isinstance(weight, Node)
-    known, trees = scope.parameter_view(weight), scope.axes(weight)
+    known, trees = parameter_view(scope, weight), scope.axes(weight)
     if known is None or None in known[1] or len(trees) != 3 or len(scope.shape(x)) != 2:
         raise LockError("its weight is no parameter with a matrix for each expert")
     parameter, axes = known

@@ -38,7 +38,7 @@ def resample(scope: Scope, node: Node) -> Axes | list[Axes]:
     return [axes] * len(value) if isinstance(value, tuple | list) else axes
 
 
-@register("sum", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "any")
+@register("amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "any")
 def reduce(scope: Scope, node: Node) -> Axes | list[Axes]:
     """Reduce dimensions to one value, to which every position contributes."""
     args = scope.arguments(node)

@@ -37,12 +37,18 @@ __all__ = [
 ]
 
 Axes = list[Tree]
-VIEWS = frozenset(
-    "permute t transpose unsqueeze to contiguous clone alias detach slice narrow".split()
+PERMUTATIONS = frozenset(
+    "permute transpose t swapaxes swapdims numpy_T mT mH matrix_H adjoint movedim moveaxis".split()
 )
+CASTS = frozenset(  # operators that change nothing but the type
+    "to _to_copy float double half bfloat16 type_as contiguous clone alias detach".split()
+)
+RESHAPES = frozenset(
+    "unsqueeze squeeze view reshape _unsafe_view flatten unflatten expand expand_as repeat".split()
+)
+VIEWS = PERMUTATIONS | CASTS | RESHAPES | {"slice", "narrow", "select"}
 CHECKS = frozenset(("_assert_tensor_metadata",))  # operators that give nothing
 START = -1  # ends `Literal.at` of a slice where the number is how many positions lie before it
-PARTS = frozenset(("chunk", "split", "split_with_sizes"))
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
@@ -210,32 +216,6 @@ class Scope:
         if node not in self.parameters:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
-
-    def parameter_view(self, node: Node) -> tuple[str, list[int | None]] | None:
-        """Name the parameter that a tensor is, with the parameter's axis behind each dimension.
-
-        None where the tensor is no parameter, or one that was reshaped.
-        """
-        if node in self.parameters:
-            return self.parameters[node], list(range(len(self.shape(node))))
-        name = operator_name(node) if node.op == "call_function" else ""
-        source: Any = node.args[0] if name in VIEWS else None
-        if name == "getitem":  # a part of it
-            (whole,) = node.all_input_nodes
-            source = whole.args[0] if operator_name(whole) in PARTS else None
-        known = None if source is None else self.parameter_view(source)
-        if known is None:
-            return None
-        parameter, axes = known
-        args = {} if name == "getitem" else self.arguments(node)
-        if name == "permute":
-            axes = [axes[dim] for dim in args["dims"]]
-        elif name in ("t", "transpose"):
-            i, j = args.get("dim0", 0), args.get("dim1", -1)
-            axes[i], axes[j] = axes[j], axes[i]
-        elif name == "unsqueeze":
-            axes.insert(args["dim"] % (len(axes) + 1), None)
-        return parameter, axes
 
     def uses(self, node: Node) -> int:
         """Count the operators that take the parameter behind a node, under any of its names."""

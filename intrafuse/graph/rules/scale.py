@@ -16,6 +16,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import Product, Sum, Tree, leaves
 from intrafuse.graph.groups import Rescale
 from intrafuse.graph.rules.registry import CHECKS, Scope, operator_name
+from intrafuse.graph.rules.views import parameter_pieces, parameter_view
 
 __all__ = ["follow_size"]
 
@@ -25,7 +26,7 @@ MOVES = frozenset(
     "getitem dropout _to_copy type_as float movedim".split()
 )
 PARTS = frozenset(("slice", "select", "getitem"))
-LAYERS = frozenset(("linear", "addmm", "conv1d", "conv2d"))
+LAYERS = frozenset(("linear", "addmm", "matmul", "mm", "conv1d", "conv2d"))
 
 
 def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: float) -> None:
@@ -39,37 +40,58 @@ def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: fl
         exponent: the layer is multiplied by (m / d) ** exponent where m of d channels stay.
     """
     found = _writer(scope, node, source, size)
-    if found is None:
+    scaled = None if found is None else _scaled(scope, *found)
+    if scaled is None:
         scope.table.lock(size, "its size enters the scale of attention")
         return
-    layer, before, part = found
-    args, weight = scope.arguments(layer), _weight(scope, layer)
-    name = scope.parameters[weight]
-    bias = args["self"] if operator_name(layer) == "addmm" else args["bias"]
-    known = scope.layers[name]
-    scope.rescales.append(
-        Rescale(
-            name,
-            scope.parameters.get(bias) or known.bias,
-            known.output_axis,
-            before,
-            part,
-            size,
-            exponent,
-        )
-    )
+    scope.rescales += [
+        Rescale(name, bias, axis, before, part, size, exponent)
+        for name, bias, axis, before, part in scaled
+    ]
+
+
+def _scaled(
+    scope: Scope, layer: Node, before: Tree, part: Tree
+) -> list[tuple[str, str | None, int, Tree, Tree]] | None:
+    """List the tensors that a range of a layer's outputs is linear in, with the range of each."""
+    name, axis = _output(scope, layer)
+    args = scope.arguments(layer)
+    given = args.get("bias", args["self"] if operator_name(layer) == "addmm" else None)
+    if given is None or given in scope.parameters:
+        known = scope.layers.get(name)
+        own = known.bias if known else None
+        bias = own if given is None else scope.parameters[given]
+        return [(name, bias, axis, before, part)]
+    found: list[tuple[str, str | None, int, Tree, Tree]] = [(name, None, axis, before, part)]
+    start = scope.table.measure(before)
+    stop = start + scope.table.measure(part)
+    for piece in parameter_pieces(scope, given) or ():
+        if piece.start >= stop or piece.start + piece.size <= start:
+            continue
+        tree = scope.parameter_axes[piece.parameter][piece.axis]
+        whole = scope.table.measure(tree) == piece.size
+        if not whole or piece.start < start or piece.start + piece.size > stop:
+            return None
+        found.append((piece.parameter, None, piece.axis, Sum(()), tree))
+    return found if len(found) > 1 else None
 
 
 def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, Tree, Tree] | None:
     """Find the layer that a tensor is linear in, and which of its outputs the tensor holds."""
     chain = list(_back(scope, source, size))
-    if not chain or operator_name(chain[-1]) not in LAYERS:
+    if not chain or not _is_layer(scope, chain[-1]):
         return None
     layer = chain[-1]
     weight = _weight(scope, layer)
-    if scope.parameters.get(weight) not in scope.layers or scope.uses(weight) != 1:
+    while weight not in scope.parameters:  # seen otherwise, as transposed
+        if len(weight.users) != 1:
+            return None
+        weight = weight.all_input_nodes[0]
+    _, axis = _output(scope, layer)
+    whole = axis >= 0 and scope.shape(weight)[axis] == scope.shape(layer)[_dimension(layer)]
+    if scope.uses(weight) != 1 or not whole:
         return None
-    dim = 1 if operator_name(layer).startswith("conv") else -1
+    dim = _dimension(layer)
     whole = scope.axes(layer)[dim]
     if _only_leads_to(scope, layer, node):
         return layer, Sum(()), whole
@@ -84,7 +106,27 @@ def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, T
 
 def _weight(scope: Scope, layer: Node) -> Node:
     args = scope.arguments(layer)
-    return args["mat2"] if "mat2" in args else args["weight"]
+    return next(args[name] for name in ("weight", "mat2", "other") if name in args)
+
+
+def _is_layer(scope: Scope, node: Node) -> bool:
+    """Tell whether an operator multiplies its input with a parameter, perhaps a transposed one."""
+    if operator_name(node) not in LAYERS:
+        return False
+    return parameter_view(scope, _weight(scope, node)) is not None
+
+
+def _output(scope: Scope, layer: Node) -> tuple[str, int]:
+    """Name a layer's weight, and the axis of it that holds outputs; -1 where it is not one."""
+    view = parameter_view(scope, _weight(scope, layer))
+    assert view is not None
+    roles = {axis: role for (name, axis), (role, _) in scope.roles.items() if name == view[0]}
+    axes = [axis for axis, role in roles.items() if role == "writer"]
+    return view[0], axes[0] if len(axes) == 1 else -1
+
+
+def _dimension(layer: Node) -> int:
+    return 1 if operator_name(layer).startswith("conv") else -1
 
 
 def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
@@ -92,7 +134,7 @@ def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
     wanted = set(leaves(scope.table.resolve(size)))
     while node.op == "call_function":
         yield node
-        if operator_name(node) in LAYERS:
+        if _is_layer(scope, node):
             return
         ahead = [
             n for n in node.all_input_nodes

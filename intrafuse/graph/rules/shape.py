@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Product, Sum, Tree
 from intrafuse.graph.rules.registry import (
+    PERMUTATIONS,
     Axes,
     LockError,
     Scope,
@@ -17,6 +18,7 @@ from intrafuse.graph.rules.registry import (
     operator_name,
     register,
 )
+from intrafuse.graph.rules.views import permutation
 
 
 @register("cat", "concat", "concatenate")
@@ -238,19 +240,11 @@ def _regroup(scope: Scope, run: Axes, sizes: Sequence[int]) -> Axes:
     return [scope.table.resolve(tree) for tree in factors]
 
 
-@register("permute", "transpose", "t", "swapaxes", "numpy_T", "mT")
+@register(*PERMUTATIONS)
 def permute(scope: Scope, node: Node) -> Axes:
     """Reorder dimensions."""
-    args = scope.arguments(node)
-    x = scope.axes(args["self"])
-    if "dims" in args:
-        return [x[dim] for dim in args["dims"]]
-    order = list(range(len(x)))
-    names = ("dim0", "dim1") if "dim0" in args else ("axis0", "axis1")
-    i, j = (args.get(name, back) for name, back in zip(names, (-2, -1), strict=True))
-    if len(x) > 1:
-        order[i], order[j] = order[j], order[i]
-    return [x[dim] for dim in order]
+    x = scope.axes(node.all_input_nodes[0])
+    return [x[dim] for dim in permutation(node)]
 
 
 @register("unsqueeze")

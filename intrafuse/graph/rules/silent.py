@@ -1,52 +1,228 @@
 """Tell whether channels are zero wherever the weights that write them are.
 
-A product of two activations that sums over channels loses nothing with a channel that is zero in
-one of them. Features such as elu(x) + 1 are never zero: without a channel another sum is computed.
+What sums over channels loses nothing with a channel that is zero: a product of two activations, a
+sum, the length of a vector. Features such as elu(x) + 1 are never zero: without such a channel
+another sum is computed. An operator that is not known here counts as one that is never zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
 from torch.fx import Node
 
 from intrafuse.graph.axes import leaves
-from intrafuse.graph.rules.pointwise import BINARY, UNARY
-from intrafuse.graph.rules.registry import VIEWS, Scope, operator_name
+from intrafuse.graph.rules.pointwise import UNARY
+from intrafuse.graph.rules.reduce import POOLS, UPSAMPLE
+from intrafuse.graph.rules.registry import CASTS, VIEWS, Scope, arguments, entering, operator_name
+from intrafuse.graph.rules.views import parameter_view
 
 __all__ = ["is_silent"]
 
-NEVER_ZERO = frozenset(
-    "exp exp2 sigmoid hardsigmoid log_sigmoid softplus softmax _softmax cos cosh log reciprocal "
-    "rsqrt logical_not bitwise_not eq ge le".split()
+MOVES = (
+    VIEWS | CASTS | frozenset(POOLS) | frozenset(UPSAMPLE)
+    | frozenset(f"max_pool{n}d_with_indices" for n in (1, 2, 3))
+    | frozenset(
+        "getitem chunk split split_with_sizes unsafe_split tensor_split unbind sum mean amax amin "
+        "max min var std prod linalg_vector_norm cat concat concatenate stack index _unsafe_index "
+        "gather take_along_dim index_select roll tile repeat_interleave flip sort topk kthvalue "
+        "cumsum index_add scatter_add broadcast_to reshape_as view_as pixel_shuffle "
+        "pixel_unshuffle channel_shuffle im2col col2im unfold grid_sampler grid_sampler_2d "
+        "grid_sampler_3d real imag conj resolve_conj view_as_complex view_as_real prelu".split()
+    )
+)  # fmt: skip
+REPEATS = CASTS | {"expand", "expand_as", "broadcast_to", "repeat"}
+FOURIER = "fft_"  # begins the names of transforms, which are linear
+LAYERS = (
+    *("linear", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 )
-MOVES = VIEWS | frozenset(
-    "view reshape flatten unflatten expand squeeze getitem chunk split sum mean".split()
-)
-PRODUCTS = frozenset("mul multiply matmul bmm mm einsum".split())
+
+
+class _Search:
+    """What is known of the tensors that lead to one.
+
+    Attributes:
+        scope: the trace.
+        atoms: those of the channels.
+        known: whether a tensor is zero in them; only tensors that have them are asked for.
+    """
+
+    def __init__(self, scope: Scope, atoms: set[int]) -> None:
+        self.scope, self.atoms = scope, atoms
+        self.known: dict[Node, bool] = {}
+        self._found: dict[Node, bool] = {}
+
+    def has(self, node: Any) -> bool:
+        """Tell whether the channels lie on a tensor."""
+        if node not in self._found:
+            values = self.scope.values.get(node, [])
+            trees = [t for value in values for t in (value if isinstance(value, list) else [value])]
+            resolve = self.scope.table.resolve
+            found = any(not self.atoms.isdisjoint(leaves(resolve(tree))) for tree in trees)
+            self._found[node] = found
+        return self._found[node]
+
+    def silent(self, node: Any) -> bool:
+        """Tell whether the channels lie on a tensor and are zero there."""
+        return isinstance(node, Node) and self.has(node) and self.known.get(node, False)
+
+
+Rule = Callable[[_Search, Node, dict[str, Any]], bool]
+RULES: dict[str, Rule] = {}
 
 
 def is_silent(scope: Scope, node: Node, atoms: set[int]) -> bool:
-    """Tell whether a tensor is zero in the channels whose weights are; unknown operators count so.
+    """Tell whether a tensor is zero in the channels whose weights are.
 
     Args:
         scope: the trace.
         node: the tensor.
-        atoms: those of the channels; only operands that have them are looked at.
+        atoms: those of the channels.
     """
-    name = operator_name(node) if node.op == "call_function" else ""
-    operands = [n for n in node.all_input_nodes if _has(scope, n, atoms)]
-    if name in NEVER_ZERO:
+    search = _Search(scope, atoms)
+    waiting = [node]
+    while waiting:
+        top = waiting[-1]
+        open_ = [n for n in top.all_input_nodes if n not in search.known and search.has(n)]
+        if open_:
+            waiting += open_
+        else:
+            search.known[waiting.pop()] = _is_zero(search, top)
+    return search.silent(node)
+
+
+def _is_zero(search: _Search, node: Node) -> bool:
+    if node.op != "call_function":
+        return node in search.scope.parameters
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and not _counts(value):
         return False
-    if name in ("add", "sub", "rsub"):
-        constant = len(operands) < 2 and len(node.all_input_nodes) < 2
-        constant &= any(isinstance(x, int | float) and bool(x) for x in node.args[:2])
-        return not constant and all(is_silent(scope, n, atoms) for n in operands)
-    if name in PRODUCTS:
-        return not operands or any(is_silent(scope, n, atoms) for n in operands)
-    passes = name in UNARY or name in BINARY or name in MOVES
-    return not passes or not operands or is_silent(scope, operands[0], atoms)
+    name = operator_name(node)
+    if name in RULES:
+        return RULES[name](search, node, arguments(node))
+    if name in MOVES or name.startswith(FOURIER):
+        return all(map(search.silent, _values(search, node)))
+    return name in UNARY and _keeps_zero(search, node)
 
 
-def _has(scope: Scope, node: Node, atoms: set[int]) -> bool:
-    values = scope.values.get(node, [])
-    trees = [t for value in values for t in (value if isinstance(value, list) else [value])]
-    return any(not atoms.isdisjoint(leaves(scope.table.resolve(tree))) for tree in trees)
+def _values(search: _Search, node: Node) -> Iterator[Node]:
+    """List the tensors with the channels that an operator takes values from, not positions."""
+    only = 1 if operator_name(node).endswith("_as") else None  # another tensor's shape or type
+    for operand in node.all_input_nodes[:only]:
+        value = operand.meta.get("val")
+        if search.has(operand) and (not isinstance(value, torch.Tensor) or _counts(value)):
+            yield operand
+
+
+def _counts(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _keeps_zero(search: _Search, node: Node) -> bool:
+    """Tell whether a function of each element gives zero for zero, by computing it.
+
+    A function of a parameter counts as never zero: masks leave such parameters as they are.
+    """
+    (source, *others) = node.all_input_nodes
+    if others or not search.silent(source) or parameter_view(search.scope, source) is not None:
+        return False
+    try:
+        value = node.target(torch.zeros(1), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(value, torch.Tensor) and bool((value == 0).all())
+
+
+def _register(*operators: str) -> Callable[[Rule], Rule]:
+    return entering(RULES, operators, "rule of silence")
+
+
+@_register(*LAYERS)
+def _layer(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    bias = args["bias"]
+    if search.has(args["weight"]) and parameter_view(search.scope, args["weight"]) is not None:
+        return bias is None or search.silent(bias)
+    return bias is None and search.silent(args["input"])
+
+
+@_register("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+def _norm(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    bias = args.get("bias")
+    scaled = search.silent(args["weight"]) or search.silent(args["input"])
+    return scaled and (bias is None or search.silent(bias))
+
+
+@_register("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+           "rnn_relu_cell")  # fmt: skip
+def _recurrent(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    states = args["hx"] if isinstance(args["hx"], list | tuple) else [args["hx"]]
+    return all(map(search.silent, states))
+
+
+@_register("zeros", "new_zeros", "zeros_like")
+def _zeros(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return True
+
+
+@_register("add", "sub", "subtract", "rsub", "maximum", "minimum", "lerp")
+def _all(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    numbers = [x for x in node.args[:2] if isinstance(x, int | float)]
+    tensors = node.all_input_nodes[:2] if "weight" in args else node.all_input_nodes
+    return not any(numbers) and all(map(search.silent, tensors))
+
+
+@_register("mul", "multiply", "matmul", "bmm", "mm", "mv", "einsum", "outer", "glu")
+def _any(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return any(map(search.silent, node.all_input_nodes))
+
+
+@_register("addmm", "baddbmm")
+def _added(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    first, *factors = node.all_input_nodes
+    return search.silent(first) and any(map(search.silent, factors))
+
+
+@_register("addcmul")
+def _added_product(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return search.silent(args["self"]) and any(map(search.silent, node.all_input_nodes[1:]))
+
+
+@_register("div", "divide", "true_divide")
+def _quotient(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    first, other = node.args[:2]
+    while isinstance(other, Node) and search.has(other) and operator_name(other) in REPEATS:
+        other = other.all_input_nodes[0]
+    return search.silent(first) and not (isinstance(other, Node) and search.has(other))
+
+
+@_register("scaled_dot_product_attention")
+def _attention(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return search.silent(args["value"])
+
+
+@_register("embedding", "embedding_bag")
+def _rows(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return search.silent(args["weight"])
+
+
+@_register("where")
+def _either(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return all(search.silent(x) or x == 0 for x in (args["self"], args["other"]))
+
+
+@_register("masked_fill")
+def _filled(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return search.silent(args["self"]) and args["value"] == 0
+
+
+@_register("pad", "constant_pad_nd")
+def _padded(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return search.silent(args["self"]) and not args.get("value")
+
+
+@_register("_weight_norm")
+def _computed(search: _Search, node: Node, args: dict[str, Any]) -> bool:
+    return False  # a norm that may not be zero

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch.fx import Node
 
 from intrafuse.graph.groups import Kind
-from intrafuse.graph.rules.pointwise import broadcast
 from intrafuse.graph.rules.reduce import reduce
 from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
 
-register("linalg_vector_norm", "norm", "var_mean", "std_mean", "argmax", "argmin", "all")(reduce)
+register("var_mean", "std_mean", "argmax", "argmin", "all")(reduce)
 
 
 @register("instance_norm")
@@ -53,14 +52,3 @@ def ordered(scope: Scope, node: Node) -> Axes | list[Axes]:
             sizes = enumerate(tensor.shape)
             results.append([scope.fixed(n, "chosen") if d in dims else x[d] for d, n in sizes])
     return results if isinstance(value, tuple | list) else results[0]
-
-
-@register("cosine_similarity")
-def cosine_similarity(scope: Scope, node: Node) -> Axes:
-    """Compare two tensors along a dimension, all positions of which contribute."""
-    args = scope.arguments(node)
-    operands = [args["x1"], args["x2"]]
-    axes = broadcast(scope, operands, max(len(scope.shape(x)) for x in operands))
-    dim = args["dim"] % len(axes)
-    scope.table.lock(axes[dim], "cosine_similarity is taken over it")
-    return [*axes[:dim], *axes[dim + 1 :]]

@@ -1,0 +1,139 @@
+"""Tensors that are a parameter seen otherwise: with other dimensions, another type, or in part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from intrafuse.graph.rules.registry import (
+    CASTS,
+    PERMUTATIONS,
+    RESHAPES,
+    Scope,
+    operator_name,
+)
+
+__all__ = ["Piece", "parameter_pieces", "parameter_view", "permutation"]
+
+PARTS = frozenset(("chunk", "split", "split_with_sizes"))
+JOINS = frozenset(("cat", "concat", "concatenate"))
+
+
+def permutation(node: Node) -> list[int]:
+    """List which dimension of its input each dimension of a permuted tensor was."""
+    rank = node.all_input_nodes[0].meta["val"].dim()
+    sizes = range(2, 2 + rank)  # each another, so that a size tells its dimension
+    moved = node.target(  # type: ignore[operator]
+        torch.empty(*sizes, device="meta"), *node.args[1:], **node.kwargs
+    )
+    return [n - 2 for n in moved.shape]
+
+
+def parameter_view(scope: Scope, node: Node) -> tuple[str, list[int | None]] | None:
+    """Name the parameter that a tensor is, with the parameter's axis behind each dimension.
+
+    None where the tensor is no parameter, or one whose numbers were changed or mixed.
+    """
+    if node in scope.parameters:
+        return scope.parameters[node], list(range(len(scope.shape(node))))
+    name = operator_name(node) if node.op == "call_function" else ""
+    source: Any = node.args[0] if node.args else None
+    if name == "getitem":  # a part of it
+        source = source.args[0] if operator_name(source) in PARTS else None
+    known = parameter_view(scope, source) if isinstance(source, Node) else None
+    if known is None:
+        return None
+    parameter, axes = known
+    if name in PERMUTATIONS:
+        return parameter, [axes[dim] for dim in permutation(node)]
+    if name in RESHAPES:
+        moved = _reshaped(axes, scope.shape(source), scope.shape(node))
+        return None if moved is None else (parameter, moved)
+    if name == "select":
+        dim = scope.arguments(node)["dim"] % len(axes)
+        return parameter, [*axes[:dim], *axes[dim + 1 :]]
+    return known if name in CASTS or name in ("slice", "narrow", "getitem") else None
+
+
+def _reshaped(
+    axes: list[int | None], old: tuple[int, ...], new: tuple[int, ...]
+) -> list[int | None] | None:
+    """Follow axes where dimensions of size 1 come, go or are repeated; None for any other shape."""
+    if prod(new) != prod(old):  # repeated: dimensions lie over each other from the last one
+        front = len(new) - len(old)
+        pairs = [*zip(axes, old, new[front:], strict=True)]
+        if any(n not in (1, m) for _, n, m in pairs):
+            return None
+        return [None] * front + [axis if n == m else None for axis, n, m in pairs]
+    wide = [(axis, n) for axis, n in zip(axes, old, strict=True) if n > 1]
+    if old == new or [n for _, n in wide] != [n for n in new if n > 1]:
+        return axes if old == new else None
+    given = iter(wide)
+    return [next(given)[0] if n > 1 else None for n in new]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A whole parameter among those that a vector is joined of, or the one that it is a part of.
+
+    Attributes:
+        parameter, axis: its name, and the axis that lies along the vector.
+        start: where it begins.
+        size: how many positions of the vector are of it.
+    """
+
+    parameter: str
+    axis: int
+    start: int
+    size: int
+
+
+def parameter_pieces(scope: Scope, node: Node) -> list[Piece] | None:
+    """List what a vector is joined of: one parameter, or a part of it, or several whole ones.
+
+    None where it is anything else.
+    """
+    view = parameter_view(scope, node)
+    if view is not None:
+        (axis,) = view[1]
+        size = scope.shape(node)[0]
+        return None if axis is None else [Piece(view[0], axis, 0, size)]
+    names: list[str] = []
+    where = _elements(scope, node, names)
+    found, start = [], 0
+    for which, run in groupby([] if where is None else where.tolist(), lambda n: n >> 32):
+        name, got = names[which], [n & 0xFFFFFFFF for n in run]
+        if got != [*range(scope.table.measure(scope.parameter_axes[name][0]))]:
+            return None
+        found.append(Piece(name, 0, start, len(got)))
+        start += len(got)
+    return found or None
+
+
+def _elements(scope: Scope, node: Node, names: list[str]) -> torch.Tensor | None:
+    """Compute for each element of a joined vector which one of which vector it is."""
+    if node in scope.parameters:
+        if len(scope.shape(node)) != 1:
+            return None
+        if scope.parameters[node] not in names:
+            names.append(scope.parameters[node])
+        which = names.index(scope.parameters[node])
+        return torch.arange(scope.shape(node)[0]) + (which << 32)
+    name = operator_name(node) if node.op == "call_function" else ""
+    sources = node.all_input_nodes
+    if name in CASTS:
+        return _elements(scope, sources[0], names)
+    if name == "getitem" and operator_name(sources[0]) in PARTS:
+        whole = _elements(scope, sources[0].all_input_nodes[0], names)
+        sizes = [int(part.shape[0]) for part in sources[0].meta["val"]]
+        return None if whole is None else whole.split(sizes)[node.args[1]]  # type: ignore[index]
+    if name in JOINS:
+        pieces = [_elements(scope, source, names) for source in scope.arguments(node)["tensors"]]
+        known = [piece for piece in pieces if piece is not None]
+        return torch.cat(known) if len(known) == len(pieces) else None
+    return None
