@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import intrafuse
 from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
-from intrafuse.files import replacing_folder
+from intrafuse.files import folder_target, put_back, replacing_folder
 from intrafuse.graph.axes import leaves
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.modules import held_sizes, place
@@ -48,8 +48,10 @@ def save(
 ) -> Path:
     """Save a network so that `load` gives it back bit for bit; nothing is pickled.
 
-    The folder is written under a temporary name and renamed, so that a full disk or a kill leaves
-    nothing half-written under its own name. One that intrafuse saved before is replaced.
+    The folder is written beside its place and put there as a whole: a full disk or a kill leaves
+    nothing half-written under its name. One that intrafuse saved before is replaced; until then
+    it stays, or is put back by the next `save` or `load`. The next `save` beside it removes what a
+    kill left.
 
     Args:
         folder: where to; new, empty, or saved by intrafuse.
@@ -130,6 +132,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             architecture outside the zoo, and no `model`.
     """
     folder = Path(folder)
+    put_back(folder)
     if not folder.is_dir():
         raise IntrafuseError(
             "a saved network is a folder, and nothing is unpickled",
@@ -163,9 +166,7 @@ def usable(folder: str | Path) -> Path:
     Raises:
         IntrafuseError: it would be replaced as a whole, and it holds other files, or is a file.
     """
-    folder = Path(folder).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise IntrafuseError("the output must be a folder, but it is a file", value=str(folder))
+    folder = folder_target(folder)
     if folder.is_dir():
         others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, MANIFEST, PLAN})
         if others:
