@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from intrafuse.errors import IntrafuseError
+from intrafuse.errors import IntrafuseError, printable
+from intrafuse.files import file_target
 
 if TYPE_CHECKING:
     from intrafuse.data import Images
@@ -34,6 +37,8 @@ __all__ = [
     "PruneOptions",
     "add_command",
     "numbers",
+    "show_error",
+    "show_note",
 ]
 
 RANDOM = "note: without --weights the network has random ones"
@@ -108,10 +113,26 @@ def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except IntrafuseError as error:
-        typer.echo(f"intrafuse: error: {' '.join(str(error).split())}", err=True)
+        show_error(str(error))
         raise typer.Exit(2 if error.usage else 1) from error
+    except SystemExit as error:  # of a network's own code: the work is not done
+        show_error(f"the network's own code ended the program; got exit({error.code!r})")
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def show_error(text: str) -> None:
+    """Print an error as one line to standard error."""
+    show_note(f"intrafuse: error: {' '.join(text.split())}")
+
+
+def show_note(text: str) -> None:
+    """Print a line to standard error; where nobody can read it, the work goes on."""
+    try:
+        typer.echo(printable(text), err=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +155,8 @@ class Common:
         import torch
         from torch._logging import set_logs  # type: ignore[attr-defined]
 
-        if self.json not in (None, "-") and Path(self.json).is_dir():
-            raise IntrafuseError("--json takes a file, not a folder", value=self.json, usage=True)
+        if self.json not in (None, "-"):
+            file_target(Path(self.json))
         set_logs(all=logging.CRITICAL)  # what fails is said in one line
         if self.threads is not None:
             torch.set_num_threads(self.threads)
