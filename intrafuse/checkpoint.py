@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,7 @@ def save(
         versions=_versions(),
         **_history(plan, seconds),
     )
+    _require_text(manifest)
     if architecture in ZOO:
         _check(_build(manifest), tensors, manifest)  # refuse now what `load` would refuse
     with replacing_folder(folder) as temporary:
@@ -239,6 +241,18 @@ def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
         "after": vars(plan.after),
         "seconds": plan.seconds if seconds is None else seconds,
     }
+
+
+def _require_text(manifest: Manifest) -> None:
+    """Refuse halves of characters: the files cannot hold them, or could not be read again."""
+    try:
+        json.dumps(manifest.model_dump(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise IntrafuseError(
+            "names must be whole characters, but a surrogate was found",
+            value=error.object[max(0, error.start - 20) : error.end + 20],
+            remedy="rename the layer, or what the arguments hold",
+        ) from error
 
 
 def _versions() -> dict[str, str]:

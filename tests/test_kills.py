@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import failed, killed, leftovers
+from forks import failed, killed, leftovers
 from records import RECORDS
 from torch import nn
 

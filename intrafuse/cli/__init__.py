@@ -29,7 +29,7 @@ from intrafuse.cli import (
     report,
     sensitivity,
 )
-from intrafuse.cli.options import add_command, show_error
+from intrafuse.cli.options import add_command, discard, show_error
 
 __all__ = ["app", "main"]
 
@@ -80,6 +80,7 @@ def main() -> None:
     try:
         app()
     except OSError as error:
+        discard(sys.stdout)
         what = error.filename or "the output cannot be written"  # standard output has no name
         _fail(f"{what}: {error.strerror or error}")
 

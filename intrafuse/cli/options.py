@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -36,6 +36,7 @@ __all__ = [
     "ModelOptions",
     "PruneOptions",
     "add_command",
+    "discard",
     "numbers",
     "show_error",
     "show_note",
@@ -132,7 +133,12 @@ def show_note(text: str) -> None:
     try:
         typer.echo(printable(text), err=True)
     except OSError:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Send nowhere what a stream still holds and what follows: Python flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,9 @@ def show_table(
     stream = sys.stderr if common.json == "-" else sys.stdout
     if stream.isatty():
         Console(file=stream).print(make_table(title, header, rows, numbers))
-    else:
-        typer.echo(text_table(title, header, rows, numbers), file=stream, nl=False)
+        return
+    text = text_table(title, header, rows, numbers).removesuffix("\n")
+    show_note(text) if stream is sys.stderr else typer.echo(text)
 
 
 def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Kill a function at each of its file events, in forked processes that have everything imported."""
+"""Forks of a process that has everything imported: killed at a file event, or running main."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from intrafuse.__main__ import main
 
 EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.truncate", "os.chmod")
 WRITING = os.O_WRONLY | os.O_RDWR
@@ -100,6 +105,69 @@ def _count(at: int, act: Callable[[], None], lasting: bool) -> None:
                 act()
 
     sys.addaudithook(hook)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did: its exit code, and what it wrote to its streams."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+
+def run_main(
+    *arguments: str | bytes, out: str = "", err: str = "", encoding: str = "utf-8"
+) -> Done:
+    """Run the command line as a process of its own does.
+
+    Args:
+        arguments: what is typed.
+        out, err: where the streams go: a path, "closed", or by default to be read.
+        encoding: of the streams.
+    """
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if child == 0:
+            code = RAISED
+            try:
+                sys.stdout = _stream(1, out, stdout.fileno(), encoding)
+                sys.stderr = _stream(2, err, stderr.fileno(), encoding)
+                sys.argv = ["intrafuse", *map(os.fsdecode, arguments)]
+                code = _ended()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return Done(code, *(os.pread(file.fileno(), 10**7, 0) for file in (stdout, stderr)))
+
+
+def _stream(number: int, where: str, read: int, encoding: str) -> Any:
+    """Open a standard stream as Python does when it starts."""
+    if where == "closed":
+        os.close(number)
+        return None
+    os.dup2(os.open(where, os.O_WRONLY) if where else read, number)
+    errors = "strict" if number == 1 else "backslashreplace"
+    return open(number, "w", encoding=encoding, errors=errors, buffering=1 if number == 2 else -1)
+
+
+def _ended() -> int:
+    """Give the exit code of main, with what Python does when it ends: it flushes the streams."""
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        assert error.code is None or isinstance(error.code, int)
+        code = error.code or 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            code = 120
+    return code
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
