@@ -104,7 +104,7 @@ def file_target(path: Path) -> Path | None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a socket or a disk"
         raise IntrafuseError(
-            f"the output must be a file, but {kind} has that name",
+            f"the output cannot be written: it must be a file, but {kind} has that name",
             value=str(path),
             remedy="choose another name",
         )

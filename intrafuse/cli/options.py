@@ -162,6 +162,9 @@ class Common:
         from torch._logging import set_logs  # type: ignore[attr-defined]
 
         if self.json not in (None, "-"):
+            if os.path.isdir(self.json):
+                rule = "--json takes a file, not a folder"
+                raise IntrafuseError(rule, value=self.json, usage=True)
             file_target(Path(self.json))
         set_logs(all=logging.CRITICAL)  # what fails is said in one line
         if self.threads is not None:
