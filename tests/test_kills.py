@@ -19,7 +19,12 @@ from torch import nn
 
 import intrafuse
 from intrafuse import files
+from intrafuse.checkpoint import WEIGHTS
 from intrafuse.errors import IntrafuseError
+from intrafuse.factorize import factorize
+from intrafuse.factorize.recipe import make_recipe
+from intrafuse.factorize.splits import write_positions
+from intrafuse.factorize.worker import POSITIONS, TASK, Task, work
 from intrafuse.report.page import write_report
 from intrafuse.report.record import as_record, write_record
 
@@ -260,3 +265,69 @@ def test_files_have_the_modes_that_the_umask_allows(tmp_path):
         os.umask(old)
     modes = {path.stat().st_mode & 0o777 for path in [*folder.iterdir(), tmp_path / "record"]}
     assert modes == {0o640} and folder.stat().st_mode & 0o777 == 0o750
+
+
+# --- factorised training ------------------------------------------------------------------------
+
+ONCE = {"epochs": 1, "batch": 128}
+SMALL = {"model": "mlp", "arguments": {"hidden": [8]}, "training": ONCE, "pruned": ONCE}
+WHOLE = make_recipe({"scheme": "whole", **SMALL, "fused": ONCE})
+PAF = make_recipe({"scheme": "paf", **SMALL, "fused": ONCE})
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """List the files of a run; those of networks with their weights."""
+    return {
+        str(path.relative_to(folder)): path.name == WEIGHTS and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_is_killed_anywhere_goes_on_and_leaves_nothing(tmp_path, begun):
+    """A sample; benchmarks/kills.py tries every file event."""
+    undisturbed = tmp_path / "undisturbed"
+    factorize(WHOLE, undisturbed)
+    for at in itertools.count(1, 13 if begun else 31):
+        folder = tmp_path / str(at)
+        if begun:
+            shutil.copytree(undisturbed, folder)
+        came = killed(partial(factorize, WHOLE, folder), at)
+        factorize(WHOLE, folder)
+        assert contents(folder) == contents(undisturbed)
+        if not came:
+            break
+    assert at > 30
+
+
+def test_a_run_that_is_killed_between_a_stage_and_its_state_removes_that(tmp_path):
+    folder = tmp_path / "run"
+    factorize(WHOLE, folder)
+    expected = contents(folder)
+    (folder / "trained.state").touch()
+    shutil.rmtree(folder / "network")
+    factorize(WHOLE, folder)
+    assert contents(folder) == expected
+
+
+def test_a_worker_that_is_killed_anywhere_goes_on_and_leaves_nothing(tmp_path):
+    def prepared(name: str) -> Path:
+        folder = tmp_path / name
+        write_positions(torch.arange(300), folder / POSITIONS)
+        task = Task(recipe=PAF, part=1, threads=1)
+        (folder / TASK).write_text(task.model_dump_json())
+        return folder
+
+    def say(stage: str, done: int, total: int) -> None:
+        pass
+
+    work(prepared("undisturbed"), say)
+    for at in itertools.count(1, 9):
+        folder = prepared(str(at))
+        came = killed(lambda folder=folder: work(folder, say), at)
+        work(folder, say)
+        write_positions(torch.arange(300), folder / POSITIONS)  # as the next call of the run does
+        assert contents(folder) == contents(tmp_path / "undisturbed")
+        if not came:
+            break
+    assert at > 30
