@@ -143,7 +143,7 @@ def contents(folder: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", default="", help="only those whose name holds this")
-    parser.add_argument("--step", type=int, default=1, help="try every so manieth event")
+    parser.add_argument("--step", type=int, default=1, help="try one event in so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'job':34} {'kills':>6} {'lost':>5} {'left':>5} {'seconds':>8}")

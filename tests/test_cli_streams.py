@@ -14,6 +14,7 @@ import torch
 from forks import run_main
 
 import intrafuse
+from intrafuse.demo import run_demo
 from intrafuse.zoo import resolve_model
 
 ROOT = Path(intrafuse.__file__).parents[1]
@@ -148,6 +149,33 @@ def test_tables_show_names_of_layers_as_escapes(factories):
     done = run_main(*"prune named:build --input-shape 4 --channels .5 --out".split(), out)
     assert done.code == 0 and b"\x1b" not in done.stdout + done.stderr
     assert rb"out\x1b[31m" in done.stderr and os.path.isdir(out)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("prune mlp --channels .5 --out", "demo --out", "factorize whole mlp --out"),
+        *("report DIR --out", "plot DIR --out", "inspect mlp --json"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["loop of links", "long name", "below a file"])
+def test_outputs_that_cannot_be_are_refused_at_once(saved, tmp_path, line, kind):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    names = {"loop of links": "loop", "long name": "n" * 300, "below a file": "file/x"}
+    before = sorted(tmp_path.rglob("*"))
+    done = run_main(*line.replace("DIR", str(saved)).split(), str(tmp_path / names[kind]))
+    assert done.code == 1 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"intrafuse: error: the output cannot be written: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_demo_refuses_its_folder_before_it_trains(tmp_path):
+    steps = []
+    (tmp_path / "file").touch()
+    with pytest.raises(intrafuse.IntrafuseError, match="it is a file"):
+        run_demo(tmp_path / "file", progress=lambda *step: steps.append(step))
+    assert steps == []
 
 
 # --- exit ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import intrafuse
 from intrafuse.data import import_extra
 from intrafuse.errors import printable
-from intrafuse.files import replacing
+from intrafuse.files import folder_target, replacing
 from intrafuse.report.kinds import KINDS
 from intrafuse.report.read import Entry, read_entries, reading
 
@@ -84,6 +84,7 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
         IntrafuseError: as for `write_report`.
     """
     written: dict[str, Path] = {}
+    folder_target(out)
     for entry in read_entries(paths):
         for picture in entry.pictures:
             named, again = f"{picture.name}-".startswith(f"{entry.name}-"), 2
