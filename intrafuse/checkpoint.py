@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from intrafuse.arguments import check_arguments
 from intrafuse.calls import apart
 from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
-from intrafuse.files import replacing_folder
+from intrafuse.files import folder_target, put_back, replacing_folder
 from intrafuse.graph.axes import leaves
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.modules import held_sizes, place
@@ -51,8 +52,10 @@ def save(
 ) -> Path:
     """Save a network so that `load` gives it back bit for bit; nothing is pickled.
 
-    The folder is written under a temporary name and renamed, so that a full disk or a kill leaves
-    nothing half-written under its own name. One that intrafuse saved before is replaced.
+    The folder is written beside its place and put there as a whole: a full disk or a kill leaves
+    nothing half-written under its name. One that intrafuse saved before is replaced; until then
+    it stays, or is put back by the next `save` or `load`. The next `save` beside it removes what a
+    kill left.
 
     Args:
         folder: where to; new, empty, or saved by intrafuse.
@@ -113,6 +116,7 @@ def save(
         versions=_versions(),
         **_history(plan, seconds),
     )
+    _require_text(manifest)
     if architecture in ZOO:
         _check(_build(manifest), tensors, manifest)  # refuse now what `load` would refuse
     with replacing_folder(folder) as temporary:
@@ -147,6 +151,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is not None:
         check_arguments(model=model)
     folder = Path(folder)
+    put_back(folder)
     if not folder.is_dir():
         raise IntrafuseError(
             "a saved network is a folder, and nothing is unpickled",
@@ -180,9 +185,7 @@ def usable(folder: str | Path) -> Path:
     Raises:
         IntrafuseError: it would be replaced as a whole, and it holds other files, or is a file.
     """
-    folder = Path(folder).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise IntrafuseError("the output must be a folder, but it is a file", value=str(folder))
+    folder = folder_target(folder)
     if folder.is_dir():
         others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, MANIFEST, PLAN})
         if others:
@@ -255,6 +258,18 @@ def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
         "after": vars(plan.after),
         "seconds": plan.seconds if seconds is None else seconds,
     }
+
+
+def _require_text(manifest: Manifest) -> None:
+    """Refuse halves of characters: the files cannot hold them, or could not be read again."""
+    try:
+        json.dumps(manifest.model_dump(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise IntrafuseError(
+            "names must be whole characters, but a surrogate was found",
+            value=error.object[max(0, error.start - 20) : error.end + 20],
+            remedy="rename the layer, or what the arguments hold",
+        ) from error
 
 
 def _versions() -> dict[str, str]:

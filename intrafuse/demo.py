@@ -20,6 +20,7 @@ from intrafuse.evaluate.cost import costs, costs_record
 from intrafuse.evaluate.divergences import divergences
 from intrafuse.evaluate.landscape import landscape
 from intrafuse.evaluate.sensitivity import sensitivity
+from intrafuse.files import folder_target
 from intrafuse.prune import Pruned, prune
 from intrafuse.report.page import write_report
 from intrafuse.report.record import as_record, write_record
@@ -79,6 +80,7 @@ def run_demo(
         IntrafuseError: a folder cannot be written.
     """
     report = progress or (lambda what, done, total: None)
+    folder_target(out)  # refuse it before the training
     network = _trained(seed, epochs, device, partial(report, "training"))
     test = load_data("digits")
     example = map_tensors(lambda tensor: tensor.to(device), network.example_inputs)

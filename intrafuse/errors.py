@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["IntrafuseError"]
+__all__ = ["IntrafuseError", "printable"]
 
 _MISSING = object()
 LONGEST = 1000  # characters of a value that a message repeats
@@ -38,7 +38,7 @@ class IntrafuseError(ValueError):
             message += f"; got {_in_one_line(value)}"
         if remedy is not None:
             message += f". Remedy: {remedy}"
-        super().__init__(message)
+        super().__init__(printable(message))
         self.rule, self.layer, self.remedy, self.usage = rule, layer, remedy, usage
 
 
@@ -48,3 +48,16 @@ def _in_one_line(value: object) -> str:
     if "\n" in text:
         text = " ".join(text.split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def printable(text: str) -> str:
+    r"""Write as escapes what a terminal would obey, and halves of characters, which no file takes.
+
+    Names of layers, files and records come from others. Lines and tabs stay.
+
+    >>> print(printable("a\x1b[31m \udc80 ü"))
+    a\x1b[31m \udc80 ü
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )

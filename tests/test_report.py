@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -17,6 +18,7 @@ from intrafuse.report.kinds import KINDS
 from intrafuse.report.page import draw_pictures, write_report
 from intrafuse.report.read import read_entries
 from intrafuse.report.record import as_record, write_record
+from intrafuse.report.tables import text_table
 from intrafuse.zoo import resolve_model
 
 SHOWN = {
@@ -273,3 +275,38 @@ def test_the_commands(tmp_path):
     result = run("plot", tmp_path, "--out", tmp_path / "p", "--format", "bmp")
     assert result.exit_code == 2 and "png, svg, pdf" in result.stderr
     assert run("report", tmp_path / "absent").exit_code == 2
+
+
+# --- names that others chose --------------------------------------------------------------------
+
+HOSTILE = "\ud800\x1b[31m\x00\u202e"  # half a character, a terminal's colour, NUL, right to left
+CHOICES = ("measure", "scheme", "workers", "setting")
+
+
+def spoiled(data, key=None):
+    """Put what no file or terminal takes into every name of a record."""
+    if isinstance(data, str):
+        return data if key in CHOICES or data == "fused" else data + HOSTILE
+    if isinstance(data, dict):
+        return {name: spoiled(value, name) for name, value in data.items()}
+    return [spoiled(value, key) for value in data] if isinstance(data, list) else data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_no_file_takes_are_written_as_escapes(tmp_path, kind):
+    source = tmp_path / os.fsdecode(b"name\xff\x1b[31m.json")
+    write_record(source, as_record(kind, spoiled(RECORDS[kind]), command=f"do {HOSTILE}"))
+    pictures = draw_pictures([tmp_path], tmp_path / "pictures")
+    assert pictures and all(path.name.isprintable() for path in pictures)
+    page = write_report([tmp_path], tmp_path / "page.html", title=f"title{HOSTILE}")
+    text = page.read_text("utf-8")
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+    assert r"<h1>title\ud800\x1b[31m\x00\u202e</h1>" in text and r"do \ud800" in text
+    assert r"name\udcff\x1b[31m" in text
+
+
+def test_tables_show_names_as_escapes_and_as_they_are():
+    table = text_table(f"[red]title{HOSTILE}", ["a[b]"], [[f"x{HOSTILE}"], [":smile:"]])
+    assert all(c.isprintable() or c == "\n" for c in table)
+    for words in (r"[red]title\ud800\x1b[31m\x00", "a[b]", r"x\ud800\x1b", ":smile:"):
+        assert words in table

@@ -6,7 +6,10 @@ PyTorch is imported inside the commands, so that `--help` and `--version` answer
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,7 +29,7 @@ from intrafuse.cli import (
     report,
     sensitivity,
 )
-from intrafuse.cli.options import add_command
+from intrafuse.cli.options import add_command, discard, show_error
 
 __all__ = ["app", "main"]
 
@@ -66,5 +69,22 @@ for _command in _COMMANDS:
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; what its streams cannot take is an error of one line."""
+    if sys.stderr is None:  # closed: nothing can be said
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        _fail("standard output is closed. Remedy: send it to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except OSError as error:
+        discard(sys.stdout)
+        what = error.filename or "the output cannot be written"  # standard output has no name
+        _fail(f"{what}: {error.strerror or error}")
+
+
+def _fail(reason: str) -> NoReturn:
+    show_error(reason)
+    raise SystemExit(1)

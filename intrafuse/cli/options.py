@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
-from intrafuse.errors import IntrafuseError
+from intrafuse.errors import IntrafuseError, printable
+from intrafuse.files import file_target
 
 if TYPE_CHECKING:
     from intrafuse.data import Images
@@ -33,7 +36,10 @@ __all__ = [
     "ModelOptions",
     "PruneOptions",
     "add_command",
+    "discard",
     "numbers",
+    "show_error",
+    "show_note",
 ]
 
 RANDOM = "note: without --weights the network has random ones"
@@ -108,10 +114,31 @@ def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except IntrafuseError as error:
-        typer.echo(f"intrafuse: error: {' '.join(str(error).split())}", err=True)
+        show_error(str(error))
         raise typer.Exit(2 if error.usage else 1) from error
+    except SystemExit as error:  # of a network's own code: the work is not done
+        show_error(f"the network's own code ended the program; got exit({error.code!r})")
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def show_error(text: str) -> None:
+    """Print an error as one line to standard error."""
+    show_note(f"intrafuse: error: {' '.join(text.split())}")
+
+
+def show_note(text: str) -> None:
+    """Print a line to standard error; where nobody can read it, the work goes on."""
+    try:
+        typer.echo(printable(text), err=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Send nowhere what a stream still holds and what follows: Python flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +161,11 @@ class Common:
         import torch
         from torch._logging import set_logs  # type: ignore[attr-defined]
 
-        if self.json not in (None, "-") and Path(self.json).is_dir():
-            raise IntrafuseError("--json takes a file, not a folder", value=self.json, usage=True)
+        if self.json not in (None, "-"):
+            if os.path.isdir(self.json):
+                rule = "--json takes a file, not a folder"
+                raise IntrafuseError(rule, value=self.json, usage=True)
+            file_target(Path(self.json))
         set_logs(all=logging.CRITICAL)  # what fails is said in one line
         if self.threads is not None:
             torch.set_num_threads(self.threads)

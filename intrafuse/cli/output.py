@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from intrafuse.cli.options import COMMAND, Common
+from intrafuse.cli.options import COMMAND, Common, show_note
+from intrafuse.errors import printable
 
 __all__ = ["Advance", "progress", "show_note", "show_record", "show_table", "write_json"]
 
@@ -33,8 +34,9 @@ def show_table(
     stream = sys.stderr if common.json == "-" else sys.stdout
     if stream.isatty():
         Console(file=stream).print(make_table(title, header, rows, numbers))
-    else:
-        typer.echo(text_table(title, header, rows, numbers), file=stream, nl=False)
+        return
+    text = text_table(title, header, rows, numbers).removesuffix("\n")
+    show_note(text) if stream is sys.stderr else typer.echo(text)
 
 
 def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str = "") -> None:
@@ -52,11 +54,6 @@ def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str =
     for table in KINDS[kind].tables(data):
         name = f"{title}: {table.title}" if title else table.title
         show_table(common, name, table.header, table.texts, table.numbers)
-
-
-def show_note(text: str) -> None:
-    """Print a line to standard error."""
-    typer.echo(text, err=True)
 
 
 def write_json(common: Common, kind: str, data: Mapping[str, Any]) -> None:
@@ -82,6 +79,7 @@ def progress() -> Iterator[Advance]:
         yield lambda what, done, total: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
@@ -89,7 +87,7 @@ def progress() -> Iterator[Advance]:
 
         def advance(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(escape(printable(what)))
             bars.update(tasks[what], completed=done, total=total)
 
         yield advance

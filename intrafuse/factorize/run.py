@@ -29,7 +29,7 @@ from intrafuse.factorize.result import Result, write_result
 from intrafuse.factorize.splits import split, write_positions
 from intrafuse.factorize.stages import Line, Network, Record, Report, load_network, read_records
 from intrafuse.factorize.worker import POSITIONS, TASK, Task, last_stage
-from intrafuse.files import replacing, replacing_folder
+from intrafuse.files import folder_target, replacing, replacing_folder, sweep
 from intrafuse.fuse import fuse
 from intrafuse.manifest import Manifest
 from intrafuse.methods import resolve_method
@@ -118,7 +118,7 @@ def factorize(
             _check_count(name, value, 1)
     _check_count("retries", retries, 0)
     started = time.time()
-    folder = Path(out).expanduser()
+    folder = folder_target(out)
     run = _Run(recipe, folder, device, progress or (lambda name, done, total: None))
     run.check()
     _open(folder, recipe)
@@ -156,6 +156,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 def _open(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a run, or find it to be that of the same recipe."""
     known = folder / RECIPE
+    sweep(folder)
     if _is_there(known):
         if read_recipe(known) != recipe or _made_otherwise(folder, recipe):
             raise IntrafuseError(
@@ -177,9 +178,9 @@ def _is_there(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
+    except OSError as error:  # no permission
         raise IntrafuseError(
-            f"the output cannot be read: {getattr(error, 'strerror', None) or error}",
+            f"the output cannot be read: {error.strerror}",
             value=str(path.parent),
             remedy="choose another folder",
         ) from error

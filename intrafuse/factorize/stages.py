@@ -163,8 +163,10 @@ class Line:
             training: how.
         """
         folder = self.folder / name
+        state = folder.with_suffix(".state")
         kept = self._kept(folder)
         if kept is not None:
+            state.unlink(missing_ok=True)  # of a run that was stopped right after the stage
             return kept
         shutil.rmtree(folder, ignore_errors=True)  # broken: it is made anew
         start = time.time()
@@ -173,7 +175,6 @@ class Line:
         model = network.model
         making = time.time() - start
         before = None if name == "trained" else self.accuracy(model)
-        state = folder.with_suffix(".state")
         if training.epochs and self.data is not None:
             steps = partial(self.report, name)
             how: Any = {"seed": self.seed, "device": self.device, "state": state}

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import intrafuse
 from intrafuse.data import import_extra
-from intrafuse.files import replacing
+from intrafuse.errors import printable
+from intrafuse.files import folder_target, replacing
 from intrafuse.report.kinds import KINDS
 from intrafuse.report.read import Entry, read_entries, reading
 
@@ -59,7 +61,8 @@ def write_report(
     jinja = import_extra("jinja2", "plots")
     sections = [_section(i, entry) for i, entry in enumerate(read_entries(paths), 1)]
     source = files("intrafuse.report").joinpath("page.html").read_text("utf-8")
-    template = jinja.Environment(autoescape=True, trim_blocks=True).from_string(source)
+    settings: Any = {"autoescape": True, "trim_blocks": True, "finalize": _shown}
+    template = jinja.Environment(**settings).from_string(source)
     text = template.render(title=title, version=intrafuse.__version__, sections=sections)
     with replacing(Path(out)) as temporary:
         temporary.write_text(text, "utf-8")
@@ -81,6 +84,7 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
         IntrafuseError: as for `write_report`.
     """
     written: dict[str, Path] = {}
+    folder_target(out)
     for entry in read_entries(paths):
         for picture in entry.pictures:
             named, again = f"{picture.name}-".startswith(f"{entry.name}-"), 2
@@ -90,6 +94,11 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
             with reading(entry.source):
                 written[name] = picture.write(Path(out) / f"{name}.{form}")
     return list(written.values())
+
+
+def _shown(value: Any) -> Any:
+    """Write titles and paths as a page can hold them; pictures are no plain text."""
+    return printable(value) if type(value) is str else value
 
 
 def _section(number: int, entry: Entry) -> _Section:

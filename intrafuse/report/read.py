@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intrafuse.checkpoint import MANIFEST, PLAN
-from intrafuse.errors import IntrafuseError
+from intrafuse.errors import IntrafuseError, printable
 from intrafuse.manifest import Manifest
 from intrafuse.plan import Plan
 from intrafuse.report.kinds import KINDS
@@ -20,7 +20,7 @@ from intrafuse.report.tables import Table
 __all__ = ["Entry", "read_entries", "reading"]
 
 RESULT = "result.json"  # of a factorised run: its stages lie below it, and are told by it
-BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Entry:
     def name(self) -> str:
         """Tell it from others of its kind: by its file, or its folder where all files are alike."""
         source = self.source
-        return source.resolve().parent.name if source.name in (MANIFEST, RESULT) else source.stem
+        whole = source.name not in (MANIFEST, RESULT)
+        return printable(source.stem if whole else source.resolve().parent.name)
 
     @property
     def recipe(self) -> str:
@@ -165,9 +166,19 @@ def _saved(folder: Path) -> dict[str, Any]:
 def _entry(source: Path, record: Mapping[str, Any]) -> Entry:
     kind = KINDS[record["kind"]]
     with reading(source):
+        record = _shown(record)
         tables, pictures = kind.tables(record), kind.pictures(record)
         _ = [table.texts for table in tables]  # every value can be written
         return Entry(record["kind"], source, record, tuple(tables), tuple(pictures))
+
+
+def _shown(data: Any) -> Any:
+    """Write names in a record as any file, font and terminal can take them."""
+    if isinstance(data, str):
+        return printable(data)
+    if isinstance(data, Mapping):
+        return {_shown(key): _shown(value) for key, value in data.items()}
+    return [_shown(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from intrafuse.errors import printable
+
 __all__ = ["Column", "Table", "make_table", "share", "short", "text_table"]
 
 Show = Callable[[Any], str]
@@ -92,12 +94,17 @@ def make_table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
 ) -> RichTable:
     """Make a Rich table; `numbers` lists the columns that are aligned to the right."""
-    table = RichTable(title=title, title_justify="left")
+    table = RichTable(title=_text(title, "table.title"), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+        table.add_column(_text(name), justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # not markup: names may hold brackets
+        table.add_row(*map(_text, row))
     return table
+
+
+def _text(words: str, style: str = "") -> Text:
+    """Take names as they are: they may hold brackets, and what a terminal would obey."""
+    return Text(printable(words), style)
 
 
 def text_table(
