@@ -23,8 +23,8 @@ from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
 from intrafuse.storage import agrees, dtype_name, memory_order, pack, unpack
 from intrafuse.surgery import size_changes
-from intrafuse.zoo import ZOO, file_sha256, resolve_model
-from intrafuse.zoo.weights import read_tensors
+from intrafuse.zoo import ZOO, file_sha256, from_zoo
+from intrafuse.zoo.weights import is_finite, read_tensors
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
@@ -141,13 +141,16 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     target = _build(manifest) if model is None else model
     _check(target, tensors, manifest)
     old = {**dict(target.named_parameters()), **dict(target.named_buffers())}
-    devices = {name: tensor.device for name, tensor in old.items()}
+    devices = {name: t.device for name, t in old.items() if not t.is_meta}
     default = next(iter(devices.values()), torch.device("cpu"))
     tensors = {name: t.to(devices.get(name, default)) for name, t in tensors.items()}
     standing = _identities(target)
     removed = [layer for layer in manifest.removed_layers if layer not in standing]
     saved = folder / PLAN
-    plan = Plan.load(saved) if has_config(target) and saved.is_file() else None
+    plan = None
+    if has_config(target) and saved.is_file():
+        _require_whole(saved, manifest)
+        plan = Plan.load(saved)
     place(target, tensors, manifest.attributes, removed, manifest.aliases)
     if plan is not None:
         follow_sizes(target, size_changes(plan.graph, plan.graph.resized(plan.widths)))
@@ -266,12 +269,7 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Read the tensors, and check them against the manifest."""
     path = folder / WEIGHTS
     packed = read_tensors(path)
-    if manifest.files.get(WEIGHTS) != file_sha256(path):
-        raise IntrafuseError(
-            "the weights are corrupt, or not those that the manifest describes (SHA-256 differs)",
-            value=str(path),
-            remedy="save the network again",
-        )
+    _require_whole(path, manifest)
     tensors = {}
     for name in sorted(packed.keys() | manifest.tensors.keys()):
         stored, tensor = manifest.tensors.get(name), packed.get(name)
@@ -288,8 +286,22 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
+def _require_whole(path: Path, manifest: Manifest) -> None:
+    """Refuse a file that is not the one that was saved."""
+    if manifest.files.get(path.name) != file_sha256(path):
+        what = "weights are" if path.name == WEIGHTS else "plan is"
+        raise IntrafuseError(
+            f"the {what} corrupt, or not what the manifest describes (SHA-256 differs)",
+            value=str(path),
+            remedy="save the network again",
+        )
+
+
 def _build(manifest: Manifest) -> nn.Module:
-    """Build an architecture of the zoo, and no other, without touching the random state."""
+    """Build an architecture of the zoo, and no other, on the meta device.
+
+    Its tensors all come from the folder: whatever sizes a manifest asks for, none is allocated.
+    """
     name = manifest.architecture
     if name not in ZOO:
         raise IntrafuseError(
@@ -297,13 +309,16 @@ def _build(manifest: Manifest) -> nn.Module:
             value=name,
             remedy=REMEDY,
         )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return resolve_model(name, **manifest.arguments).model  # type: ignore[arg-type]
-    except TypeError as error:
-        raise IntrafuseError(
-            f"the architecture cannot be built ({error})", value=name, remedy=REMEDY
-        ) from error
+    for argument, value in manifest.arguments.items():
+        if isinstance(value, list) and len(value) > len(manifest.tensors):
+            raise IntrafuseError(
+                "an argument of the architecture lists more layers than the folder has tensors",
+                value=len(value),
+                layer=argument,
+                remedy="save the network again",
+            )
+    with torch.device("meta"):
+        return from_zoo(name, manifest.arguments)[0].eval()
 
 
 def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
@@ -329,6 +344,14 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
             f"the saved network does not fit the model; {'; '.join(found)}",
             remedy=REMEDY if manifest.budget is not None else f"{REMEDY}{PLANLESS}",
         )
+    both = sorted(set(manifest.aliases) & set(tensors))
+    both += [name for name in sources if name.startswith(gone)]
+    if both:
+        raise IntrafuseError(
+            "the manifest contradicts itself: tied tensors are stored, or layers removed that have some",
+            layer=", ".join(both),
+            remedy="save the network again",
+        )
     _require_finite(tensors, buffers)
     for path, values in manifest.attributes.items():
         held = {name for name, _, _ in held_sizes(owners[path])} if path in owners else set()
@@ -336,7 +359,7 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
             if attribute not in held:
                 raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
     for layer in manifest.removed_layers:
-        if not layer or layer not in owners:
+        if not layer or layer not in owners or layer.startswith(gone):
             raise IntrafuseError("the model has no such layer", layer=layer, remedy=REMEDY)
 
 
@@ -370,9 +393,6 @@ def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
 def _require_finite(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Refuse NaN, and Inf but in buffers such as attention masks."""
     for name, tensor in sorted(tensors.items()):
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        value = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
         mask = name in buffers and not name.rpartition(".")[2].startswith("running_")
-        if value.isnan().any() or (not mask and value.isinf().any()):
+        if not is_finite(tensor, infinite=mask):
             raise IntrafuseError("weights must be finite, but NaN or Inf was found", layer=name)

@@ -13,6 +13,7 @@ from intrafuse.checkpoint import MANIFEST, PLAN
 from intrafuse.errors import IntrafuseError
 from intrafuse.manifest import Manifest
 from intrafuse.plan import Plan
+from intrafuse.reading import read_json
 from intrafuse.report.kinds import KINDS
 from intrafuse.report.pictures import Picture
 from intrafuse.report.tables import Table
@@ -135,17 +136,13 @@ def _below(folder: Path, known: set[Path]) -> Iterator[tuple[Path, Mapping[str, 
 def _read(path: Path) -> Mapping[str, Any] | None:
     """Read a record, or nothing where the file is something else."""
     try:
-        found = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise IntrafuseError(
             f"a file is no readable JSON ({error})", value=str(path), remedy="write it again"
         ) from error
     known = isinstance(found, dict) and isinstance(found.get("kind"), str)
     return found if known and found["kind"] in KINDS else None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _saved(folder: Path) -> dict[str, Any]:
