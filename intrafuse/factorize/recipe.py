@@ -224,7 +224,7 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     yaml = import_extra("yaml", "factorize")
     try:
         found = _parsed(yaml, read_text(path, MOST_BYTES))
-    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise IntrafuseError(f"the recipe cannot be read: {text}", value=str(path)) from error
     if not isinstance(found, dict):

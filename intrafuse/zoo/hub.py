@@ -73,7 +73,7 @@ def _class(transformers: Any, config: Any) -> Any:
         return found[0] if isinstance(found, tuple | list) else found
     kind = getattr(transformers, named, None) if isinstance(named, str) else None
     model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not model or kind.config_class is not type(config):
+    if not model or getattr(kind, "config_class", None) is not type(config):
         raise IntrafuseError(
             f"architectures must name a model of transformers for {config.model_type!r}",
             value=named,
