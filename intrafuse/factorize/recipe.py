@@ -267,7 +267,7 @@ def _parsed(yaml: Any, text: str) -> Any:
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML, with every setting."""
     yaml = import_extra("yaml", "factorize")
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 
