@@ -104,9 +104,10 @@ def run_chunk(name: str, first: int, count: int, seed: int) -> dict[str, Any]:
         shared = Path("/dev/shm")
         place = tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None)
         _made[name] = KINDS[name](Path(place))
+        gc.collect()
+        gc.freeze()  # what stays need not be looked through again
     kind, found = _made[name], Counter()
     longest, largest, began = 0.0, 0, time.perf_counter()
-    gc.collect()
     for number in range(first, first + count):
         content = kind.mutant(Random(f"{seed} {name} {number}"))
         outcome, told, seconds, peak = measured(kind, content)
@@ -183,7 +184,8 @@ def main() -> None:
         for chunk in chunks(options.loads, kinds, options.seed)
         if f"{chunk[0]}/{options.seed}/{chunk[1]}/{chunk[2]}" not in done
     ]
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
+    try:
         running = {pool.submit(run_chunk, *chunk): chunk for chunk in left}
         for i, future in enumerate(as_completed(running), 1):
             name, first, count, seed = running[future]
@@ -191,6 +193,8 @@ def main() -> None:
             file.write_text(json.dumps(done, indent=1))
             bad = {d: n for d in DEFECTS if (n := summed(list(done.values()))[d])}
             print(f"\r{i} of {len(left)} chunks {bad or ''}", end="", file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(file=sys.stderr)
     show(done, kinds)
     if any(summed(list(done.values()))[defect] for defect in DEFECTS):

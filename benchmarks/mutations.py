@@ -110,7 +110,7 @@ def _number(holder: Any, random: Random, holders: list[Any]) -> None:
     if known:
         key = random.choice(known)
         old = holder[key]
-        options = (old + 1, old - 1, -old, 2 * old, old * 1000, old + 0.5, str(old), old == 1)
+        options = (old + 1, old - 1, -old, 2 * old, old * 1000, f"{old}", old == 1, [old], None)
         holder[key] = random.choice(options)
 
 

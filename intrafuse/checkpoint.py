@@ -348,7 +348,7 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) 
     both += [name for name in sources if name.startswith(gone)]
     if both:
         raise IntrafuseError(
-            "the manifest contradicts itself: tensors are stored that are tied, or of removed layers",
+            "the manifest contradicts itself: it lists tensors that are tied, or of removed layers",
             layer=", ".join(both),
             remedy="save the network again",
         )

@@ -32,7 +32,8 @@ def load(argument: str, split: str, limit: int | None) -> Images:
     if not size.isdecimal():
         root, size = argument, "224"
     if len(size) > len(str(LARGEST)) or not 1 <= int(size) <= LARGEST:
-        raise IntrafuseError(f"the image size must be at least 1 and at most {LARGEST}", value=argument, usage=True)
+        rule = f"the image size must be at least 1 and at most {LARGEST}"
+        raise IntrafuseError(rule, value=argument, usage=True)
     folder, siblings = _split_folders(open_folder(root, example="imagefolder:FOLDER[@SIZE]"), split)
     classes = sorted({name for sibling in siblings for name in _class_names(sibling)})
     rows: list[tuple[int, int, Path]] = []
