@@ -108,7 +108,7 @@ class Manifests:
         self.saved = Saved(folder)
 
     def mutant(self, random: Random) -> bytes:
-        which, way = random.choice((0, 0, 1, 1, 2, 3)), random.randrange(6)
+        which, way = random.choice((0, 0, 1, 1, 1, 2, 2, 3)), random.randrange(6)
         content = self.saved.files[which][MANIFEST]
         if way == 0:
             content = bytes_of(content, random)
@@ -139,7 +139,7 @@ class Weights:
 
     def mutant(self, random: Random) -> bytes:
         way = random.randrange(3)
-        which = 1 if way == 2 else random.randrange(4)
+        which = 1 if way == 2 else random.choice((0, 0, 1, 1, 1, 2, 2, 3))
         return bytes((which, way)) + tensors_file(self.saved.files[which][WEIGHTS], random)
 
     def load(self, content: bytes) -> bool:
