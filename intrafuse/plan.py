@@ -250,10 +250,11 @@ class Plan:
         plan = cls(
             graph, tuple(maps), data.fold, data.settings, data.before, data.after, data.seconds
         )
-        widths = plan.widths
-        if graph.macs(graph.sizes) != plan.before.macs or (
-            graph.macs(graph.resized(widths)) != plan.after.macs
-        ):
+        macs = graph.macs(graph.sizes), graph.macs(graph.resized(plan.widths))
+        counted = [
+            count for figures in (plan.before, plan.after) for count in vars(figures).values()
+        ]
+        if macs != (plan.before.macs, plan.after.macs) or min(counted) < 0:
             raise ValueError("its channel graph does not fit its figures")
         return plan
 
