@@ -54,12 +54,13 @@ def _watched() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Hang
 
-    signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, WALL)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _status(field: bytes) -> int:

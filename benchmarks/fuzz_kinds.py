@@ -261,6 +261,8 @@ class Records:
         run |= {"kind": "factorized", "parallel": 2, "threads": 1, "sent": 10, "wall": 3.0}
         run["records"] = [{**stage, **times} for stage in run["records"]]
         self.texts.append(json.dumps(run))
+        pruned = {"kind": "pruning", **RECORDS["pruning"], "out": "runs/small", "command": "x"}
+        self.texts.insert(0, json.dumps(pruned))
 
     def mutant(self, random: Random) -> bytes:
         which = random.randrange(len(self.texts))

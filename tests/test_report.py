@@ -170,6 +170,13 @@ def test_a_folder_without_records(tmp_path):
         read_entries([tmp_path / "absent"])
 
 
+@pytest.mark.parametrize("out", ["a\0b", "a" * 5000, "loop", 7, ["x"], "", "~", "/dev/zero/x"])
+def test_a_record_may_say_anything_of_where_its_network_lies(tmp_path, out):
+    (tmp_path / "loop").symlink_to("loop")
+    write_record(tmp_path / "one.json", as_record("pruning", {**RECORDS["pruning"], "out": out}))
+    assert len(read_entries([tmp_path])) == 1
+
+
 @pytest.mark.parametrize("out", ["small", "runs/small"])
 def test_a_network_is_not_shown_twice_from_elsewhere(saved, monkeypatch, tmp_path, out):
     """Its folder is told as it was typed, perhaps in another folder than now."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,8 @@ from intrafuse.training import PRESETS, Training
 __all__ = ["Fusing", "Pruning", "Recipe", "Splits", "make_recipe", "read_recipe", "write_recipe"]
 
 Scheme = Literal["whole", "paf", "fap"]
-MOST = 1000  # parts, and prunings
+MOST_FOLDS = 12  # of k-fold, which makes a network of every half of them
+MOST_STEPS = 1000
 MOST_BYTES = 2**20  # of a recipe
 
 
@@ -55,7 +55,7 @@ class Splits(_Settings):
     scheme: Literal["disjoint", "k-fold", "overlapping", "dirichlet", "files", "places"] = (
         "disjoint"
     )
-    folds: int = Field(default=2, ge=2, le=MOST)
+    folds: int = Field(default=2, ge=2)
     overlap: float = Field(default=0.0, ge=0, lt=1)
     alpha: float = Field(default=0.5, gt=0)
     files: tuple[str, ...] = ()
@@ -64,8 +64,8 @@ class Splits(_Settings):
     def _agree(self) -> Splits:
         if self.scheme == "k-fold" and self.folds % 2:
             raise ValueError("k-fold needs an even number of folds")
-        if self.scheme == "k-fold" and comb(self.folds, self.folds // 2) > MOST:
-            raise ValueError(f"k-fold makes more than {MOST:,} parts with these folds")
+        if self.scheme == "k-fold" and self.folds > MOST_FOLDS:
+            raise ValueError(f"k-fold takes {MOST_FOLDS} folds at most, which make 924 parts")
         if (self.scheme in ("files", "places")) != bool(self.files):
             raise ValueError("files belong to the schemes files and places, which need them")
         if self.files and len(self.files) < 2:
@@ -92,7 +92,7 @@ class Pruning(_Settings):
     method: str = "intra-fusion"
     importance: str = "l1"
     exclude: tuple[str, ...] = ()
-    steps: int = Field(default=1, ge=1, le=MOST)
+    steps: int = Field(default=1, ge=1, le=MOST_STEPS)
 
     @property
     def share(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +91,10 @@ def _saved_by(entry: Entry) -> Iterator[Path]:
 
     Its folder is written as it was typed: below the folder of then, which may be any above.
     """
-    if entry.record.get("out"):
+    out = entry.record.get("out")
+    if isinstance(out, str) and out and "\0" not in out:
         for folder in (Path.cwd(), *entry.source.resolve().parents):
-            yield (folder / str(entry.record["out"]) / MANIFEST).resolve()
+            yield Path(os.path.realpath(folder / out / MANIFEST))  # links may lead in circles
 
 
 def _within(source: Path, path: Path) -> bool:
