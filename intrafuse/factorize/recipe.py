@@ -261,7 +261,9 @@ def _parsed(yaml: Any, text: str) -> Any:
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
     # once more as JSON, which holds numbers of at most 64 bits, and nothing but plain data
-    return parse_json(json.dumps(yaml.load(text, loader)), infinite=True)
+    plain = json.dumps(yaml.load(text, loader), ensure_ascii=False)
+    plain.encode("utf-8")  # where it holds half a surrogate pair, this is a ValueError, too
+    return parse_json(plain, infinite=True)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
