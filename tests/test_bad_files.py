@@ -336,7 +336,7 @@ RECIPES = {
     "a date": (BASE + "data: 2020-01-01", "recipe"),
     "twice": (BASE + "seed: 1\nseed: 2", "twice"),
     "twice inside": (BASE + "splits: {folds: 2, folds: 4}", "twice"),
-    "half a pair": (BASE + r'data: "\ud800"', "surrogates"),
+    "half a pair": (BASE + r'data: "\ud800"', "surrogates|Unicode"),
     "infinite": (BASE + "splits: {scheme: dirichlet, alpha: .inf}", "splits.alpha"),
     "40 folds": (BASE + "splits: {scheme: k-fold, folds: 40}", "12 folds at most"),
     "more folds": (BASE + f"splits: {{scheme: k-fold, folds: {10**12}}}", "12 folds at most"),
