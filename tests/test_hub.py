@@ -13,7 +13,8 @@ import torch
 from intrafuse import IntrafuseError
 from intrafuse.zoo import resolve_model
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+from language_models import transformers
 
 TINY = {
     **{"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 20},

@@ -138,7 +138,9 @@ def test_settings_that_are_absent_are_empty_in_the_data(saved):
 
 
 def test_a_plan_of_a_folder_must_be_the_one_that_was_saved(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+    from language_models import transformers
+
     size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 9}
     config = transformers.BertConfig(num_hidden_layers=1, max_position_embeddings=16, **size)
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
