@@ -230,8 +230,9 @@ class _Kept:
         try:
             found = _State.model_validate(read_json(self.path))
         except (OSError, ValueError) as error:  # of pydantic, too
+            told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise IntrafuseError(
-                f"the state of a landscape cannot be read ({type(error).__name__})",
+                f"the state of a landscape cannot be read ({told})",
                 value=str(self.path),
                 remedy="give another file, or delete it",
             ) from error
