@@ -20,23 +20,25 @@ from intrafuse.config import follow_sizes, has_config
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import folder_target, put_back, replacing_folder
 from intrafuse.graph.axes import leaves
+from intrafuse.loading import (
+    WEIGHTS,
+    build_saved,
+    check_fit,
+    read_saved,
+    require_finite,
+    require_whole,
+)
 from intrafuse.manifest import SCHEMA, Manifest, Stored, as_json
-from intrafuse.modules import held_sizes, place
+from intrafuse.modules import place
 from intrafuse.plan import Plan
 from intrafuse.prune import Pruned
-from intrafuse.storage import agrees, dtype_name, memory_order, pack, unpack
+from intrafuse.storage import dtype_name, memory_order, pack
 from intrafuse.surgery import size_changes
-from intrafuse.zoo import ZOO, file_sha256, resolve_model
-from intrafuse.zoo.weights import read_tensors
+from intrafuse.zoo import ZOO, file_sha256
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
-WEIGHTS, MANIFEST, PLAN = "model.safetensors", "intrafuse.json", "plan.safetensors"
-REMEDY = "build the network that was pruned, before pruning, and give it as model="
-PLANLESS = (
-    ", or, if it was pruned, save what prune returned or give save its plan=: without a plan a "
-    "folder does not say what was pruned"
-)
+MANIFEST, PLAN = "intrafuse.json", "plan.safetensors"
 
 
 @apart
@@ -76,6 +78,7 @@ def save(
 
     >>> import tempfile
     >>> from intrafuse import prune
+    >>> from intrafuse.zoo import resolve_model
     >>> net = resolve_model("mlp")
     >>> small = prune(net.model, net.example_inputs, channels=0.5)
     >>> with tempfile.TemporaryDirectory() as temporary:
@@ -100,7 +103,7 @@ def save(
         model = pruned
     folder = usable(folder)
     tensors, aliases = _state(model)
-    _require_finite(tensors, dict(model.named_buffers()))
+    require_finite(tensors, dict(model.named_buffers()))
     if plan is not None:
         _require_same(plan, tensors)
     manifest = Manifest(
@@ -118,7 +121,7 @@ def save(
     )
     _require_text(manifest)
     if architecture in ZOO:
-        _check(_build(manifest), tensors, manifest)  # refuse now what `load` would refuse
+        check_fit(build_saved(manifest), tensors, manifest)  # refuse now what `load` would refuse
     with replacing_folder(folder) as temporary:
         packed = {name: pack(tensor, manifest.tensors[name]) for name, tensor in tensors.items()}
         save_file(packed, temporary / WEIGHTS, {"format": "pt"})
@@ -159,17 +162,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             remedy=f"give the folder that holds {MANIFEST}",
         )
     manifest = Manifest.read(folder / MANIFEST)
-    tensors = _read(folder, manifest)
-    target = _build(manifest) if model is None else model
-    _check(target, tensors, manifest)
+    tensors = read_saved(folder, manifest)
+    target = build_saved(manifest) if model is None else model
+    check_fit(target, tensors, manifest)
     old = {**dict(target.named_parameters()), **dict(target.named_buffers())}
-    devices = {name: tensor.device for name, tensor in old.items()}
+    devices = {name: t.device for name, t in old.items() if not t.is_meta}
     default = next(iter(devices.values()), torch.device("cpu"))
     tensors = {name: t.to(devices.get(name, default)) for name, t in tensors.items()}
     standing = _identities(target)
     removed = [layer for layer in manifest.removed_layers if layer not in standing]
     saved = folder / PLAN
-    plan = Plan.load(saved) if has_config(target) and saved.is_file() else None
+    plan = None
+    if has_config(target) and saved.is_file():
+        require_whole(saved, manifest)
+        plan = Plan.load(saved)
     place(target, tensors, manifest.attributes, removed, manifest.aliases)
     if plan is not None:
         follow_sizes(target, size_changes(plan.graph, plan.graph.resized(plan.widths)))
@@ -289,122 +295,3 @@ def _digest(sha256: str | None) -> str | None:
             remedy="use intrafuse.zoo.file_sha256",
         )
     return sha256
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-
-def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the tensors, and check them against the manifest."""
-    path = folder / WEIGHTS
-    packed = read_tensors(path)
-    if manifest.files.get(WEIGHTS) != file_sha256(path):
-        raise IntrafuseError(
-            "the weights are corrupt, or not those that the manifest describes (SHA-256 differs)",
-            value=str(path),
-            remedy="save the network again",
-        )
-    tensors = {}
-    for name in sorted(packed.keys() | manifest.tensors.keys()):
-        stored, tensor = manifest.tensors.get(name), packed.get(name)
-        if stored is not None and tensor is not None:
-            tensors[name] = tensor = unpack(tensor, stored)
-        if stored is None or tensor is None or not agrees(tensor, stored):
-            given = None if tensor is None else f"{dtype_name(tensor)} {list(tensor.shape)}"
-            raise IntrafuseError(
-                "the manifest and the weights disagree",
-                value=given,
-                layer=name,
-                remedy="save the network again",
-            )
-    return tensors
-
-
-def _build(manifest: Manifest) -> nn.Module:
-    """Build an architecture of the zoo, and no other, without touching the random state."""
-    name = manifest.architecture
-    if name not in ZOO:
-        raise IntrafuseError(
-            "only architectures of the zoo are built from a folder, which must not import code",
-            value=name,
-            remedy=REMEDY,
-        )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return resolve_model(name, **manifest.arguments).model  # type: ignore[arg-type]
-    except TypeError as error:
-        raise IntrafuseError(
-            f"the architecture cannot be built ({error})", value=name, remedy=REMEDY
-        ) from error
-
-
-def _check(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
-    """Refuse tensors, names and attributes that do not fit a model; change nothing."""
-    owners = dict(model.named_modules(remove_duplicate=False))
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    wanted.update(buffers)  # type: ignore[arg-type]
-    gone = tuple(f"{layer}." for layer in manifest.removed_layers)
-    sources = {**{name: name for name in tensors}, **manifest.aliases}
-    missing = [name for name in wanted if name not in sources and not name.startswith(gone)]
-    missing += [source for source in sources.values() if source not in tensors]
-    unexpected = [name for name in sources if not _can_hold(owners, name)]
-    misshapen = []
-    for name, source in sources.items():
-        if source in tensors and name not in unexpected:
-            why = _misfit(tensors[source], wanted.get(name), manifest.tensors[source])
-            misshapen += [f"{name} ({why})"] if why else []
-    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
-    if found:
-        raise IntrafuseError(
-            f"the saved network does not fit the model; {'; '.join(found)}",
-            remedy=REMEDY if manifest.budget is not None else f"{REMEDY}{PLANLESS}",
-        )
-    _require_finite(tensors, buffers)
-    for path, values in manifest.attributes.items():
-        held = {name for name, _, _ in held_sizes(owners[path])} if path in owners else set()
-        for attribute in values:
-            if attribute not in held:
-                raise IntrafuseError(f"the layer has no {attribute}", layer=path, remedy=REMEDY)
-    for layer in manifest.removed_layers:
-        if not layer or layer not in owners:
-            raise IntrafuseError("the model has no such layer", layer=layer, remedy=REMEDY)
-
-
-def _can_hold(owners: Mapping[str, nn.Module], name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    owner = owners.get(path)
-    return owner is not None and (leaf in owner._parameters or leaf in owner._buffers)
-
-
-def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
-    """Say why a tensor cannot take the place of the model's own, or of an absent one."""
-    if old is None:  # a bias that folding gave to a layer without one
-        fits = tensor.is_floating_point() or tensor.is_complex()
-        return None if fits else f"file {dtype_name(tensor)}, model has none"
-    same = (
-        tensor.dim() == old.dim()
-        and tensor.is_floating_point() == old.is_floating_point()
-        and tensor.is_complex() == old.is_complex()
-        and all(
-            n == m or (n < m and axis in stored.pruned_axes)
-            for axis, (n, m) in enumerate(zip(tensor.shape, old.shape, strict=True))
-        )
-    )
-    if same:
-        return None
-    return (
-        f"file {dtype_name(tensor)} {list(tensor.shape)}, model {dtype_name(old)} {list(old.shape)}"
-    )
-
-
-def _require_finite(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Refuse NaN, and Inf but in buffers such as attention masks."""
-    for name, tensor in sorted(tensors.items()):
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        value = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        mask = name in buffers and not name.rpartition(".")[2].startswith("running_")
-        if value.isnan().any() or (not mask and value.isinf().any()):
-            raise IntrafuseError("weights must be finite, but NaN or Inf was found", layer=name)

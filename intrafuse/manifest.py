@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.reading import parse_json, read_text
 
-__all__ = ["SCHEMA", "Manifest", "Stored", "as_json"]
+__all__ = ["SCHEMA", "Manifest", "Stored", "as_json", "signed"]
 
-SCHEMA = 1
+SCHEMA = 2  # 1, which is read as well, had no digest
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -54,6 +57,7 @@ class Manifest(_Data):
         source_sha256: of the file with the weights before pruning.
         files: SHA-256 of the files beside the manifest.
         versions: of Python and the packages that wrote the folder.
+        digest: SHA-256 of all the others, so that a change of any is found.
     """
 
     schema_version: int
@@ -76,6 +80,7 @@ class Manifest(_Data):
     source_sha256: Digest | None = None
     files: dict[str, Digest]
     versions: dict[str, str]
+    digest: Digest | None = None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -85,20 +90,20 @@ class Manifest(_Data):
             IntrafuseError: the file is missing, truncated, corrupt, or of another schema version.
         """
         try:
-            text = path.read_text("utf-8")
-            data = json.loads(text)
+            text = read_text(path)
+            data = parse_json(text)
         except OSError as error:
             raise IntrafuseError(
                 f"the manifest cannot be read ({error.strerror})",
                 value=str(path),
                 remedy="give a folder that intrafuse saved; weights alone go to load_weights",
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _corrupt(path, str(error)) from error
         version = data.get("schema_version") if isinstance(data, dict) else None
         if type(version) is not int:
             raise _corrupt(path, "it holds no schema_version")
-        if version != SCHEMA:
+        if not 1 <= version <= SCHEMA:
             raise IntrafuseError(
                 f"the manifest must have schema version {SCHEMA}",
                 value=version,
@@ -106,28 +111,44 @@ class Manifest(_Data):
                 remedy="upgrade intrafuse" if version > SCHEMA else "save the network again",
             )
         try:
-            return cls.model_validate_json(text)
+            found = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise _corrupt(path, f"{where}: {first['msg']}") from error
+        if found.digest != (signed(data)["digest"] if version > 1 else None):
+            raise _corrupt(path, "its digest differs: it was changed after it was written")
+        return found
 
     def text(self) -> str:
-        """Write the manifest as JSON, without what is absent."""
-        return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
+        """Write the manifest as JSON, without what is absent, and with its digest."""
+        return json.dumps(signed(self.model_dump(mode="json", exclude_none=True)), indent=1) + "\n"
+
+
+def signed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a manifest's data the digest of all that they say.
+
+    >>> data = signed({"schema_version": 2})
+    >>> len(data["digest"]), signed(data) == data, signed({**data, "seed": 1}) == data
+    (64, True, False)
+    """
+    told = {name: value for name, value in data.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return {**told, "digest": digest}
 
 
 def as_json(value: Any, argument: str) -> Any:
     """Turn a value into plain JSON data; tuples become lists.
 
     Raises:
-        IntrafuseError: it holds something that JSON cannot, such as NaN or a tensor.
+        IntrafuseError: it holds something that JSON cannot, such as NaN or a tensor, or that
+            `parse_json` would refuse.
 
     >>> as_json({"hidden": (4, 2)}, "arguments")
     {'hidden': [4, 2]}
     """
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return parse_json(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise IntrafuseError(f"{argument} must be plain JSON data ({error})") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing
 from intrafuse.graph.export import ExampleInputs
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.serial import graph_from_data, graph_to_data
+from intrafuse.graph.serial import GraphData, graph_from_data, graph_to_data
 from intrafuse.merge import MergeMap
+from intrafuse.modules import held_size
+from intrafuse.reading import parse_json, require_file
 from intrafuse.report.tables import text_table
 from intrafuse.surgery import install
 from intrafuse.verification.proof import check as prove
@@ -31,6 +34,13 @@ from intrafuse.weights import Weights
 __all__ = ["MergeMap", "Plan"]
 
 FORMAT = 1
+MATRICES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KEPT = (torch.int64, torch.int32)
+# What is raised where parts of a plan that somebody changed contradict each other, or a model.
+CONTRADICTIONS = (
+    *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    StopIteration,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +90,33 @@ class Plan:
         """
         check_arguments(model=model)
         weights = Weights.of(self.graph, model)
-        if self.fold:
-            fold_norms(weights)
-        for step in self.maps:
-            weights.merge(step.check())
+        try:
+            if self.fold:
+                fold_norms(weights)
+            for step in self.maps:
+                weights.merge(step.check())
+            self._require_places(model, weights)
+        except IntrafuseError:
+            raise
+        except CONTRADICTIONS as error:
+            if self.graph.program is not None:  # planned here: no file can be to blame
+                raise
+            raise IntrafuseError(
+                f"the plan contradicts itself, or the model ({type(error).__name__}: {error})",
+                remedy="make the plan again, from this model",
+            ) from error
         return weights
+
+    def _require_places(self, model: nn.Module, weights: Weights) -> None:
+        """Refuse tensors and attributes that a model has no place for, before it is changed."""
+        owners = dict(model.named_modules(remove_duplicate=False))
+        for name in (*weights.state, *self.graph.aliases):
+            path, _, leaf = name.rpartition(".")
+            if path not in owners or not hasattr(owners[path], leaf):
+                raise IntrafuseError("the module has no such parameter", layer=name)
+        for item in (*self.graph.attributes, *self.graph.hints):
+            if item.module not in owners or held_size(owners[item.module], item.name) is None:
+                raise IntrafuseError(f"the layer has no {item.name}", layer=item.module)
 
     @apart
     def apply(
@@ -160,7 +192,7 @@ class Plan:
             for group in self.graph.groups
         }
         return {
-            **{name: self.settings[name] for name in names},
+            **{name: self.settings.get(name) for name in names},
             "before": vars(self.before),
             "after": vars(self.after),
             "removed": dict(self.removed),
@@ -202,47 +234,74 @@ class Plan:
             IntrafuseError: the file is missing, truncated or not a plan.
         """
         try:
+            require_file(path)
             with safe_open(str(path), "pt") as file:
-                data = json.loads((file.metadata() or {})["plan"])
+                text = (file.metadata() or {})["plan"]
                 # a copy is aligned as new tensors are, so that products round alike
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            if data["format"] != FORMAT:
-                raise IntrafuseError("a plan of an unknown format", value=data["format"])
-            return cls._from_data(data, tensors)
+            version = parse_json(text, infinite=True)["format"]
+            if version != FORMAT:
+                raise IntrafuseError("a plan of an unknown format", value=version)
+            return cls._from_data(_PlanData.model_validate_json(text), tensors)
         except IntrafuseError:
             raise
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as e:
+        except (OSError, SafetensorError, *CONTRADICTIONS) as error:
+            told = " ".join(str(error).split())
             raise IntrafuseError(
                 "a plan must be a readable safetensors file that intrafuse wrote: "
-                f"{type(e).__name__}: {e}",
+                f"{type(error).__name__}: {told}",
                 value=str(path),
                 remedy="make the plan again",
-            ) from e
+            ) from error
 
     @classmethod
-    def _from_data(cls, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
-        graph = graph_from_data(data["graph"])
-        if graph.macs(graph.sizes) != data["before"]["macs"]:
-            raise ValueError("its channel graph does not fit its figures")
+    def _from_data(cls, data: _PlanData, tensors: Mapping[str, Tensor]) -> Plan:
+        if not isinstance(data.settings.get("method", {}), dict):
+            raise ValueError("the settings of its method are no mapping")
+        graph = graph_from_data(data.graph)
         graph.attribute_values(graph.sizes)
         for name in graph.axes:
             graph.shape(name, graph.sizes)
         maps = []
-        for i, name in enumerate(data["groups"]):
+        for i, (name, note) in enumerate(zip(data.groups, data.noted, strict=True)):
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
-            note = data.get("notes", [{}] * len(data["groups"]))[i]
-            if not isinstance(note, dict):
-                raise ValueError("what the method says of a group is no mapping")
+            for part, tensor in own.items():
+                if tensor.dtype not in (KEPT if part == "keep" else MATRICES):
+                    raise ValueError(f"{part} of {name} has numbers of type {tensor.dtype}")
             step = replace(MergeMap.from_tensors(name, own).check(), note=note)
             if step.size != graph.by_name[name].size:
                 raise IntrafuseError("a merge map of another size than its group", layer=name)
             maps.append(step)
-        return cls(
-            graph,
-            tuple(maps),
-            data["fold"],
-            data["settings"],
-            Figures(**data["before"]),
-            Figures(**data["after"]),
-            data["seconds"],
+        if len({step.group for step in maps}) < len(maps):
+            raise ValueError("two merge maps for one group")
+        plan = cls(
+            graph, tuple(maps), data.fold, data.settings, data.before, data.after, data.seconds
         )
+        macs = graph.macs(graph.sizes), graph.macs(graph.resized(plan.widths))
+        counted = [
+            count for figures in (plan.before, plan.after) for count in vars(figures).values()
+        ]
+        if macs != (plan.before.macs, plan.after.macs) or min(counted) < 0:
+            raise ValueError("its channel graph does not fit its figures")
+        return plan
+
+
+class _PlanData(BaseModel):
+    """What the file of a plan says beside its tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    format: int
+    groups: tuple[str, ...]
+    fold: bool
+    notes: tuple[dict[str, JsonValue], ...] | None = None
+    settings: dict[str, JsonValue]
+    before: Figures
+    after: Figures
+    seconds: float
+    graph: GraphData
+
+    @property
+    def noted(self) -> tuple[dict[str, JsonValue], ...]:
+        """What the method says of each group; files of early versions do not say."""
+        return ({},) * len(self.groups) if self.notes is None else self.notes

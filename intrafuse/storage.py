@@ -34,7 +34,8 @@ def pack(tensor: Tensor, stored: Stored) -> Tensor:
 def unpack(tensor: Tensor, stored: Stored) -> Tensor:
     """Make the tensor that was packed, in its order in memory."""
     tensor = tensor.clone()  # off the file, and aligned as any other tensor
-    if stored.dtype in ("complex32", "complex128") and tensor.shape[-1:] == (2,):
+    pairs = {"complex32": torch.float16, "complex128": torch.float64}
+    if pairs.get(stored.dtype) == tensor.dtype and tensor.shape[-1:] == (2,):
         tensor = torch.view_as_complex(tensor)
     order = stored.order
     if order is not None and sorted(order) == list(range(tensor.dim())):

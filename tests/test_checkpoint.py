@@ -226,7 +226,7 @@ def test_the_manifest_says_how_the_network_came_to_be(tmp_path):
         figures={"accuracy": 91.5},
     )
     data = json.loads((folder / MANIFEST).read_text())
-    assert data["schema_version"] == 1 and data["architecture"] == "mlp"
+    assert data["schema_version"] == 2 and data["architecture"] == "mlp"
     assert data["method"]["name"] == "intra-fusion" and data["importance"] == "l2"
     assert data["budget"]["kind"] == "macs" and data["budget"]["share"] == 0.4
     assert data["seed"] == 5 and data["figures"] == {"accuracy": 91.5}

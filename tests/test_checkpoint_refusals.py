@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from intrafuse import IntrafuseError, load, prune, save
 from intrafuse.checkpoint import MANIFEST, WEIGHTS
+from intrafuse.manifest import signed
 from intrafuse.zoo import file_sha256, resolve_model
 
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         data = json.loads((folder / MANIFEST).read_text())
         change(data)
-        (folder / MANIFEST).write_text(json.dumps(data))
+        (folder / MANIFEST).write_text(json.dumps(signed(data)))
 
     return apply
 
@@ -94,7 +95,7 @@ BAD = {
     "a list": (lambda f: (f / MANIFEST).write_text("[1]"), "holds no schema_version"),
     "no version": (edit(lambda d: d.pop("schema_version")), "holds no schema_version"),
     "true version": (edit(lambda d: d.update(schema_version=True)), "holds no schema_version"),
-    "next version": (edit(lambda d: d.update(schema_version=2)), r"version 1 .*got 2.*upgrade"),
+    "next version": (edit(lambda d: d.update(schema_version=3)), r"version 2 .*got 3.*upgrade"),
     "no tensors": (edit(lambda d: d.pop("tensors")), "corrupt .tensors: Field required"),
     "more fields": (edit(lambda d: d.update(code="import os")), "corrupt .code: Extra"),
     "text for size": (edit(lambda d: tensor_of(d).update(shape=["4"])), "corrupt .tensors"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,20 @@ def test_bad_folders_are_refused(tmp_path):
 # --- SPEC strings -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["TIFF", "BMP", "GIF", "EPS", "PDF", "ICO"])
+def test_images_of_other_kinds_are_not_decoded(tmp_path, monkeypatch, form):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    write_folder(tmp_path, {"a": 1})
+    path = next((tmp_path / "a").iterdir())
+    Image.new("RGB", (4, 4)).save(path, form)  # under the name of a .png
+    monkeypatch.setattr(subprocess, "check_call", never)
+    monkeypatch.setattr(subprocess, "Popen", never)
+    with pytest.raises(IntrafuseError, match="cannot be decoded"):
+        load_data(f"imagefolder:{tmp_path}@4").unlabelled(1)
+
+
 @pytest.mark.parametrize(
     ("spec", "message", "usage"),
     [
@@ -212,6 +227,11 @@ def test_bad_folders_are_refused(tmp_path):
         ("cifar100:", "needs a folder.*cifar100:FOLDER", True),
         ("cifar10:/nowhere", "does not exist; got '/nowhere'", False),
         ("imagefolder:/nowhere@64", "does not exist; got '/nowhere'", False),
+        ("imagefolder:D@99999999", "at most 8192", True),
+        (f"imagefolder:D@{'9' * 5000}", "at most 8192", True),
+        ("imagefolder:~nobody-of-this-name/x", "does not exist", False),
+        ("cifar10:~nobody-of-this-name/x", "does not exist", False),
+        ("cifar10:a\0b", "does not exist", False),
         ("hf:mnist", "not supported yet; got 'hf:mnist'.*imagefolder", False),
     ],
 )

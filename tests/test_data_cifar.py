@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import io
 import os
 import pickle
@@ -95,6 +96,9 @@ GOOD = png(pixels(1)[0])
         ([GOOD], [10], "label", r"0\.\.9.*got 10"),
         ([GOOD], [None], "label", "whole numbers"),
         ([GOOD], [0.5], "label", "whole numbers"),
+        ([GOOD], np.array([2**64 - 1], np.uint64), "label", "64 bits"),
+        ([GOOD], [decimal.Decimal(10**20)], "label", "whole numbers"),
+        ([GOOD], [np.datetime64("2020-01-01T00:00:00.000000001")], "label", "whole|no parquet"),
         ([], [], "label", "no images"),
     ],
 )

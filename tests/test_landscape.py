@@ -99,7 +99,21 @@ def test_a_resumed_landscape_measures_nothing_twice(trained, tmp_path):
         landscape(trained.model, chosen, DATA, points=2, state=state)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "cost"}'])
+STATES = (
+    *("3", "null", '"x"', "[[]]", "[" * 100_000, "[" * 150 + "]" * 150, '{"identity": "x"}'),
+    *('{"identity": null, "values": {}}', '{"identity": "x", "values": []}'),
+    *(
+        f'{{"identity": "x", "values": {values}}}'
+        for values in (
+            *('null, "more": 1', '{"0 0": NaN}', '{"0 0": Infinity}', '{"0 0": 1e999}'),
+            *('{"0 0": "5"}', '{"0 0": null}', '{"0 0": [1]}', '{"0 0": true}', '{"0 0": -1}'),
+            *('{"q": 1}', '{"0 0": 1, "0 0": 2}', '{"anchor 0": 1' + "0" * 400 + "}", '{"": 1}'),
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "cost"}', *STATES])
 def test_a_file_that_is_no_state_is_left_alone(trained, tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content)

@@ -147,6 +147,10 @@ def test_a_network_is_not_shown_twice(saved):
         ("a.json", '{"kind": "cost", "rows": [NaN]}', "NaN is no number of JSON"),
         ("a.json", '{"kind": "comparison"}', "lacks what its kind has"),
         ("a.json", '{"kind": "comparison", "original": 3, "rows": []}', "lacks what its kind has"),
+        ("a.json", '{"kind": "cost", "rows": [1e999]}', "1e999 is no number of JSON"),
+        ("a.json", '{"kind": "cost", "rows": ' + "[" * 5000, "no readable JSON .*deeply"),
+        ("a.json", '{"kind": "cost", "kind": "cost"}', "no readable JSON .*twice"),
+        ("a.json", '{"kind": "cost", "rows": [' + "9" * 5000 + "]}", "no readable JSON .*64 bits"),
         ("b.json", '{"kind": "unheard of"}', "no record|none"),
         ("b.json", "[1, 2]", "no record|none"),
     ],
@@ -165,6 +169,13 @@ def test_a_folder_without_records(tmp_path):
         read_entries([tmp_path])
     with pytest.raises(IntrafuseError, match="no such file"):
         read_entries([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize("out", ["a\0b", "a" * 5000, "loop", 7, ["x"], "", "~", "/dev/zero/x"])
+def test_a_record_may_say_anything_of_where_its_network_lies(tmp_path, out):
+    (tmp_path / "loop").symlink_to("loop")
+    write_record(tmp_path / "one.json", as_record("pruning", {**RECORDS["pruning"], "out": out}))
+    assert len(read_entries([tmp_path])) == 1
 
 
 @pytest.mark.parametrize("out", ["small", "runs/small"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from networks import same_state
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from intrafuse.data import load_data
 from intrafuse.errors import IntrafuseError
 from intrafuse.evaluate import accuracy
 from intrafuse.training import PRESETS, Training, train
 from intrafuse.training.augment import crop_flip
+from intrafuse.training.state import read_state, write_state
 from intrafuse.zoo import resolve_model
 
 SHORT = Training(epochs=3, rate=0.1, schedule="one-cycle", augment="crop-flip")
@@ -109,6 +114,34 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(at, tmp_path):
     )
     assert same_state(again, whole.state_dict())
     assert seen[0] == max(0, (at - 1) // 8) * 8 + 1  # 8 steps an epoch
+
+
+HARM = {
+    "momentum": lambda tensors, told: tensors.update({"momentum.linear.bias": torch.zeros(3, 3)}),
+    "epoch": lambda tensors, told: told.update(epoch="\u00b2"),
+    "weights": lambda tensors, told: tensors.pop("model.linear.bias"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_state_that_was_changed_counts_as_none(harm, tmp_path):
+    settings = SHORT.model_copy(update={"epochs": 2})
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=settings.momentum)
+    write_state(tmp_path / "state", model, optimizer, {"a": "b"}, 1)
+    with safe_open(tmp_path / "state", "pt") as file:
+        told = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    HARM[harm](tensors, told)
+    save_file(tensors, tmp_path / "state", told)
+    assert read_state(tmp_path / "state", model, optimizer, {"a": "b"}) == 0
+
+
+def test_a_pipe_for_a_state_counts_as_none(tmp_path):
+    os.mkfifo(tmp_path / "state")
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert read_state(tmp_path / "state", model, optimizer, {}) == 0
 
 
 @pytest.mark.parametrize("harm", ["truncated", "other", "empty"])

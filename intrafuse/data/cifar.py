@@ -14,6 +14,7 @@ import torch
 
 from intrafuse.data.images import RGB_MEAN, RGB_STD, Images, decode, import_extra, open_folder
 from intrafuse.errors import IntrafuseError
+from intrafuse.reading import require_file
 
 __all__ = ["load_cifar10", "load_cifar100"]
 
@@ -104,22 +105,25 @@ def _read_parquet(
     parts, left = [], limit
     for path in paths:
         try:
+            require_file(path)
             file = parquet.ParquetFile(path)
             missing = sorted({"img", column} - set(file.schema_arrow.names))
+            if missing:
+                raise IntrafuseError(
+                    f"the file needs the columns img and {column}",
+                    value=file.schema_arrow.names,
+                    layer=str(path),
+                )
             table = file.read(columns=["img", column])[:left]
-        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            images, labels = (table[name].to_pylist() for name in ("img", column))
+        except IntrafuseError:
+            raise
+        except Exception as error:  # pyarrow's errors derive from many
             raise IntrafuseError(f"the file is no parquet ({error})", value=str(path)) from error
-        if missing:
-            raise IntrafuseError(
-                f"the file needs the columns img and {column}",
-                value=file.schema_arrow.names,
-                layer=str(path),
-            )
         pixels = np.empty((len(table), 32, 32, 3), np.uint8)
-        for row, image in enumerate(table["img"].to_pylist()):
+        for row, image in enumerate(images):
             pixels[row] = _decode_row(image, f"{path}, row {row}")
-        labels = _check_labels(table[column].to_pylist(), path)
-        parts.append((pixels.transpose(0, 3, 1, 2), labels))
+        parts.append((pixels.transpose(0, 3, 1, 2), _check_labels(labels, path)))
         left = None if left is None else left - len(table)
         if left == 0:
             break
@@ -140,7 +144,10 @@ def _check_labels(values: Any, path: Path) -> np.ndarray:
     labels = np.array(values, object).reshape(-1)
     if not all(isinstance(label, int | np.integer) for label in labels):
         raise IntrafuseError("labels must be whole numbers", layer=str(path))
-    return labels.astype(np.int64)
+    try:
+        return labels.astype(np.int64)
+    except OverflowError as error:
+        raise IntrafuseError("labels must fit 64 bits", layer=str(path)) from error
 
 
 def _latin1(text: str, encoding: str) -> bytes:

@@ -11,6 +11,7 @@ from intrafuse.errors import IntrafuseError
 
 __all__ = ["load"]
 
+LARGEST = 8192  # pixels of a side
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -25,13 +26,14 @@ def load(argument: str, split: str, limit: int | None) -> Images:
         limit: the most images to keep; None for all.
 
     Raises:
-        IntrafuseError: a missing folder, a class without .png or .jpg, no classes, or a size of 0.
+        IntrafuseError: a missing folder, a class without .png or .jpg, no classes, or a wrong size.
     """
     root, _, size = argument.rpartition("@")
     if not size.isdecimal():
         root, size = argument, "224"
-    if int(size) < 1:
-        raise IntrafuseError("the image size must be at least 1", value=argument, usage=True)
+    if len(size) > len(str(LARGEST)) or not 1 <= int(size) <= LARGEST:
+        rule = f"the image size must be at least 1 and at most {LARGEST}"
+        raise IntrafuseError(rule, value=argument, usage=True)
     folder, siblings = _split_folders(open_folder(root, example="imagefolder:FOLDER[@SIZE]"), split)
     classes = sorted({name for sibling in siblings for name in _class_names(sibling)})
     rows: list[tuple[int, int, Path]] = []

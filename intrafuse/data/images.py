@@ -23,6 +23,7 @@ from intrafuse.errors import IntrafuseError
 __all__ = ["RGB_MEAN", "RGB_STD", "ImageFiles", "Images", "decode", "import_extra", "open_folder"]
 
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+FORMATS = ("PNG", "JPEG")  # that are decoded, whatever a file is called: EPS starts a program
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
@@ -242,7 +243,7 @@ def decode(source: Path | io.BytesIO, *, where: str) -> Any:
     """
     library = import_extra("PIL.Image", "data")
     try:
-        with library.open(source) as image:
+        with library.open(source, formats=FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         raise IntrafuseError(
@@ -263,7 +264,12 @@ def open_folder(argument: str, *, example: str) -> Path:
         raise IntrafuseError(
             "the data set needs a folder", remedy=f"write the SPEC as {example}", usage=True
         )
-    folder = Path(argument).expanduser()
+    try:
+        folder = Path(argument).expanduser()
+    except RuntimeError as error:  # ~ of a user who does not exist
+        raise IntrafuseError(
+            f"the folder does not exist ({error})", value=argument, remedy=f"write {example}"
+        ) from error
     if not folder.is_dir():
         raise IntrafuseError(
             "the folder does not exist", value=argument, remedy=f"write the SPEC as {example}"

@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from intrafuse.data import Images
@@ -20,11 +21,13 @@ from intrafuse.evaluate.embed import embed, folded
 from intrafuse.files import replacing
 from intrafuse.methods.settings import check_choice
 from intrafuse.plan import Plan
+from intrafuse.reading import read_json
 from intrafuse.surgery import install
 
 __all__ = ["Anchor", "Landscape", "landscape"]
 
 Kind = Literal["accuracy", "loss"]
+CELL = r"^(anchor \d+|\d+ \d+)$"  # what a value is called
 MARGIN = 0.25  # of the networks' extent, around them
 
 
@@ -204,6 +207,15 @@ def _coarse_first(points: int) -> Iterator[tuple[int, int]]:
         step //= 2
 
 
+class _State(BaseModel):
+    """What the file of a landscape holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    identity: str
+    values: dict[Annotated[str, Field(pattern=CELL)], NonNegativeFloat]
+
+
 @dataclass(eq=False)
 class _Kept:
     """Values that were measured, in memory and in a file."""
@@ -216,21 +228,21 @@ class _Kept:
         if self.path is None or not self.path.exists():
             return
         try:
-            found: Any = json.loads(self.path.read_text("utf-8"))
-            identity, values = found["identity"], found["values"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            found = _State.model_validate(read_json(self.path))
+        except (OSError, ValueError) as error:  # of pydantic, too
+            told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise IntrafuseError(
-                "the state of a landscape cannot be read",
+                f"the state of a landscape cannot be read ({told})",
                 value=str(self.path),
                 remedy="give another file, or delete it",
             ) from error
-        if identity != self.identity:
+        if found.identity != self.identity:
             raise IntrafuseError(
                 "this is the state of another landscape: of other networks, grid or images",
                 value=str(self.path),
                 remedy="give another file, or delete it",
             )
-        self.values.update(values)
+        self.values.update(found.values)
 
     def note(self, name: str, value: float) -> None:
         """Keep a value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,15 @@ from pydantic import (
 from intrafuse.data import import_extra
 from intrafuse.errors import IntrafuseError
 from intrafuse.files import replacing
+from intrafuse.reading import MOST_LEVELS, parse_json, read_text
 from intrafuse.training import PRESETS, Training
 
 __all__ = ["Fusing", "Pruning", "Recipe", "Splits", "make_recipe", "read_recipe", "write_recipe"]
 
 Scheme = Literal["whole", "paf", "fap"]
+MOST_FOLDS = 12  # of k-fold, which makes a network of every half of them
+MOST_STEPS = 1000
+MOST_BYTES = 2**20  # of a recipe
 
 
 class _Settings(BaseModel):
@@ -59,6 +64,8 @@ class Splits(_Settings):
     def _agree(self) -> Splits:
         if self.scheme == "k-fold" and self.folds % 2:
             raise ValueError("k-fold needs an even number of folds")
+        if self.scheme == "k-fold" and self.folds > MOST_FOLDS:
+            raise ValueError(f"k-fold takes {MOST_FOLDS} folds at most, which make 924 parts")
         if (self.scheme in ("files", "places")) != bool(self.files):
             raise ValueError("files belong to the schemes files and places, which need them")
         if self.files and len(self.files) < 2:
@@ -85,7 +92,7 @@ class Pruning(_Settings):
     method: str = "intra-fusion"
     importance: str = "l1"
     exclude: tuple[str, ...] = ()
-    steps: int = Field(default=1, ge=1)
+    steps: int = Field(default=1, ge=1, le=MOST_STEPS)
 
     @property
     def share(self) -> float:
@@ -216,8 +223,8 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     """
     yaml = import_extra("yaml", "factorize")
     try:
-        found = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = _parsed(yaml, read_text(path, MOST_BYTES))
+    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise IntrafuseError(f"the recipe cannot be read: {text}", value=str(path)) from error
     if not isinstance(found, dict):
@@ -231,10 +238,38 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     return make_recipe(_merged({**defaults, **found}, changes))
 
 
+def _parsed(yaml: Any, text: str) -> Any:
+    """Parse YAML without what a recipe never needs: aliases, tags, depth, a name twice."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise ValueError(
+                f"no aliases and no tags can be used, line {event.start_mark.line + 1}"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_LEVELS:
+            raise ValueError(f"it is nested on more than {MOST_LEVELS} levels")
+    nodes = [yaml.compose(text, loader)]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            if len(set(names)) < len(names):
+                raise ValueError(f"a name stands twice, line {node.start_mark.line + 1}")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    # once more as JSON, which holds numbers of at most 64 bits, and nothing but plain data
+    plain = json.dumps(yaml.load(text, loader), ensure_ascii=False)
+    plain.encode("utf-8")  # where it holds half a surrogate pair, this is a ValueError, too
+    return parse_json(plain, infinite=True)
+
+
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML, with every setting."""
     yaml = import_extra("yaml", "factorize")
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 

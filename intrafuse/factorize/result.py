@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.stages import Record
+from intrafuse.reading import read_json
 from intrafuse.report.kinds.factorized import tables
 from intrafuse.report.record import as_record, write_record
 from intrafuse.report.tables import text_table
@@ -89,12 +91,11 @@ def read_result(folder: Path) -> Result:
         IntrafuseError: there is none, or it is broken.
     """
     try:
-        found = json.loads((folder / RESULT).read_text("utf-8"))
+        found = read_json(folder / RESULT)
         for stage in found["records"]:
             del stage["seconds"]
-        records = tuple(Record(**stage) for stage in found["records"])
         known = {name: found[name] for name in Result.__dataclass_fields__}
-        return Result(**{**known, "records": records})
+        return TypeAdapter(Result).validate_python(known)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise IntrafuseError(
             f"no finished run: {RESULT} cannot be read ({error})",

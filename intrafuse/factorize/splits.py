@@ -12,6 +12,7 @@ from torch import Tensor
 from intrafuse.errors import IntrafuseError
 from intrafuse.factorize.recipe import Splits
 from intrafuse.files import replacing
+from intrafuse.reading import read_text, require_file
 
 __all__ = ["read_positions", "split", "write_positions"]
 
@@ -96,11 +97,12 @@ def read_positions(path: Path) -> np.ndarray:
         IntrafuseError: the file is missing, broken, or holds something else.
     """
     try:
-        if path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+        require_file(path)
+        if path.suffix == ".npy":  # mapped: no more memory than the file has bytes
+            found = np.array(np.lib.format.open_memmap(path, mode="r"))
         else:
-            found = np.array([int(line) for line in path.read_text("utf-8").split()], np.int64)
-    except (OSError, ValueError, EOFError) as error:
+            found = np.array([int(line) for line in read_text(path).split()], np.int64)
+    except (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError) as error:
         text = " ".join(str(error).split())
         raise IntrafuseError(f"positions cannot be read: {text}", value=str(path)) from error
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):

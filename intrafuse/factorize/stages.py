@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from intrafuse.batches import map_tensors
@@ -240,10 +241,10 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         IntrafuseError: the folder is broken, or no stage's.
     """
-    stages: Any = Manifest.read(folder / MANIFEST).figures.get("stages")
+    stages = Manifest.read(folder / MANIFEST).figures.get("stages")
     try:
-        return [Record(**stage) for stage in stages]
-    except TypeError as error:
+        return TypeAdapter(Annotated[list[Record], Field(min_length=1)]).validate_python(stages)
+    except ValueError as error:
         raise IntrafuseError("the folder tells of no stages", value=str(folder)) from error
 
 

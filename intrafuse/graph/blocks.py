@@ -84,7 +84,9 @@ def merge_channels(
         merged = (own @ rows).to(tensor.dtype)
         pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
         reached = end
-    return torch.cat([*pieces, front[reached:]]).movedim(0, axis).contiguous()
+    found = torch.cat([*pieces, front[reached:]])
+    # a clone, as contiguous() keeps odd strides of axes of size 1, which products round by
+    return found.movedim(0, axis).clone(memory_format=torch.contiguous_format) if axis else found
 
 
 def put_channels(

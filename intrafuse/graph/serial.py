@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, locate
 from intrafuse.graph.groups import (
@@ -12,13 +15,51 @@ from intrafuse.graph.groups import (
     ChannelGroup,
     Cost,
     Hint,
+    Kind,
     Layer,
     Norm,
     Rescale,
+    Role,
     Slot,
 )
 
-__all__ = ["graph_from_data", "graph_to_data"]
+__all__ = ["GraphData", "graph_from_data", "graph_to_data"]
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Scaled = tuple[str, str | None, Count, JsonValue, JsonValue, JsonValue, float]
+_Shifted = tuple[str, str | None, Count, JsonValue, JsonValue, JsonValue, float, float]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Group(_Data):
+    """A channel group without the places of its channels, which follow from the trees."""
+
+    id: Count
+    name: str
+    index: int
+    size: Count
+    slots: tuple[tuple[str, Count, Role, Kind], ...]
+    locked: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
+
+
+class GraphData(_Data):
+    """What a file says of a channel graph: trees are numbers, {"+": [...]} or {"*": [...]}."""
+
+    groups: tuple[_Group, ...]
+    locked: tuple[_Group, ...]
+    axes: dict[str, tuple[JsonValue, ...]]
+    sizes: dict[int, Count]
+    layers: tuple[Layer, ...]
+    norms: tuple[Norm, ...]
+    attributes: tuple[tuple[str, str, JsonValue], ...]
+    costs: tuple[tuple[str, float, tuple[JsonValue, ...]], ...]
+    aliases: dict[str, str]
+    hints: tuple[tuple[str, str, tuple[JsonValue, ...]], ...] = ()
+    rescales: tuple[_Scaled | _Shifted, ...] = ()
 
 
 def _pack(tree: Tree) -> Any:
@@ -31,11 +72,15 @@ def _pack(tree: Tree) -> Any:
     )
 
 
-def _unpack(data: Any) -> Tree:
-    if isinstance(data, int):
+def _unpack(data: Any, sizes: Mapping[int, int]) -> Tree:
+    if type(data) is int:
+        if data not in sizes:
+            raise ValueError(f"a tree holds the atom {data}, whose size is unknown")
         return data
     ((sign, children),) = data.items()
-    trees = tuple(map(_unpack, children))
+    if sign not in ("+", "*") or not isinstance(children, list):
+        raise ValueError(f"{sign!r} is no node of a tree")
+    trees = tuple(_unpack(child, sizes) for child in children)
     return Sum(trees) if sign == "+" else Product(trees)
 
 
@@ -79,39 +124,46 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
     }
 
 
-def graph_from_data(data: dict[str, Any]) -> ChannelGraph:
-    """Rebuild a channel graph from what `graph_to_data` gave."""
-    axes = {name: tuple(map(_unpack, trees)) for name, trees in data["axes"].items()}
-    sizes = {int(atom): size for atom, size in data["sizes"].items()}
+def graph_from_data(data: GraphData) -> ChannelGraph:
+    """Rebuild a channel graph from what `graph_to_data` gave.
 
-    def group(item: dict[str, Any]) -> ChannelGroup:
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: its parts contradict each other.
+    """
+    sizes = data.sizes
+
+    def tree(packed: Any) -> Tree:
+        return _unpack(packed, sizes)
+
+    axes = {name: tuple(map(tree, trees)) for name, trees in data.axes.items()}
+
+    def group(item: _Group) -> ChannelGroup:
+        if sizes.get(item.id, item.size) != item.size:
+            raise ValueError(f"the group {item.name!r} has two sizes")
         slots = tuple(
-            Slot(name, axis, role, kind, locate(axes[name][axis], item["id"], sizes))
-            for name, axis, role, kind in item["slots"]
+            Slot(name, axis, role, kind, locate(axes[name][axis], item.id, sizes))
+            for name, axis, role, kind in item.slots
         )
         return ChannelGroup(
-            item["id"],
-            item["name"],
-            item["index"],
-            item["size"],
-            slots,
-            tuple(item["locked"]),
-            tuple(item.get("chosen", ())),
+            item.id, item.name, item.index, item.size, slots, item.locked, item.chosen
         )
 
-    return ChannelGraph(
-        groups=tuple(map(group, data["groups"])),
-        locked=tuple(map(group, data["locked"])),
+    graph = ChannelGraph(
+        groups=tuple(map(group, data.groups)),
+        locked=tuple(map(group, data.locked)),
         axes=axes,
         sizes=sizes,
-        layers={item["weight"]: Layer(**item) for item in data["layers"]},
-        norms=tuple(Norm(**item) for item in data["norms"]),
-        attributes=tuple(Attribute(m, n, _unpack(tree)) for m, n, tree in data["attributes"]),
-        costs=tuple(Cost(n, f, tuple(map(_unpack, trees))) for n, f, trees in data["costs"]),
-        aliases=data["aliases"],
-        hints=tuple(Hint(m, n, tuple(map(_unpack, ts))) for m, n, ts in data.get("hints", ())),
+        layers={layer.weight: layer for layer in data.layers},
+        norms=data.norms,
+        attributes=tuple(Attribute(m, n, tree(packed)) for m, n, packed in data.attributes),
+        costs=tuple(Cost(n, f, tuple(map(tree, packed))) for n, f, packed in data.costs),
+        aliases=data.aliases,
+        hints=tuple(Hint(m, n, tuple(map(tree, packed))) for m, n, packed in data.hints),
         rescales=tuple(
-            Rescale(w, b, axis, _unpack(before), _unpack(part), _unpack(over), exponent, *offset)
-            for w, b, axis, before, part, over, exponent, *offset in data.get("rescales", ())
+            Rescale(w, b, axis, tree(before), tree(part), tree(over), *numbers)
+            for w, b, axis, before, part, over, *numbers in data.rescales
         ),
     )
+    if len(graph.by_name) < len(graph.groups):
+        raise ValueError("two groups have one name")
+    return graph

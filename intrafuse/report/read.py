@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from intrafuse.checkpoint import MANIFEST, PLAN
 from intrafuse.errors import IntrafuseError, printable
 from intrafuse.manifest import Manifest
 from intrafuse.plan import Plan
+from intrafuse.reading import read_json
 from intrafuse.report.kinds import KINDS
 from intrafuse.report.pictures import Picture
 from intrafuse.report.tables import Table
@@ -90,9 +92,10 @@ def _saved_by(entry: Entry) -> Iterator[Path]:
 
     Its folder is written as it was typed: below the folder of then, which may be any above.
     """
-    if entry.record.get("out"):
+    out = entry.record.get("out")
+    if isinstance(out, str) and out and "\0" not in out:
         for folder in (Path.cwd(), *entry.source.resolve().parents):
-            yield (folder / str(entry.record["out"]) / MANIFEST).resolve()
+            yield Path(os.path.realpath(folder / out / MANIFEST))  # links may lead in circles
 
 
 def _within(source: Path, path: Path) -> bool:
@@ -136,17 +139,13 @@ def _below(folder: Path, known: set[Path]) -> Iterator[tuple[Path, Mapping[str, 
 def _read(path: Path) -> Mapping[str, Any] | None:
     """Read a record, or nothing where the file is something else."""
     try:
-        found = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise IntrafuseError(
             f"a file is no readable JSON ({error})", value=str(path), remedy="write it again"
         ) from error
     known = isinstance(found, dict) and isinstance(found.get("kind"), str)
     return found if known and found["kind"] in KINDS else None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _saved(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from intrafuse.files import replacing
+from intrafuse.reading import require_file
 
 __all__ = ["read_state", "write_state"]
 
@@ -52,6 +53,7 @@ def read_state(
         none: the training starts anew and comes to the same end.
     """
     try:
+        require_file(path)
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -59,8 +61,10 @@ def read_state(
         return 0
     state, epoch = _state(model), told.pop("epoch", "")
     names = {f"model.{name}": tensor for name, tensor in state.items()}
-    fits = all(n in tensors and tensors[n].shape == t.shape for n, t in names.items())
-    if told != dict(identity) or not epoch.isdigit() or not fits:
+    fits = all(n in tensors and tensors[n].shape == t.shape for n, t in names.items()) and all(
+        tensors.get(f"momentum.{n}", p).shape == p.shape for n, p in model.named_parameters()
+    )
+    if told != dict(identity) or not epoch.isdecimal() or not fits:
         return 0
     with torch.no_grad():
         for name, tensor in names.items():

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from intrafuse.zoo.registry import ZOO, ResolvedModel, ZooEntry, resolve_model
+from intrafuse.zoo.registry import ZOO, ResolvedModel, ZooEntry, from_zoo, resolve_model
 from intrafuse.zoo.weights import file_sha256, load_weights
 
-__all__ = ["ZOO", "ResolvedModel", "ZooEntry", "file_sha256", "load_weights", "resolve_model"]
+__all__ = [
+    "ZOO",
+    "ResolvedModel",
+    "ZooEntry",
+    "file_sha256",
+    "from_zoo",
+    "load_weights",
+    "resolve_model",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from intrafuse.data import import_extra
 from intrafuse.errors import IntrafuseError
+from intrafuse.reading import require_file
 
 __all__ = ["from_hub"]
 
@@ -31,23 +32,76 @@ def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     transformers = import_extra("transformers", "hf")
     local = Path(name).is_dir()
     try:
+        if local:
+            for path in Path(name).iterdir():
+                if not path.is_dir():
+                    require_file(path)
         config = transformers.AutoConfig.from_pretrained(
             name, local_files_only=local, trust_remote_code=False, **arguments
         )
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        kind = _class(transformers, config)
         if local and not any(Path(name).glob("*.safetensors")):
-            model = kind(config) if kind is not transformers.AutoModel else kind.from_config(config)
+            _require_none_pickled(Path(name))
+            model = kind(config)
         else:
             model = kind.from_pretrained(
                 name, config=config, local_files_only=local, use_safetensors=True
             )
+        return model, _inputs(model)
+    except IntrafuseError:
+        raise
     except Exception as error:  # what a configuration or a file may do wrong is without end
+        told = str(error).partition("\n")[0]
         raise IntrafuseError(
-            f"the model cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"the model cannot be loaded ({type(error).__name__}: {told})",
             value=f"hf:{name}",
             remedy="give a folder with config.json and *.safetensors, as save_pretrained writes",
         ) from error
-    return model, _inputs(model)
+
+
+def _class(transformers: Any, config: Any) -> Any:
+    """Choose the class that a configuration asks for, among the models of its own `model_type`.
+
+    Whatever else a name stands for in transformers is not called, and no code of the hub is run.
+    """
+    for way in _implementations(config):
+        if "/" in str(way):
+            raise IntrafuseError("a configuration may name no kernels of the hub", value=way)
+    named = (config.architectures or [None])[0]
+    if named is None:
+        found = transformers.MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple | list) else found
+    kind = getattr(transformers, named, None) if isinstance(named, str) else None
+    model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not model or getattr(kind, "config_class", None) is not type(config):
+        raise IntrafuseError(
+            f"architectures must name a model of transformers for {config.model_type!r}",
+            value=named,
+            remedy="correct config.json",
+        )
+    return kind
+
+
+def _implementations(config: Any) -> Iterator[object]:
+    """List how a configuration, and those inside it, want attention and experts computed."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        yield getattr(config, name, None)
+    for name in getattr(config, "sub_configs", ()):
+        inner = getattr(config, name, None)
+        yield from () if inner is None else _implementations(inner)
+
+
+def _require_none_pickled(folder: Path) -> None:
+    """Refuse a folder whose weights would be passed over for random ones."""
+    known = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in known)
+    if found:
+        raise IntrafuseError(
+            "weights are read from safetensors only, and nothing is unpickled",
+            value=found[0],
+            layer=str(folder),
+            remedy="save the model again with save_pretrained",
+        )
 
 
 def _inputs(model: Any) -> tuple[Tensor, ...] | dict[str, Tensor]:

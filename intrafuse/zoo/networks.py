@@ -159,8 +159,10 @@ class MLP(nn.Module):
 
 def _scaled(channels: Sequence[int], width: float, *, step: int = 1) -> list[int]:
     """Multiply channel counts by width, rounded to multiples of step that are at least step."""
-    if not width > 0:
+    if type(width) not in (int, float) or not 0 < width < float("inf"):
         raise IntrafuseError("width must be above 0", value=width)
+    if isinstance(channels, str) or not all(type(n) is int and n > 0 for n in channels):
+        raise IntrafuseError("channels must be whole numbers of at least 1", value=channels)
     return [step * max(1, round(n * width / step)) for n in channels]
 
 

@@ -23,7 +23,7 @@ from intrafuse.errors import IntrafuseError
 from intrafuse.zoo import networks
 from intrafuse.zoo.hub import from_hub
 
-__all__ = ["ZOO", "ResolvedModel", "ZooEntry", "resolve_model"]
+__all__ = ["ZOO", "ResolvedModel", "ZooEntry", "from_zoo", "resolve_model"]
 
 Shape = tuple[int, ...]
 _IMAGENET: Shape = (3, 224, 224)
@@ -103,7 +103,7 @@ def resolve_model(
     """
     source, colon, rest = name.partition(":")
     if not colon:
-        model, example = _from_zoo(name, arguments)
+        model, example = from_zoo(name, arguments)
     elif source in _SOURCES:
         model, example = _SOURCES[source](rest, arguments)
     else:
@@ -147,7 +147,12 @@ def _near(name: str, known: Iterable[str]) -> str:
     return "try " + " or ".join(near)
 
 
-def _from_zoo(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, object]:
+def from_zoo(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Shape]:
+    """Build a network of the zoo, in training mode, and tell the shape of one image.
+
+    Raises:
+        IntrafuseError: an unknown name or argument, or one of a wrong kind.
+    """
     if name not in ZOO:
         raise IntrafuseError(
             "unknown model", value=name, remedy=f"{_near(name, ZOO)}, or module:factory", usage=True

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
+from intrafuse.reading import require_file
 
-__all__ = ["file_sha256", "load_weights", "read_tensors"]
+__all__ = ["file_sha256", "is_finite", "load_weights", "read_tensors"]
 
+PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # since PyTorch 2.8
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
@@ -32,6 +34,7 @@ def file_sha256(path: str | Path) -> str:
     True
     """
     try:
+        require_file(path)
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -65,10 +68,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     tensors = read_tensors(Path(path))
     _check_keys(model, tensors, path)
-    broken = [n for n, t in sorted(tensors.items()) if not torch.isfinite(t).all()]
+    wanted = model.state_dict()
+    tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
+    broken = [n for n, t in sorted(tensors.items()) if not is_finite(t)]
     if broken:
         raise IntrafuseError("weights must be finite", value=str(path), layer=", ".join(broken))
     model.load_state_dict(tensors, strict=False)
+
+
+def is_finite(tensor: Tensor, *, infinite: bool = False) -> bool:
+    """Tell whether a tensor, of whatever type, holds no NaN, and unless allowed no infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    value = tensor.float() if tensor.itemsize == 1 else tensor  # float8 knows no isfinite
+    return not bool((value.isnan() if infinite else ~value.isfinite()).any())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -78,6 +91,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         IntrafuseError: a missing, truncated, corrupt or pickled file.
     """
     try:
+        require_file(path)
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
@@ -94,11 +108,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "torch.load(FILE, weights_only=True), 'model.safetensors')",
         )
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
         raise IntrafuseError(
             f"the file is no safetensors, or it is truncated or corrupt ({error})", value=str(path)
         ) from error
+    packed = sorted(name for name, tensor in tensors.items() if tensor.dtype == PACKED)
+    if packed:
+        raise IntrafuseError(
+            "two numbers in one byte cannot be computed with",
+            value=str(path),
+            layer=", ".join(packed),
+        )
+    return tensors
 
 
 def _check_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -130,7 +152,7 @@ def _check_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
 
 def _fits(given: Tensor, wanted: Tensor) -> bool:
     same_kind = given.is_floating_point() == wanted.is_floating_point()
-    return given.shape == wanted.shape and same_kind
+    return given.shape == wanted.shape and same_kind and given.is_complex() == wanted.is_complex()
 
 
 def _describe(tensor: Tensor) -> str:
