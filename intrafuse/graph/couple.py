@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from torch.fx import Node
 
@@ -17,7 +18,9 @@ from intrafuse.graph.compare import calls
 from intrafuse.graph.rules import Literal
 from intrafuse.graph.trials import Trials, modules_of, value_at
 
-__all__ = ["couple"]
+__all__ = ["couple", "divide"]
+
+MOST = 8  # equal parts that code divides an axis into
 
 
 def couple(
@@ -50,6 +53,34 @@ def couple(
                 _unify(trials, items, own, spot, other)
                 return True
     return False
+
+
+def divide(trials: Trials, items: list[Literal], number: int, sizes: Mapping[int, int]) -> bool:
+    """Couple the equal parts of an axis that code divides by its own size (`x.shape[1] // 2`).
+
+    Args:
+        trials: what is known.
+        items: the number at one place of the code, in every layer that runs it.
+        number: what it was at other sizes.
+        sizes: of all atoms, there.
+
+    Returns:
+        Whether the number is such a quotient, and the parts were not coupled before.
+    """
+    table, coupled = trials.scope.table, False
+    for item in items:
+        axis, size = table.resolve(item.axis), table.measure(item.part)
+        share = Fraction(size, table.measure(axis))
+        p, q, total = share.numerator, share.denominator, tree_size(axis, sizes)
+        rounded = abs(number * q - total * p) < q  # however it is rounded
+        if not 1 < q <= MOST or number == size or not rounded:
+            continue
+        first, rest = table.cut(axis, table.measure(axis) // q)
+        for _ in range(q - 1):
+            part, rest = table.cut(rest, table.measure(first))
+            coupled |= table.resolve(part) != table.resolve(first)
+            table.unify(first, part)
+    return coupled
 
 
 @dataclass(frozen=True)

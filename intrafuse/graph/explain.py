@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves, tree_size
 from intrafuse.graph.compare import Difference, numbers
-from intrafuse.graph.couple import couple
+from intrafuse.graph.couple import couple, divide
 from intrafuse.graph.rules import START, Literal, Scope, arguments, line_of, operator_name
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.trials import Trials, modules_of, value_at
@@ -130,7 +130,10 @@ def _explain(
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
             place = (trials.places[found.node], at)
-            if wrong and couple(trials, items, found.node, wrong[at], sizes):
+            if wrong and (
+                divide(trials, items, wrong[at], sizes)
+                or couple(trials, items, found.node, wrong[at], sizes)
+            ):
                 trials.forget(place)
                 return
             if _try_next(trials, place, items):
