@@ -44,7 +44,10 @@ class IntrafuseError(ValueError):
 
 def _in_one_line(value: object) -> str:
     """Write a value in one line, and cut what is too long to be read."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception as error:  # a number of thousands of digits, an object of a user
+        text = f"a {type(value).__name__} that cannot be written ({type(error).__name__})"
     if "\n" in text:
         text = " ".join(text.split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

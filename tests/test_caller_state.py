@@ -110,6 +110,7 @@ AROUND = {
     "device context": lambda: torch.device("meta"),
     "default device": lambda: default_device("meta"),
 }
+OTHER = build("residual", 1)[0]
 CALLS = {
     "prune": lambda net, x, data: prune(net, x, channels=0.5).model,
     "moment": lambda net, x, data: prune(net, x, channels=0.5, method="moment").model,
@@ -128,7 +129,7 @@ CALLS = {
     ),
     "plan and apply": lambda net, x, data: intrafuse.plan(net, x, channels=0.5).apply(net),
     "fold": lambda net, x, data: intrafuse.fold_batchnorm(net, x),
-    "fuse": lambda net, x, data: fuse([net, build("residual", 1)[0]], x).model,
+    "fuse": lambda net, x, data: fuse([net, OTHER], x).model,
     "inputs": lambda net, x, data: nn.ParameterList(synthesise(net, x, images=8, steps=3)),
 }
 

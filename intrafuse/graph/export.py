@@ -140,7 +140,8 @@ def _export(
             layer=failing_line(error),
             remedy=_remedy(model, error),
         ) from error
-    sys.stderr.write(printed.getvalue())
+    if sys.stderr is not None:
+        sys.stderr.write(printed.getvalue())
     _inline(program.graph_module)
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants
     for node in program.graph.nodes:
