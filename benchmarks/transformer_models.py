@@ -69,6 +69,21 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 16}, "words"),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16}, "words"),
     "phi": ("PhiForCausalLM", "PhiConfig", BERT, "words"),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**LLAMA, "initializer_range": 0.125}, "words"),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", LLAMA, "words"),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {**ENCODER, **WORDS}, "words"),
+    "rwkv": (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 16},
+        "words",
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        "words",
+    ),
     "opt": (
         "OPTForCausalLM",
         "OPTConfig",
