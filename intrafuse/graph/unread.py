@@ -87,7 +87,8 @@ def _named_sizes(
 ) -> dict[tuple[str, str], tuple[Tree, ...]]:
     """Map numbers that modules hold to the axes that they may name.
 
-    Modules of PyTorch are left out: rules follow what they hold.
+    Modules of PyTorch are left out: rules follow what they hold. So are numbers in lists and
+    dictionaries, which may be settings of another kind, such as those of a training.
 
     Args:
         model: the network.
@@ -105,8 +106,7 @@ def _named_sizes(
         if type(module).__module__.startswith("torch."):
             continue
         for name, value, holder in held_sizes(module):
-            plain = holder is module or isinstance(holder, list | tuple | dict)
-            if value < 2 or not plain or name.startswith("_") or (path, name) in known:
+            if value < 2 or holder is not module or name.startswith("_") or (path, name) in known:
                 continue
             nearest = _nearest(below.get(path, {}), parts, value)
             if nearest:
