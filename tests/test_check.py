@@ -110,6 +110,24 @@ def test_outputs_that_differ_from_call_to_call_are_not_compared():
     assert check.relative is None and "differ from call to call" in check.note
 
 
+def test_a_network_that_takes_no_noise_is_run_with_what_it_was_given():
+    class Positive(nn.Module):
+        """Takes roots, and refuses what has none."""
+
+        def __init__(self, strict: bool) -> None:
+            super().__init__()
+            self.strict, self.a, self.b = strict, nn.Linear(4, 64), nn.Linear(64, 2)
+
+        def forward(self, x):
+            if self.strict and not torch.compiler.is_exporting():
+                assert bool((x >= 0).all()), "no roots of these"
+            return self.b(self.a(x.sqrt()).relu())
+
+    for strict in (True, False):
+        check = intrafuse.prune(Positive(strict), torch.ones(2, 4), channels=0.5).report.check
+        assert check.relative < 1e-5 < check.effect
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.double])
 def test_rounding_is_no_fault(dtype):
     torch.manual_seed(0)

@@ -79,8 +79,9 @@ def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Examp
         return Check(time.perf_counter() - started)
     if plan.graph.program is not None:
         check_code(pruned, plan, plan.graph.program.example_inputs, original=model)
-    inputs, room = lively(example_inputs), _room(model)
+    room = _room(model)
     share = sum(_bytes(model).values()) > room
+    inputs = _usable(model, example_inputs, share)
     _require_running(model, pruned, plan, inputs, share)
     exact = plan if all(map(is_selection, plan.maps)) and not plan.fold else selecting(plan)
     found = Check(0.0, 0.0, 0.0)
@@ -125,6 +126,17 @@ def _is_random(model: nn.Module, inputs: ExampleInputs, tolerance: float) -> boo
     what = "with these example inputs the network"
     first, second = (outputs(copied, inputs, what, seed=seed) for seed in (0, 1))
     return distance(first, second) > tolerance * largest(first)
+
+
+def _usable(model: nn.Module, example_inputs: ExampleInputs, share: bool) -> ExampleInputs:
+    """Choose noise in place of inputs that are all equal, unless the network cannot take noise."""
+    noise = lively(example_inputs)
+    try:
+        copied = copy_without(model, [*model.parameters()] if share else [])
+        found = outputs(copied, noise, "the network")
+    except IntrafuseError:
+        return example_inputs
+    return noise if all(bool(t.isfinite().all()) for t in found) else example_inputs
 
 
 def _require_running(
