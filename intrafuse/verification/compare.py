@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from intrafuse.plan import Plan
 
 __all__ = ["Difference", "compare", "disagreement"]
-
-Change = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,10 @@ def disagreement(
         fault = first_fault(silent, small, plan, inputs, tolerance)
 
     def agrees(steps: list[MergeMap]) -> bool:
-        some = replace(plan, maps=tuple(steps))
-        return compare(model, some, inputs).relative <= tolerance
+        try:
+            return compare(model, replace(plan, maps=tuple(steps)), inputs).relative <= tolerance
+        except IntrafuseError:  # it cannot run
+            return False
 
     guilty = culprits(plan.maps, agrees) if fault is None or not fault.groups else [*fault.groups]
     begins = "" if fault is None else f"; they part in {fault.where}"

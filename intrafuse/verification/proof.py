@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Check", "check"]
 
 TOLERANCE = 1e-4  # of the largest output, in single precision and finer
-COARSE = 16  # units in the last place that half precision may differ by
+COARSE = 16  # units in the last place of the coarsest parameter, in half precision
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Check:
         if self.relative is None:
             return f"Checked in {self.seconds:.2f} s: {self.note or 'nothing was removed'}"
         return (
-            f"Checked in {self.seconds:.2f} s: at most {self.relative:.1e} of the largest output "
-            "from the original with the same widths silenced"
+            f"Checked in {self.seconds:.2f} s: the original with as many channels silenced gives "
+            f"the same outputs to {self.relative:.1e} of the largest"
         )
 
 
@@ -108,32 +108,35 @@ def _compared(model: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool) 
             pass  # its code insists on a type: the first comparison counts
     if found.relative <= tolerance:
         return Check(0.0, found.relative, found.effect)
-    if _is_random(model, inputs, tolerance):
+    if _is_random(model, inputs, tolerance, share):
         return Check(0.0, note="its outputs differ from call to call, so that none were compared")
     raise disagreement(model, plan, inputs, found, tolerance)
 
 
 def _tolerance(model: nn.Module) -> float:
     """Say how far rounding may go: by the coarsest type among the parameters."""
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    coarsest = max((torch.finfo(t).eps for t in types), default=0.0)
-    return max(TOLERANCE, COARSE * coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0)
+    units = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    return max(TOLERANCE, COARSE * max(units, default=0.0))
 
 
-def _is_random(model: nn.Module, inputs: ExampleInputs, tolerance: float) -> bool:
+def _is_random(model: nn.Module, inputs: ExampleInputs, tolerance: float, share: bool) -> bool:
     """Tell whether the network itself gives something else at each call."""
-    copied = copy_without(model, [*model.parameters()])
-    what = "with these example inputs the network"
-    first, second = (outputs(copied, inputs, what, seed=seed) for seed in (0, 1))
+    first, second = (
+        outputs(_copied(model, share), inputs, "the network", seed=seed) for seed in (0, 1)
+    )
     return distance(first, second) > tolerance * largest(first)
+
+
+def _copied(model: nn.Module, share: bool) -> nn.Module:
+    """Copy a network to run it: what its forward keeps or changes is not left in it."""
+    return copy_without(model, [*model.parameters()] if share else [])
 
 
 def _usable(model: nn.Module, example_inputs: ExampleInputs, share: bool) -> ExampleInputs:
     """Choose noise in place of inputs that are all equal, unless the network cannot take noise."""
     noise = lively(example_inputs)
     try:
-        copied = copy_without(model, [*model.parameters()] if share else [])
-        found = outputs(copied, noise, "the network")
+        found = outputs(_copied(model, share), noise, "the network")
     except IntrafuseError:
         return example_inputs
     return noise if all(bool(t.isfinite().all()) for t in found) else example_inputs
@@ -142,14 +145,10 @@ def _usable(model: nn.Module, example_inputs: ExampleInputs, share: bool) -> Exa
 def _require_running(
     model: nn.Module, pruned: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool
 ) -> None:
-    """Run the pruned network in its own default mode, caches and all, and name groups if it fails.
-
-    A copy runs, so that what a forward keeps in attributes is not left in the network.
-    """
+    """Run the pruned network in its own default mode, caches and all; name groups if it fails."""
 
     def run(network: nn.Module) -> bool:
-        copied = copy_without(network, [*network.parameters()] if share else [])
-        found = outputs(copied, inputs, "the pruned network", cached=True)
+        found = outputs(_copied(network, share), inputs, "the pruned network", cached=True)
         return all(bool(t.isfinite().all()) for t in found)
 
     def works(steps: list[MergeMap]) -> bool:
