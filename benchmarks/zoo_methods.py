@@ -35,7 +35,7 @@ __all__ = ["METHODS", "compare_methods", "findings"]
 
 METHODS = ("select", "intra-fusion", "moment", "auto")
 SHARE = 0.25
-GROUPS = 3  # of one network, and one of every kind
+GROUPS = 2  # of one network, and one of every kind
 BATCHES = 8  # of random inputs, that statistics are estimated on
 WORSE = 1.1  # times the error of select: what moment must not exceed
 

@@ -50,9 +50,11 @@ def _kind(*kinds: type) -> Test:
     return lambda value: isinstance(value, kinds)
 
 
-def _whole(least: int) -> Test:
+def _whole(least: int | None) -> Test:
     return lambda value: (
-        isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and (least is None or int(value) >= least)
     )
 
 
@@ -75,7 +77,7 @@ WANTED: Mapping[str, tuple[str, Test]] = {
     "include": ("a list of patterns", _or_none(_patterns)),
     "exclude": ("a list of patterns", _patterns),
     "overrides": ("a mapping of patterns to shares", _shares),
-    "seed": ("a whole number from 0", _whole(0)),
+    "seed": ("a whole number", _whole(None)),
     "progress": ("a function (done, total), or None", _or_none(callable)),
     "inplace": ("True or False", _kind(bool)),
     "check": ("True or False", _kind(bool)),

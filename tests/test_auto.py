@@ -31,7 +31,7 @@ class Unknown(nn.Module):
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.expm1(self.a(x)))
+        return self.b(torch.tan(self.a(x)))
 
 
 def duplicated():

@@ -259,7 +259,8 @@ def test_settings_reach_the_method(method):
 
 @pytest.mark.parametrize("repair", ["analytic", "synthetic"])
 def test_repairs_on_the_command_line(repair, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesise, "__kwdefaults__", {**synthesise.__kwdefaults__, "steps": 2,
+    made = synthesise.__wrapped__  # the function itself, whose defaults are read
+    monkeypatch.setattr(made, "__kwdefaults__", {**made.__kwdefaults__, "steps": 2,
                                                        "images": 4})  # fmt: skip
     out = tmp_path / "small"
     figures("resnet20", "--channels", 0.5, "--method", "select", "--repair", repair, "--out", out)

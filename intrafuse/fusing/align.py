@@ -78,7 +78,7 @@ def align(
     names = [group.name for group in reference.graph.groups]
     found: dict[str, MergeMap] = {}
     distances: dict[str, float] = {}
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(seed % 2**63)
     sweep = 0
     for sweep in range(SWEEPS[solver]):
         changed, partial = False, False

@@ -130,7 +130,11 @@ def _export(
             as_called(),
         ):
             program = torch.export.export(model, args, kwargs, strict=False)
-    except (Exception, SystemExit) as error:
+    except SystemExit as error:
+        raise IntrafuseError(
+            f"the network's own code ended the program; got exit({error.code!r})"
+        ) from error
+    except Exception as error:
         text = str(error).strip() or type(error).__name__
         operator = _last_operator(error)
         raise IntrafuseError(

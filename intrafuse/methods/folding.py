@@ -84,7 +84,7 @@ class Folding:
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
         features = clustering_features(group, context, self.features)
-        labels = cluster(features, width, start=self.start, seed=context.seed)
+        labels = cluster(features, width, start=self.start, seed=context.seed % 2**32)
         member = one_hot(labels, width).float()
         mean = (member / member.sum(0)).T
         repairs = self.correction == "approximate"

@@ -124,7 +124,7 @@ class IntraFusion:
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
         features = channel_features(group, context, self.features)
-        targets, target_scores = self._targets(features, scores.cpu(), width, context.seed)
+        targets, target_scores = self._targets(features, scores.cpu(), width, context.seed % 2**32)
         solution = transport(
             ground_cost(features, targets, p=self.p),
             marginal(self.source_marginal, scores),
