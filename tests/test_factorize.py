@@ -237,7 +237,7 @@ def test_wrong_settings_of_a_run_are_refused_before_it(settings, tmp_path):
 
 @pytest.mark.parametrize("name", ["long" * 100, "nul\0"])
 def test_a_folder_that_cannot_be_read_is_refused(name, tmp_path):
-    with pytest.raises(IntrafuseError, match="cannot be (written|read): .*(long|null)"):
+    with pytest.raises(IntrafuseError, match=r"cannot be (written|read): .*(long|null)"):
         intrafuse.factorize(recipe("whole"), tmp_path / name)
 
 
