@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["follow_sizes", "has_config"]
+__all__ = ["follow_sizes", "has_config", "take_configuration"]
 
 PAIRS = 40  # of fields that are tried together: each builds the model once
 WORDS = ("dim", "size", "inner", "heads")  # in the names of fields that are None by default
@@ -66,6 +66,14 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
             found = rest
     _write(model, config, found)
     return found
+
+
+def take_configuration(model: nn.Module, like: nn.Module) -> None:
+    """Give a model copies of the configurations of another one of the same modules."""
+    copied: dict[int, Any] = {}  # what modules share stays shared
+    for module, other in zip(model.modules(), like.modules(), strict=True):
+        if "config" in vars(other):
+            module.config = copy.deepcopy(other.config, copied)
 
 
 def has_config(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from intrafuse.config import follow_sizes
+from intrafuse.config import follow_sizes, take_configuration
 from intrafuse.graph.axes import Product, tree_size
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.modules import copy_without, place
@@ -23,6 +23,7 @@ def install(
     remove: Iterable[str] = (),
     inplace: bool = False,
     share: bool = False,
+    like: nn.Module | None = None,
 ) -> nn.Module:
     """Return a module that holds the given tensors, with attributes that agree with them.
 
@@ -32,6 +33,7 @@ def install(
         remove: paths of modules to replace by `nn.Identity`.
         inplace: change `model` itself instead of a copy.
         share: let the copy hold the model's own parameters where they stay as they are.
+        like: a network of these sizes, whose configuration is taken; finding it out takes time.
     """
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {k: t for k, t in weights.state.items() if k not in old or t is not _detached(old[k], t)}
@@ -39,7 +41,10 @@ def install(
     target = model if inplace else copy_without(model, [*kept, *(old[k] for k in new if k in old)])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
-    follow_sizes(target, size_changes(weights.graph, weights.sizes))
+    if like is None:
+        follow_sizes(target, size_changes(weights.graph, weights.sizes))
+    else:
+        take_configuration(target, like)
     return target
 
 

@@ -28,7 +28,7 @@ from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
 from intrafuse.graph.rules import Scope, line_of, operator_name
 from intrafuse.graph.trials import Trials
-from intrafuse.graph.unread import follow_unread
+from intrafuse.graph.unread import follow_unread, watch
 
 __all__ = ["Workshop", "settle"]
 
@@ -92,6 +92,7 @@ def settle(
     works = partial(_works, trials, workshop=workshop)
     if not follow_unread(trials, free(), works) and _open(scope, nodes, free()):
         _explore(trials, free, workshop)
+        follow_unread(trials, free(), works)
     if workshop.cached is not None:
         _lock_uncached(trials, free(), workshop)
     for (module, name), tree in trials.attributes.items():
@@ -216,6 +217,7 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     expected = Expected(trials.nodes, values, scales, starts, old)
     try:
         model = workshop.build(shapes, attributes)
+        watch(model, trials.reads)
         new = workshop.record(model)
     except IntrafuseError as error:
         cause = error.__cause__ or error

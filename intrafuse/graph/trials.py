@@ -31,6 +31,7 @@ class Trials:
         attempt: what an attribute was tried for last: the place, and its numbers.
         failure: where a model failed last, in no operator of the trace, and how.
         smaller: whether trials make sizes smaller, as pruning does.
+        reads: numbers that modules hold, (module, name) -> whether the code was seen to read it.
     """
 
     scope: Scope
@@ -42,6 +43,7 @@ class Trials:
     attempt: tuple[tuple, list[Literal]] | None = None
     failure: str = ""
     smaller: bool = False
+    reads: dict[tuple[str, str], bool] = field(default_factory=dict)
     _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
 
     def sizes(self, atoms: list[int]) -> dict[int, int]:

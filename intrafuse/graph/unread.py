@@ -8,6 +8,7 @@ have several axes of that size, it names all of them: it follows them as long as
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import new_class
 
 from torch import nn
 
@@ -16,20 +17,19 @@ from intrafuse.graph.groups import Hint
 from intrafuse.graph.trials import Trials
 from intrafuse.modules import held_sizes
 
-__all__ = ["follow_unread"]
+__all__ = ["follow_unread", "watch"]
 
-TRIALS = 12  # of numbers that turn out to be read for something else
+Key = tuple[str, str]  # a module's path and the name of what it holds
 
 
 def follow_unread(trials: Trials, atoms: list[int], works: Callable[[list[int]], bool]) -> bool:
-    """Note numbers that no operator read, with the axes that each may name (`Scope.hints`).
-
-    A number that changes what the model computes was read, for something else: it stays.
+    """Note numbers that the code does not read, with the axes that each may name (`Scope.hints`).
 
     Args:
         trials: what is known.
         atoms: those that may be pruned.
-        works: tells whether the model does what the graph expects at other sizes of some atoms.
+        works: tells whether the model does what the graph expects at other sizes of some atoms, and
+            lets `Trials.reads` tell which numbers its code reads on the way.
 
     Returns:
         Whether the model was found to work.
@@ -37,54 +37,50 @@ def follow_unread(trials: Trials, atoms: list[int], works: Callable[[list[int]],
     scope, free = trials.scope, set(atoms)
     axes = {n: [*map(scope.table.resolve, trees)] for n, trees in scope.parameter_axes.items()}
     known = {*trials.attributes, *((a.module, a.name) for a in scope.attributes)}
-    named = {}
-    for key, trees in _named_sizes(scope.model, axes, scope.table.size, known).items():
-        shrinking = [tree for tree in trees if not free.isdisjoint(leaves(tree))]
-        if shrinking:
-            named[key] = trees, shrinking[0]
+    named = {
+        key: trees
+        for key, trees in _named_sizes(scope.model, axes, scope.table.size, known).items()
+        if any(not free.isdisjoint(leaves(tree)) for tree in trees)
+    }
     if not named:
         return False
-    attributes = trials.attributes
-    try:
-        unread = _unread(trials, {key: tree for key, (_, tree) in named.items()}, atoms, works)
-    finally:
-        trials.attributes = attributes
-    scope.hints += [Hint(key[0], key[1], named[key][0]) for key in named if key in unread]
-    return bool(unread)
+    trials.reads = dict.fromkeys(named, False)
+    if not works(atoms):
+        return False
+    unread = [key for key in named if not trials.reads[key]]
+    scope.hints += [Hint(module, name, named[module, name]) for module, name in unread]
+    return True
 
 
-def _unread(
-    trials: Trials,
-    named: Mapping[tuple[str, str], Tree],
-    atoms: list[int],
-    works: Callable[[list[int]], bool],
-) -> set[tuple[str, str]]:
-    """Find by halving which numbers may change without changing what the model computes."""
-    kinds: dict[tuple[type, str], list[tuple[str, str]]] = {}
-    for path, name in named:
-        kind = type(trials.scope.model.get_submodule(path)), name
-        kinds.setdefault(kind, []).append((path, name))
-    waiting, known = [[*kinds.values()]], trials.attributes
-    unread: set[tuple[str, str]] = set()
-    for _ in range(TRIALS):
-        if not waiting:
-            break
-        some = waiting.pop()
-        more = unread | {key for keys in some for key in keys}
-        trials.attributes = {**known, **{key: named[key] for key in more}}
-        if works(atoms):
-            unread = more
-        elif len(some) > 1:
-            waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
-    return unread
+def watch(model: nn.Module, reads: dict[Key, bool]) -> None:
+    """Let a copy of a model note which of some numbers that its modules hold are read."""
+    wanted: dict[str, set[str]] = {}
+    for path, name in reads:
+        wanted.setdefault(path, set()).add(name)
+    for path, names in wanted.items():
+        module = model.get_submodule(path)
+        try:
+            module.__class__ = _watching(type(module), path, names, reads)
+        except TypeError:  # a class that no other may take the place of
+            reads.update({(path, name): True for name in names})
+
+
+def _watching(kind: type, path: str, names: set[str], reads: dict[Key, bool]) -> type:
+    def __getattribute__(self: object, name: str) -> object:
+        if name in names:
+            reads[path, name] = True
+        return kind.__getattribute__(self, name)
+
+    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
+    return new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body))
 
 
 def _named_sizes(
     model: nn.Module,
     axes: Mapping[str, Sequence[Tree]],
     sizes: Mapping[int, int] | Sequence[int],
-    known: Collection[tuple[str, str]],
-) -> dict[tuple[str, str], tuple[Tree, ...]]:
+    known: Collection[Key],
+) -> dict[Key, tuple[Tree, ...]]:
     """Map numbers that modules hold to the axes that they may name.
 
     Modules of PyTorch are left out: rules follow what they hold. So are numbers in lists and

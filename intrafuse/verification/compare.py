@@ -47,6 +47,7 @@ def compare(
     *,
     double: bool = False,
     share: bool = False,
+    like: nn.Module | None = None,
 ) -> Difference:
     """Run the pruned network, the masked original and the original: copies of them all.
 
@@ -57,6 +58,7 @@ def compare(
         double: run them in double precision, which tells rounding from a wrong result.
         share: let them hold the model's own parameters where these stay as they are. That saves
             memory; but a forward may change its parameters, as that of RWKV does.
+        like: a network of the plan's widths, for the fields of its configuration.
 
     Raises:
         IntrafuseError: one of them cannot run, or the outputs have other shapes.
@@ -70,7 +72,7 @@ def compare(
     original = copy_without(model, [*model.parameters()] if share else [])
     before = run(original, "with these example inputs the network")
     del original
-    small = run(_selected(model, plan, share), "the pruned network")
+    small = run(_selected(model, plan, share, like), "the pruned network")
     silent = masked(model, plan, share=share)
     if any(plan.graph.by_name[step.group].normed for step in plan.maps):
         silent = silent.double() if double else silent
@@ -82,8 +84,10 @@ def compare(
     return Difference(apart, apart / scale, distance(before, expected) / scale)
 
 
-def _selected(model: nn.Module, plan: Plan, share: bool = False) -> nn.Module:
-    return install(model, plan.weights(model), share=share)
+def _selected(
+    model: nn.Module, plan: Plan, share: bool = False, like: nn.Module | None = None
+) -> nn.Module:
+    return install(model, plan.weights(model), share=share, like=like)
 
 
 def _doubled(tensor: Tensor) -> Tensor:

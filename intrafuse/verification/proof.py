@@ -86,7 +86,8 @@ def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Examp
     exact = plan if all(map(is_selection, plan.maps)) and not plan.fold else selecting(plan)
     found = Check(0.0, 0.0, 0.0)
     for part in _parts(model, exact, room):
-        found = _worse(found, _compared(model, part, inputs, share))
+        like = pruned if len(part.maps) == len(exact.maps) else None
+        found = _worse(found, _compared(model, part, inputs, share, like))
     return replace(found, seconds=time.perf_counter() - started)
 
 
@@ -98,12 +99,14 @@ def _worse(first: Check, second: Check) -> Check:
     return Check(0.0, **values, note=first.note or second.note)
 
 
-def _compared(model: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool) -> Check:
+def _compared(
+    model: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool, like: nn.Module | None
+) -> Check:
     tolerance = _tolerance(model)
-    found = compare(model, plan, inputs, share=share)
+    found = compare(model, plan, inputs, share=share, like=like)
     if found.relative > tolerance and not share:
         try:
-            found = compare(model, plan, inputs, double=True)
+            found = compare(model, plan, inputs, double=True, like=like)
         except IntrafuseError:
             pass  # its code insists on a type: the first comparison counts
     if found.relative <= tolerance:
