@@ -15,7 +15,7 @@ from intrafuse.fusing.align import align
 from intrafuse.fusing.members import Member
 from intrafuse.fusing.restore import analytic_restore
 from intrafuse.graph import trace
-from intrafuse.graph.compare import calls, first_difference
+from intrafuse.graph.compare import Expected, calls, first_difference
 from intrafuse.graph.export import export_program
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.moments.calibrate import Calibration
@@ -216,7 +216,8 @@ def difference(new: nn.Module, scales: float | None) -> object:
     old, now = ([*export_program(m, x).graph.nodes] for m in (Divided(4), new))
     values = {node: [0, 1] for node in calls(old)}
     times = {} if scales is None else {calls(old)[-1]: (1, scales)}
-    return first_difference(old, now, values, times, {0: 2, 1: 4}, {0: 2, 1: 9})
+    expected = Expected(old, values, times, {}, {0: 2, 1: 4})
+    return first_difference(expected, now, {0: 2, 1: 9})
 
 
 def test_numbers_that_follow_a_size_are_told_from_others():

@@ -43,7 +43,7 @@ def language_model(name: str, **more: object) -> tuple[nn.Module, dict[str, Tens
 def lost(model: nn.Module, batch: dict[str, Tensor], method: str, **settings: object) -> float:
     """Return the relative error of a pruned language model's outputs."""
     few = {name: tensor[:2] for name, tensor in batch.items()}
-    pruned = intrafuse.prune(model, few, channels=0.3, method=method, **settings)  # type: ignore
+    pruned = intrafuse.prune(model, few, channels=0.3, method=method, check=False, **settings)  # type: ignore
     with torch.no_grad():
         new, old = (net(**batch).logits for net in (pruned.model, model))
     assert new.isfinite().all()

@@ -21,7 +21,7 @@ PAIRS = [(family, name) for family, known in TWINS.items() for name in [*known.s
 
 def run(model: nn.Module, x: Tensor, method: str) -> tuple[Tensor, list[Mapping[str, float]]]:
     """Return the pruned network's outputs and the predicted errors of each group's candidates."""
-    pruned = intrafuse.prune(model, x[:2], channels=0.4, method=method)
+    pruned = intrafuse.prune(model, x[:2], channels=0.4, method=method, check=method == "select")
     with torch.no_grad():
         notes = [note["predicted"] for note in pruned.plan.notes.values()]
         return pruned.model(x.clone()), notes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import new_class
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,7 @@ def watch(model: nn.Module, reads: dict[Key, bool]) -> None:
             reads.update({(path, name): True for name in names})
 
 
-def _watching(kind: type, path: str, names: set[str], reads: dict[Key, bool]) -> type:
+def _watching(kind: Any, path: str, names: set[str], reads: dict[Key, bool]) -> type:
     def __getattribute__(self: object, name: str) -> object:
         if name in names:
             reads[path, name] = True
