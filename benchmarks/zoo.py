@@ -119,7 +119,7 @@ def _report(name: str, limit: float, pipe: Any) -> None:
     pipe.send(row)
 
 
-def examine(name: str, limit: float) -> dict[str, Any]:
+def examine(name: str, limit: float = 120.0) -> dict[str, Any]:
     """Trace, prune and verify one architecture; refusals and wrong results become rows."""
     model, inputs = build(name)
     try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from architectures import ARCHITECTURES
 from zoo import examine
+from zoo_methods import METHODS
 
 LIBRARIES = {
     "torchvision": "torchvision",
@@ -47,6 +49,8 @@ def test_pruned_architectures_equal_their_masked_originals(name):
     assert row["status"] == "pass", row
     assert row["relative"] < 1e-5 < 1e-3 < row["effect"]
     assert row["prunable"] >= SAMPLE[name] and row["removed"] > 0.35
+    errors = [row["methods"][method] for method in METHODS]
+    assert all(isinstance(error, float) and math.isfinite(error) for error in errors), errors
 
 
 def test_the_sweep_is_large_and_lists_each_architecture_once():
