@@ -260,17 +260,20 @@ FINDINGS = """## Where `moment` does worse than `select`
 Weights here are random: no two channels are alike, and merging can only lose. Trained networks are
 another matter ([results.md](results.md)). What the rows show beyond that:
 
-- Recurrent layers have no moment rules. Nothing is known of what their readers read, and `moment`
-  merges as `folding` does.
-- Units that are a product of two layers (SwiGLU), and depthwise stacks: the mean of two products is
-  not the product of two means. `Moment(transport="none")`, which `auto` tries, selects such units and
-  re-solves their readers: hf:olmo2, layer 0: `select` 0.377, `moment` 0.419, without transport 0.304.
+- Recurrent layers have no moment rules. Nothing is known of what their readers read, and
+  `moment` merges as `folding` does.
+- Units that are a product of two layers (SwiGLU), and depthwise stacks: the mean of two products
+  is not the product of two means. `Moment(transport="none")`, which `auto` tries, selects such
+  units and re-solves their readers: hf:olmo2, layer 0: `select` 0.377, `moment` 0.419, without
+  transport 0.304.
 - Attention over positions whose means differ, as position embeddings make them in small vision
-  transformers: moments know one mean for all positions, and heads that are re-solved from it err more
-  than selected ones (hf:deit, layer 0, width of heads: 0.039, selected 0.015). `auto` selects them.
-- hf:olmo2 is built with weights of deviation 0.125, which keeps the variance of a layer 64 wide. With
-  the 0.02 that suits a width of 4096 the eps of its norms decides what comes out, and moments, which
-  bound the spread of attention from above, miss it: `select` 0.216, `moment` 0.611.
+  transformers: moments know one mean for all positions, and heads that are re-solved from it err
+  more than selected ones (hf:deit, layer 0, width of heads: 0.039, selected 0.015). `auto`
+  selects them.
+- hf:olmo2 is built with weights of deviation 0.125, which keeps the variance of a layer 64 wide.
+  With the 0.02 that suits a width of 4096 the eps of its norms decides what comes out, and
+  moments, which bound the spread of attention from above, miss it: `select` 0.216, `moment`
+  0.611.
 """
 
 
