@@ -187,6 +187,8 @@ def _same_storage(tensor: Tensor, alias: Tensor) -> None:
 
 
 def _same_numbers(tensor: Tensor, numbers: Tensor) -> None:
-    if not torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (tensor, numbers))):
+    if not torch.equal(
+        *(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (tensor, numbers))
+    ):
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(numbers)

@@ -70,7 +70,7 @@ class Weights:
                     remedy="make the plan from this model",
                 )
             require_numbers(name, tensor)
-            if tensor.is_floating_point() and tensor.itemsize < 2:
+            if name in slots and tensor.is_floating_point() and tensor.itemsize < 2:
                 raise IntrafuseError(
                     "weights must have 16 bits or more",
                     value=str(tensor.dtype),

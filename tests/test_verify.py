@@ -44,9 +44,10 @@ def test_code_that_depends_on_the_number_of_channels_is_refused(name):
     model = Scaled(NUMBERS[name])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(2, 3, 6, 6)
-    with pytest.raises(
-        IntrafuseError, match=r"number of channels.*test_verify\.py.*exclude=\['body'\]"
-    ):
+    refused = r"number of channels.*test_verify\.py.*exclude=\['body'\]"
+    if name in ("root", "product"):  # the trace itself finds the number, and locks what it follows
+        refused = r"must keep their size: body \(operator \w+ at test_verify\.py"
+    with pytest.raises(IntrafuseError, match=refused):
         intrafuse.prune(model, x, channels=0.5, inplace=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
