@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from intrafuse import prune, save
+from intrafuse.zoo import resolve_model
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -17,6 +20,14 @@ def shared() -> Path:
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(f"../shared is absent: {folder} has no models and data")
     return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Save a pruned network of the zoo."""
+    net = resolve_model("mlp", hidden=(8, 6))
+    small = prune(net.model, net.example_inputs, channels=0.5)
+    return save(tmp_path / "small", small, architecture="mlp", arguments={"hidden": (8, 6)})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from intrafuse import IntrafuseError, Plan, load, prune, save
+from intrafuse import IntrafuseError, Plan, load
 from intrafuse.checkpoint import MANIFEST, WEIGHTS
 from intrafuse.data import load_data
 from intrafuse.evaluate.landscape import _Kept
@@ -44,14 +44,6 @@ def _in_time() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a pruned network of the zoo."""
-    net = resolve_model("mlp", hidden=(8, 6))
-    small = prune(net.model, net.example_inputs, channels=0.5)
-    return save(tmp_path / "small", small, architecture="mlp", arguments={"hidden": (8, 6)})
 
 
 def change(folder: Path, **fields: object) -> None:

@@ -12,20 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from intrafuse import IntrafuseError, load, prune, save
+from intrafuse import IntrafuseError, load
 from intrafuse.checkpoint import MANIFEST, WEIGHTS
 from intrafuse.manifest import signed
 from intrafuse.zoo import file_sha256, resolve_model
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a pruned network of the zoo."""
-    net = resolve_model("mlp", hidden=(8, 6))
-    small = prune(net.model, net.example_inputs, channels=0.5)
-    return save(tmp_path / "small", small, architecture="mlp", arguments={"hidden": (8, 6)})
 
 
 def fresh() -> nn.Module:
