@@ -68,19 +68,25 @@ def divide(trials: Trials, items: list[Literal], number: int, sizes: Mapping[int
         Whether the number is such a quotient, and the parts were not coupled before.
     """
     table, coupled = trials.scope.table, False
-    for item in items:
-        axis, size = table.resolve(item.axis), table.measure(item.part)
-        share = Fraction(size, table.measure(axis))
-        p, q, total = share.numerator, share.denominator, tree_size(axis, sizes)
-        rounded = abs(number * q - total * p) < q  # however it is rounded
-        if not 1 < q <= MOST or number == size or not rounded:
-            continue
+    found = [(item, _quotient(trials, item, number, sizes)) for item in items]
+    for item, q in found:  # all were measured before the first cut, which makes new atoms
+        axis = table.resolve(item.axis)
         first, rest = table.cut(axis, table.measure(axis) // q)
         for _ in range(q - 1):
             part, rest = table.cut(rest, table.measure(first))
             coupled |= table.resolve(part) != table.resolve(first)
             table.unify(first, part)
     return coupled
+
+
+def _quotient(trials: Trials, item: Literal, number: int, sizes: Mapping[int, int]) -> int:
+    """Say into how many equal parts a number divides its axis; 1 where it is no such quotient."""
+    table = trials.scope.table
+    axis, size = table.resolve(item.axis), table.measure(item.part)
+    share = Fraction(size, table.measure(axis))
+    p, q, total = share.numerator, share.denominator, tree_size(axis, sizes)
+    rounded = abs(number * q - total * p) < q  # however it is rounded
+    return q if q <= MOST and number != size and rounded else 1
 
 
 @dataclass(frozen=True)
