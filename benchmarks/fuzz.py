@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -22,13 +21,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from alarm import within
 from fuzz_kinds import KINDS, Changed
 
 from intrafuse import IntrafuseError
@@ -49,20 +48,6 @@ class _Hang(BaseException):
     """A load takes too long; no `except Exception` stops this."""
 
 
-@contextmanager
-def _watched() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _Hang
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, WALL)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _status(field: bytes) -> int:
     """Read a size of this process in bytes."""
     with open("/proc/self/status", "rb", buffering=0) as file:
@@ -77,7 +62,7 @@ def measured(kind: Any, content: bytes) -> tuple[str, str, float, int]:
         file.write(b"5")  # forget the peak so far
     memory, started = _status(b"VmRSS:"), time.process_time()
     try:
-        with _watched():
+        with within(WALL, _Hang):
             outcome = "accepted" if kind.load(content) else "refused"
     except IntrafuseError as error:
         outcome, told = "refused", ""

@@ -9,13 +9,11 @@ from the original's, as a share of their length, on inputs that were not seen be
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from alarm import within
 from torch import Tensor, nn
 
 import intrafuse
@@ -160,19 +158,3 @@ def error(now: list[Tensor], before: list[Tensor]) -> float:
     pairs = [(x, y) for x, y in zip(now, before, strict=True) if x.shape == y.shape]
     apart = sum(float((x - y).square().sum()) for x, y in pairs)
     return math.sqrt(apart / max(sum(float(y.square().sum()) for _, y in pairs), 1e-30))
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after some seconds."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,30 @@ def saved(tmp_path: Path) -> Path:
     net = resolve_model("mlp", hidden=(8, 6))
     small = prune(net.model, net.example_inputs, channels=0.5)
     return save(tmp_path / "small", small, architecture="mlp", arguments={"hidden": (8, 6)})
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Callable[..., tuple[int, bytes, bytes]]:
+    """Run a command in the test's folder, and interrupt it once it made a file named started."""
+
+    def run(command: list[str], environment: dict[str, str]) -> tuple[int, bytes, bytes]:
+        child = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # a suite that a shell runs in the background inherits an ignored interrupt
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 50
+            while not (tmp_path / "started").exists():
+                assert child.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            child.send_signal(signal.SIGINT)
+            output = child.communicate(timeout=20)
+        finally:
+            child.kill()
+        return child.returncode, *output
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,10 +6,8 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -361,21 +359,6 @@ def test_a_process_shows_progress_on_a_terminal(weights):
     assert b"comparing" in shown and b"100%" in shown and b"\x1b[" in shown
 
 
-def test_an_interrupt_is_quiet(tmp_path):
+def test_an_interrupt_is_quiet(tmp_path, interrupted):
     (tmp_path / "mynet.py").write_text(FACTORY)
-    command = [*MAIN, "inspect", "mynet:slow"]
-    child = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # a suite that a shell runs in the background inherits an ignored interrupt
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 50
-        while not (tmp_path / "started").exists():
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        output = child.communicate(timeout=20)
-    finally:
-        child.kill()
-    assert child.returncode == 130 and output == (b"", b"")
+    assert interrupted([*MAIN, "inspect", "mynet:slow"], ENVIRONMENT) == (130, b"", b"")

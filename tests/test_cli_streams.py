@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -211,25 +210,11 @@ except BaseException:
 
 
 @pytest.mark.parametrize("name", ["typer", "torch"])
-def test_an_interrupt_while_importing_is_quiet(tmp_path, name):
+def test_an_interrupt_while_importing_is_quiet(tmp_path, interrupted, name):
     (tmp_path / f"{name}.py").write_text(SLOW)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "intrafuse", "inspect", "mlp"], cwd=tmp_path,
-        env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # a suite that a shell runs in the background inherits an ignored interrupt
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 50
-        while not (tmp_path / "started").exists():
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        output = child.communicate(timeout=20)
-    finally:
-        child.kill()
-    assert child.returncode == 130 and output == (b"", b"")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "intrafuse", "inspect", "mlp"]
+    assert interrupted(command, environment) == (130, b"", b"")
 
 
 def test_an_ignored_interrupt_stays_ignored():

@@ -48,6 +48,7 @@ def compare(
     double: bool = False,
     share: bool = False,
     like: nn.Module | None = None,
+    before: list[Tensor] | None = None,
 ) -> Difference:
     """Run the pruned network, the masked original and the original: copies of them all.
 
@@ -59,6 +60,7 @@ def compare(
         share: let them hold the model's own parameters where these stay as they are. That saves
             memory; but a forward may change its parameters, as that of RWKV does.
         like: a network of the plan's widths, for the fields of its configuration.
+        before: what the network gives, where that is known.
 
     Raises:
         IntrafuseError: one of them cannot run, or the outputs have other shapes.
@@ -69,9 +71,10 @@ def compare(
 
     given = map_tensors(_doubled, inputs) if double else inputs
     share = share and not double
-    original = copy_without(model, [*model.parameters()] if share else [])
-    before = run(original, "with these example inputs the network")
-    del original
+    if before is None:
+        original = copy_without(model, [*model.parameters()] if share else [])
+        before = run(original, "with these example inputs the network")
+        del original
     small = run(_selected(model, plan, share, like), "the pruned network")
     silent = masked(model, plan, share=share)
     if any(plan.graph.by_name[step.group].normed for step in plan.maps):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs
@@ -81,13 +81,13 @@ def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Examp
         check_code(pruned, plan, plan.graph.program.example_inputs, original=model)
     room = _room(model)
     share = sum(_bytes(model).values()) > room
-    inputs = _usable(model, example_inputs, share)
+    inputs, before = _usable(model, example_inputs, share)
     _require_running(model, pruned, plan, inputs, share)
     exact = plan if all(map(is_selection, plan.maps)) and not plan.fold else selecting(plan)
     found = Check(0.0, 0.0, 0.0)
     for part in _parts(model, exact, room):
         like = pruned if len(part.maps) == len(exact.maps) else None
-        found = _worse(found, _compared(model, part, inputs, share, like))
+        found = _worse(found, _compared(model, part, inputs, share, like, before))
     return replace(found, seconds=time.perf_counter() - started)
 
 
@@ -100,10 +100,15 @@ def _worse(first: Check, second: Check) -> Check:
 
 
 def _compared(
-    model: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool, like: nn.Module | None
+    model: nn.Module,
+    plan: Plan,
+    inputs: ExampleInputs,
+    share: bool,
+    like: nn.Module | None,
+    before: list[Tensor] | None,
 ) -> Check:
     tolerance = _tolerance(model)
-    found = compare(model, plan, inputs, share=share, like=like)
+    found = compare(model, plan, inputs, share=share, like=like, before=before)
     if found.relative > tolerance and not share:
         try:
             found = compare(model, plan, inputs, double=True, like=like)
@@ -135,14 +140,22 @@ def _copied(model: nn.Module, share: bool) -> nn.Module:
     return copy_without(model, [*model.parameters()] if share else [])
 
 
-def _usable(model: nn.Module, example_inputs: ExampleInputs, share: bool) -> ExampleInputs:
-    """Choose noise in place of inputs that are all equal, unless the network cannot take noise."""
+def _usable(
+    model: nn.Module, example_inputs: ExampleInputs, share: bool
+) -> tuple[ExampleInputs, list[Tensor] | None]:
+    """Choose noise in place of inputs that are all equal, unless the network cannot take noise.
+
+    Returns:
+        The inputs, and what the network gives for them, where that was found out.
+    """
     noise = lively(example_inputs)
     try:
         found = outputs(_copied(model, share), noise, "the network")
     except IntrafuseError:
-        return example_inputs
-    return noise if all(bool(t.isfinite().all()) for t in found) else example_inputs
+        return example_inputs, None
+    if all(bool(t.isfinite().all()) for t in found):
+        return noise, found
+    return example_inputs, None
 
 
 def _require_running(
