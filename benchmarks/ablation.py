@@ -14,9 +14,9 @@ from statistics import mean
 
 import torch
 
-from intrafuse.data import load_data
-from intrafuse.evaluate.ablation import SETTINGS, Ablation, ablation
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate.ablation import SETTINGS, Ablation, ablation
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
 from intrafuse.methods import Moment
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
 
 ROWS: dict[str, dict] = {
     "select": {"method": "select"},

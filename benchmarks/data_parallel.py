@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.factorize.recipe import make_recipe
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.factorize.recipe import make_recipe
 
 SPACES = {"intrafuse-a": "10.77.0.1", "intrafuse-b": "10.77.0.2"}
 RATE, DELAY = 100e6, 0.010  # bits and seconds

@@ -19,10 +19,10 @@ from statistics import mean
 import torch
 
 import intrafuse
-from intrafuse.checkpoint import MANIFEST
-from intrafuse.factorize.recipe import Recipe, make_recipe, write_recipe
-from intrafuse.factorize.result import Result
-from intrafuse.report.kinds.factorized import timeline
+from intrafuse.checkpoint.folder import MANIFEST
+from intrafuse.study.factorize.recipe import Recipe, make_recipe, write_recipe
+from intrafuse.study.factorize.result import Result
+from intrafuse.study.report.kinds.factorized import timeline
 
 METHODS = ("intra-fusion", "select", "moment")
 SHARES = (0.5, 0.7)

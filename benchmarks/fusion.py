@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import intrafuse
-from intrafuse.data import Images, load_data
-from intrafuse.evaluate import accuracy
+from intrafuse.catalog.data import Images, load_data
+from intrafuse.study.evaluate import accuracy
 
 WAYS: dict[str, dict] = {
     "OT, weights": {"method": "ot"},

@@ -21,14 +21,14 @@ from mutations import as_text, bytes_of, edited, pack_safetensors, tensors_file,
 from torch import Tensor, nn
 
 import intrafuse
-from intrafuse.checkpoint import MANIFEST, WEIGHTS
-from intrafuse.evaluate.landscape import _Kept
-from intrafuse.factorize.recipe import read_recipe
-from intrafuse.factorize.result import RESULT, read_result
-from intrafuse.factorize.splits import split
-from intrafuse.manifest import signed
-from intrafuse.report.read import read_entries
-from intrafuse.zoo import file_sha256, load_weights, resolve_model
+from intrafuse.catalog.zoo import file_sha256, load_weights, resolve_model
+from intrafuse.checkpoint.folder import MANIFEST, WEIGHTS
+from intrafuse.checkpoint.manifest import signed
+from intrafuse.study.evaluate.landscape import _Kept
+from intrafuse.study.factorize.recipe import read_recipe
+from intrafuse.study.factorize.result import RESULT, read_result
+from intrafuse.study.factorize.splits import split
+from intrafuse.study.report.read import read_entries
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from records import RECORDS

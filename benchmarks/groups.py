@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
 
 BATCH = 250
 

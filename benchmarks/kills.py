@@ -26,14 +26,14 @@ import torch
 from torch import nn
 
 import intrafuse
-from intrafuse import files
-from intrafuse.checkpoint import WEIGHTS
-from intrafuse.factorize import factorize
-from intrafuse.factorize.recipe import make_recipe
-from intrafuse.factorize.splits import write_positions
-from intrafuse.factorize.worker import POSITIONS, TASK, Task, work
-from intrafuse.report.page import draw_pictures, write_report
-from intrafuse.report.record import as_record, write_record
+from intrafuse.checkpoint.folder import WEIGHTS
+from intrafuse.study.factorize import factorize
+from intrafuse.study.factorize.recipe import make_recipe
+from intrafuse.study.factorize.splits import write_positions
+from intrafuse.study.factorize.worker import POSITIONS, TASK, Task, work
+from intrafuse.study.report.page import draw_pictures, write_report
+from intrafuse.study.report.record import as_record, write_record
+from intrafuse.support import files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from forks import killed

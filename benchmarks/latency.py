@@ -14,7 +14,7 @@ import time
 import torch
 
 import intrafuse
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 
 def main() -> None:

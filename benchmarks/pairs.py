@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from intrafuse.data import Images, load_data
-from intrafuse.evaluate import accuracy
-from intrafuse.training import PRESETS, train
-from intrafuse.zoo import ResolvedModel, load_weights, resolve_model
+from intrafuse.catalog.data import Images, load_data
+from intrafuse.catalog.zoo import ResolvedModel, load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.training import PRESETS, train
 
 CACHE = Path(__file__).parent / "cache"
 ARGUMENTS: dict[str, dict] = {

@@ -18,7 +18,7 @@ import time
 import torch
 
 import intrafuse
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 NETWORKS = ("vgg11_bn", "resnet18", "resnet56")
 METHODS = ("select", "intra-fusion", "folding")
@@ -37,7 +37,7 @@ def peak_extra(network: str, method: str, threads: int) -> float:
     """Measure, in a fresh process, how far planning raises the peak of resident memory."""
     code = f"""
 import pathlib, re, torch, intrafuse
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 def status(field):
     text = pathlib.Path("/proc/self/status").read_text()

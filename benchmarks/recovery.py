@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
 
 SHARES = (0.3, 0.5, 0.7)
 WAYS = {

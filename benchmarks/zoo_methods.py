@@ -17,17 +17,17 @@ from alarm import within
 from torch import Tensor, nn
 
 import intrafuse
-from intrafuse.batches import map_tensors
-from intrafuse.batchnorm import fold_norms
-from intrafuse.budget import measure
-from intrafuse.context import Context
+from intrafuse.allocation.budget import measure
 from intrafuse.graph.trace import as_arguments
-from intrafuse.importance import score
-from intrafuse.merging import merge_groups
+from intrafuse.importance.metrics import score
 from intrafuse.methods import resolve_method
-from intrafuse.plan import Plan
-from intrafuse.verification import tensors_of
-from intrafuse.weights import Weights
+from intrafuse.pruning.each_group import merge_groups
+from intrafuse.pruning.plan import Plan
+from intrafuse.pruning.verification import tensors_of
+from intrafuse.support.batches import map_tensors
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["METHODS", "compare_methods", "findings"]
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from intrafuse.support.version import __version__
+
 if TYPE_CHECKING:
-    from intrafuse.batchnorm import fold_batchnorm
-    from intrafuse.budget import Budget, Figures
-    from intrafuse.checkpoint import load, save
-    from intrafuse.context import Context
-    from intrafuse.errors import IntrafuseError
-    from intrafuse.factorize import Factorized, Recipe, factorize
-    from intrafuse.fuse import Fused, FusionReport, fuse
+    from intrafuse.allocation.budget import Budget, Figures
+    from intrafuse.checkpoint.folder import load, save
+    from intrafuse.fusing.fuse import Fused, FusionReport, fuse
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
-    from intrafuse.merge import MergeMap
     from intrafuse.moments.synthetic import synthesise
-    from intrafuse.plan import Plan
-    from intrafuse.prune import Pruned, Report, plan, prune
-    from intrafuse.verification import Check, Verification, verify
+    from intrafuse.pruning.plan import Plan
+    from intrafuse.pruning.prune import Pruned, Report, plan, prune
+    from intrafuse.pruning.verification import Check, Verification, verify
+    from intrafuse.study.factorize import Factorized, Recipe, factorize
+    from intrafuse.support.errors import IntrafuseError
+    from intrafuse.surgery.batchnorm import fold_batchnorm
+    from intrafuse.surgery.context import Context
+    from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = [
     "Budget",
@@ -39,6 +39,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Verification",
+    "__version__",
     "factorize",
     "fold_batchnorm",
     "fuse",
@@ -50,44 +51,34 @@ __all__ = [
     "trace",
     "verify",
 ]
-__version__ = "0.1.0"
 
 # PyTorch takes seconds to import, and `intrafuse --help` needs none of it: each public name is
 # imported from its module when it is first asked for.
 _HOMES = {
-    "batchnorm": ("fold_batchnorm",),
-    "budget": ("Budget", "Figures"),
-    "checkpoint": ("load", "save"),
-    "context": ("Context",),
-    "errors": ("IntrafuseError",),
-    "factorize": ("Factorized", "Recipe", "factorize"),
-    "fuse": ("Fused", "FusionReport", "fuse"),
+    "checkpoint.folder": ("load", "save"),
+    "fusing.fuse": ("Fused", "FusionReport", "fuse"),
+    "allocation.budget": ("Budget", "Figures"),
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),
-    "merge": ("MergeMap",),
     "moments.synthetic": ("synthesise",),
-    "plan": ("Plan",),
-    "prune": ("Pruned", "Report", "plan", "prune"),
-    "verification": ("Check", "Verification", "verify"),
+    "pruning.plan": ("Plan",),
+    "pruning.prune": ("Pruned", "Report", "plan", "prune"),
+    "pruning.verification": ("Check", "Verification", "verify"),
+    "study.factorize": ("Factorized", "Recipe", "factorize"),
+    "support.errors": ("IntrafuseError",),
+    "surgery.batchnorm": ("fold_batchnorm",),
+    "surgery.context": ("Context",),
+    "surgery.merge_map": ("MergeMap",),
 }
 _MODULES = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
 
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULES[name]), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the modules plan.py and prune.py must not hide the functions of that name.
-        if name in _MODULES and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from intrafuse import prune, save
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 
 @pytest.fixture(scope="session")

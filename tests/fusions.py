@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from intrafuse.graph import trace
-from intrafuse.merge import MergeMap
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.surgery.install import install
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 
 def permuted(model: nn.Module, x, seed: int = 0) -> nn.Module:

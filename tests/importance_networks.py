@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from intrafuse.context import Context
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.importance import Importance, score
-from intrafuse.weights import Weights
+from intrafuse.importance.metrics import Importance, score
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.weights import Weights
 
 NEEDS_DATA = ("taylor", "chip", "activation")
 RUNS_MODEL = ("synflow", *NEEDS_DATA)

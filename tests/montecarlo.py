@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batchnorm import fold_norms
 from intrafuse.graph import trace
 from intrafuse.moments.propagate import Moments, Propagation
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Map", "agree", "distance", "found", "measured", "noise", "propagated", "seeded"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intrafuse.data import load_data
+from intrafuse.catalog.data import load_data
 
 __all__ = ["NETWORKS", "Network", "build", "learn_digits", "outputs", "randomise", "same_state"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from intrafuse.graph.blocks import positions
-from intrafuse.plan import Plan
+from intrafuse.pruning.plan import Plan
 
 
 def _mask(model: nn.Module, plan: Plan, roles: tuple[str, ...]) -> nn.Module:

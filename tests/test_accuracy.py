@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from intrafuse.data import Images, load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate import accuracy
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.catalog.data import Images, load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.support.errors import IntrafuseError
 
 
 def images(labels: list[int], *, classes: int = 3) -> Images:

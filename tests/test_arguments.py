@@ -11,7 +11,7 @@ from torch import nn
 
 import intrafuse
 from intrafuse import Budget, IntrafuseError, Plan, Recipe
-from intrafuse.latency import latency
+from intrafuse.allocation.timing import latency
 
 MODEL, X = build("mlp")
 PLAN = intrafuse.plan(MODEL, X, channels=0.5, method="select")

@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from intrafuse import IntrafuseError, Plan, load
-from intrafuse.checkpoint import MANIFEST, WEIGHTS
-from intrafuse.data import load_data
-from intrafuse.evaluate.landscape import _Kept
-from intrafuse.factorize.recipe import Splits, read_recipe
-from intrafuse.factorize.result import RESULT, read_result
-from intrafuse.factorize.splits import read_positions, split
-from intrafuse.manifest import signed
-from intrafuse.reading import MOST_BYTES, MOST_LEVELS, parse_json, read_json
-from intrafuse.report.read import read_entries
-from intrafuse.zoo import ZOO, file_sha256, load_weights, resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import ZOO, file_sha256, load_weights, resolve_model
+from intrafuse.checkpoint.folder import MANIFEST, WEIGHTS
+from intrafuse.checkpoint.manifest import signed
+from intrafuse.study.evaluate.landscape import _Kept
+from intrafuse.study.factorize.recipe import Splits, read_recipe
+from intrafuse.study.factorize.result import RESULT, read_result
+from intrafuse.study.factorize.splits import read_positions, split
+from intrafuse.study.report.read import read_entries
+from intrafuse.support.reading import MOST_BYTES, MOST_LEVELS, parse_json, read_json
 
 torch.set_num_threads(1)
 

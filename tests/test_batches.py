@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from intrafuse import IntrafuseError
-from intrafuse.batches import batches, map_tensors
+from intrafuse.support.batches import batches, map_tensors
 
 MODEL = nn.Linear(3, 1)
 X, LABELS = torch.arange(12.0).reshape(4, 3), torch.arange(4)

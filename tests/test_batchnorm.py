@@ -7,8 +7,8 @@ from networks import NETWORKS, build, outputs, randomise, same_state
 from torch import nn
 
 from intrafuse import IntrafuseError, fold_batchnorm, trace
-from intrafuse.batchnorm import fold_norms
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.weights import Weights
 
 LAYERS = {
     "linear": (nn.Linear, (4, 6), {}, 1),

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import intrafuse
 from intrafuse import Budget, IntrafuseError
-from intrafuse.budget import choose_widths, measure
-from intrafuse.weights import Weights
+from intrafuse.allocation.budget import choose_widths, measure
+from intrafuse.surgery.weights import Weights
 
 SIZES = (2, 3, 7, 8, 10, 20, 100)
 

@@ -15,7 +15,7 @@ from intrafuse.graph import trace
 from intrafuse.methods import Auto, Moment
 from intrafuse.moments import calibrate
 from intrafuse.moments.calibrate import Calibration
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 
 import intrafuse
 from intrafuse import IntrafuseError, fuse, verify  # some libraries draw at import
-from intrafuse.evaluate.memory import peak_memory
-from intrafuse.latency import latency
+from intrafuse.allocation.timing import latency
+from intrafuse.study.evaluate.memory import peak_memory
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

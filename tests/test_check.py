@@ -10,11 +10,11 @@ from networks import NETWORKS, build
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.rules import RULES
-from intrafuse.verification import proof, verify
-from intrafuse.verification.masked import selecting
-from intrafuse.verification.proof import _parts
+from intrafuse.pruning.verification import proof, verify
+from intrafuse.pruning.verification.masked import selecting
+from intrafuse.pruning.verification.proof import _parts
+from intrafuse.support.errors import IntrafuseError
 
 METHODS = ("select", "intra-fusion", "folding", "moment", "auto")
 

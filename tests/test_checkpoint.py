@@ -24,8 +24,8 @@ from torch.testing import assert_close
 
 import intrafuse
 from intrafuse import IntrafuseError, Plan, fold_batchnorm, load, prune, save
-from intrafuse.checkpoint import MANIFEST, PLAN, WEIGHTS
-from intrafuse.zoo import file_sha256, resolve_model
+from intrafuse.catalog.zoo import file_sha256, resolve_model
+from intrafuse.checkpoint.folder import MANIFEST, PLAN, WEIGHTS
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from intrafuse import IntrafuseError, load
-from intrafuse.checkpoint import MANIFEST, WEIGHTS
-from intrafuse.manifest import signed
-from intrafuse.zoo import file_sha256, resolve_model
+from intrafuse.catalog.zoo import file_sha256, resolve_model
+from intrafuse.checkpoint.folder import MANIFEST, WEIGHTS
+from intrafuse.checkpoint.manifest import signed
 
 torch.set_num_threads(1)
 

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import intrafuse
-from intrafuse.checkpoint import MANIFEST, PLAN, WEIGHTS
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import file_sha256, resolve_model
+from intrafuse.checkpoint.folder import MANIFEST, PLAN, WEIGHTS
 from intrafuse.cli import app
 from intrafuse.cli.prune import MethodOptions
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
 from intrafuse.methods import METHODS
-from intrafuse.zoo import file_sha256, resolve_model
+from intrafuse.study.evaluate import accuracy
 
 ROOT = Path(intrafuse.__file__).parents[1]
 MAIN = [sys.executable, "-c", "from intrafuse.cli import main; main()"]
@@ -311,8 +311,8 @@ def test_every_command_has_the_common_options(command):
 
 
 def test_public_names_are_no_modules():
-    import intrafuse.plan
-    import intrafuse.prune  # binds the module to the package, where the function must stay
+    import intrafuse.pruning.plan
+    import intrafuse.pruning.prune  # binds the module to the package, where the function must stay
 
     found = {name: getattr(intrafuse, name) for name in intrafuse.__all__}
     assert found.keys() <= set(dir(intrafuse))

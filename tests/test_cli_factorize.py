@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import intrafuse
 from intrafuse.cli import app
 from intrafuse.cli.factorize import RecipeOptions
-from intrafuse.training import PRESETS
+from intrafuse.study.training import PRESETS
 
 
 def run(*arguments: object):

@@ -13,11 +13,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import intrafuse
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
 from intrafuse.cli import app
 from intrafuse.cli.fuse import NetworkOptions
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
 
 
 def run(*arguments: object):

@@ -13,8 +13,8 @@ import torch
 from forks import run_main
 
 import intrafuse
-from intrafuse.demo import run_demo
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.demo import run_demo
 
 ROOT = Path(intrafuse.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
 from intrafuse.cli import app
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
-from intrafuse.evaluate.divergence import divergence
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.evaluate.divergence import divergence
 
 
 def run(*arguments):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate.cost import cost, costs, costs_record
-from intrafuse.evaluate.memory import peak_memory
-from intrafuse.latency import latencies, latency
+from intrafuse.allocation.timing import latencies, latency
+from intrafuse.study.evaluate.cost import cost, costs, costs_record
+from intrafuse.study.evaluate.memory import peak_memory
+from intrafuse.support.errors import IntrafuseError
 
 
 def test_counts_by_hand():

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from intrafuse.data import DATASETS, ImageFiles, Images, load_data
-from intrafuse.errors import IntrafuseError
+from intrafuse.catalog.data import DATASETS, ImageFiles, Images, load_data
+from intrafuse.support.errors import IntrafuseError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
+from intrafuse.catalog.data import load_data
+from intrafuse.support.errors import IntrafuseError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -8,13 +8,13 @@ import torch
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-import intrafuse.demo
+import intrafuse.study.demo
 from intrafuse import load
-from intrafuse.checkpoint import MANIFEST
+from intrafuse.catalog.data import load_data
+from intrafuse.checkpoint.folder import MANIFEST
 from intrafuse.cli import app
-from intrafuse.data import load_data
-from intrafuse.demo import run_demo
-from intrafuse.evaluate import accuracy
+from intrafuse.study.demo import run_demo
+from intrafuse.study.evaluate import accuracy
 
 
 def test_a_short_demo_finds_saves_and_reloads(tmp_path):

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import intrafuse
-from intrafuse.batchnorm import fold_norms
-from intrafuse.context import Context
 from intrafuse.graph import trace
 from intrafuse.methods import Auto, Folding, IntraFusion, Moment, Select
 from intrafuse.moments.damage import damage_by_width
-from intrafuse.repair import analytic_repair
-from intrafuse.weights import Weights
+from intrafuse.pruning.repair import analytic_repair
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.weights import Weights
 
 METHODS = [Select(), IntraFusion(), Folding(), Moment(), Moment(transport="none"), Auto()]
 INDEXING = ("aten.index.Tensor", "aten.index_put_.default")  # by indices of the CPU

@@ -10,10 +10,10 @@ from networks import NETWORKS, build
 from torch import nn
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate.divergence import KINDS, divergence, layer_divergence
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.evaluate.divergence import KINDS, divergence, layer_divergence
+from intrafuse.support.errors import IntrafuseError
 
 DATA = load_data("digits", limit=60)
 

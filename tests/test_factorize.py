@@ -18,14 +18,14 @@ from networks import same_state
 from torch import nn
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate import accuracy
-from intrafuse.factorize import read_recipe
-from intrafuse.factorize.recipe import make_recipe
-from intrafuse.factorize.result import read_result
-from intrafuse.factorize.stages import Line
-from intrafuse.report.kinds.factorized import timeline
+from intrafuse.catalog.data import load_data
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.factorize import read_recipe
+from intrafuse.study.factorize.recipe import make_recipe
+from intrafuse.study.factorize.result import read_result
+from intrafuse.study.factorize.stages import Line
+from intrafuse.study.report.kinds.factorized import timeline
+from intrafuse.support.errors import IntrafuseError
 
 TRAINING = {"epochs": 4, "batch": 32, "rate": 0.1, "schedule": "one-cycle"}
 SETTINGS = {
@@ -299,7 +299,7 @@ def workers(folder: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"intrafuse.factorize" in words and str(folder).encode() in b" ".join(words):
+        if b"intrafuse.study.factorize" in words and str(folder).encode() in b" ".join(words):
             found.append(int(path.parent.name))
     return found
 

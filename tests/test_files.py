@@ -15,14 +15,14 @@ import pytest
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
-from intrafuse.files import replacing, replacing_folder
-from intrafuse.report.record import write_record
+from intrafuse.study.report.record import write_record
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.files import replacing, replacing_folder
 
 CODE = """
 import sys
 from pathlib import Path
-from intrafuse.files import replacing
+from intrafuse.support.files import replacing
 print("before", flush=True)
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("written")

@@ -14,14 +14,14 @@ from torch.testing import assert_close
 
 import intrafuse
 from intrafuse import Context, IntrafuseError
-from intrafuse.batchnorm import fold_norms
-from intrafuse.data import load_data
-from intrafuse.evaluate import accuracy
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import load_weights, resolve_model
 from intrafuse.methods import Folding
 from intrafuse.methods.folding import cluster, clustering_features, repair_gain
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
-from intrafuse.zoo import load_weights, resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 STARTS = ["ward", "k-means++"]
 FEATURES = ["balanced", "plain", "writers"]

@@ -11,12 +11,12 @@ from networks import NETWORKS, build, outputs, same_state
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
+from intrafuse.catalog.zoo import resolve_model
 from intrafuse.fusing.stack import stack
 from intrafuse.graph import trace
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
-from intrafuse.zoo import resolve_model
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 X = torch.zeros(1, 4)
 

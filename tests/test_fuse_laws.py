@@ -15,7 +15,7 @@ from test_random_networks import randomise as randomise_all
 from torch import nn
 
 import intrafuse
-from intrafuse.zoo import ZOO, resolve_model
+from intrafuse.catalog.zoo import ZOO, resolve_model
 
 HOW = [(m, f) for m in ("ot", "assignment") for f in ("weights", "activations")]
 METHODS = ("ot", "assignment")

@@ -87,7 +87,7 @@ def test_a_network_that_was_changed_is_told(made, monkeypatch):
     kind = made["manifests"]
     data = json.loads(kind.saved.files[0]["intrafuse.json"])
     data["removed_layers"] = ["layers.2"]
-    monkeypatch.setattr("intrafuse.manifest.signed", lambda data: data)
+    monkeypatch.setattr("intrafuse.checkpoint.manifest.signed", lambda data: data)
     outcome, told, _, _ = measured(kind, bytes((0, 0)) + json.dumps(data).encode())
     assert outcome == "changed" and "Identity" in told
     monkeypatch.undo()

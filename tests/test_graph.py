@@ -169,7 +169,7 @@ def test_shared_parameters_are_one():
 
 
 def test_option_a_shortcut_prunes_the_stream_and_keeps_the_padding():
-    from intrafuse.zoo import resolve_model
+    from intrafuse.catalog.zoo import resolve_model
 
     resolved = resolve_model("resnet20")
     graph = trace(resolved.model, resolved.example_inputs)

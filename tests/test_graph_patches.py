@@ -10,7 +10,7 @@ from test_random_networks import randomise
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 GRID = torch.rand(2, 4, 4, 2) * 2 - 1
 

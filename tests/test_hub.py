@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from intrafuse import IntrafuseError
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 from language_models import transformers

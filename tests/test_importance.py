@@ -16,12 +16,12 @@ from importance_networks import (
 )
 from torch import Tensor, nn
 
-from intrafuse import importance_data
-from intrafuse.batchnorm import fold_norms
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
-from intrafuse.importance import score
-from intrafuse.merge import MergeMap
+from intrafuse.importance import on_data as importance_data
+from intrafuse.importance.metrics import score
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 
 @pytest.fixture(autouse=True)

@@ -19,12 +19,12 @@ from importance_networks import (
 )
 from torch import Tensor, nn
 
-from intrafuse import importance_data
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph import ChannelGroup
-from intrafuse.importance import IMPORTANCE, score
-from intrafuse.merge import MergeMap
+from intrafuse.importance import on_data as importance_data
+from intrafuse.importance.metrics import IMPORTANCE, score
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from torch import nn
 
 import intrafuse
 from intrafuse import Context, IntrafuseError
-from intrafuse.batchnorm import fold_norms
-from intrafuse.importance import score
+from intrafuse.importance.metrics import score
 from intrafuse.methods import IntraFusion
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 TARGETS = ["important", "k-means", "mixture"]
 MARGINALS = ["uniform", "importance", "softmax"]

@@ -18,15 +18,15 @@ from records import RECORDS
 from torch import nn
 
 import intrafuse
-from intrafuse import files
-from intrafuse.checkpoint import WEIGHTS
-from intrafuse.errors import IntrafuseError
-from intrafuse.factorize import factorize
-from intrafuse.factorize.recipe import make_recipe
-from intrafuse.factorize.splits import write_positions
-from intrafuse.factorize.worker import POSITIONS, TASK, Task, work
-from intrafuse.report.page import write_report
-from intrafuse.report.record import as_record, write_record
+from intrafuse.checkpoint.folder import WEIGHTS
+from intrafuse.study.factorize import factorize
+from intrafuse.study.factorize.recipe import make_recipe
+from intrafuse.study.factorize.splits import write_positions
+from intrafuse.study.factorize.worker import POSITIONS, TASK, Task, work
+from intrafuse.study.report.page import write_report
+from intrafuse.study.report.record import as_record, write_record
+from intrafuse.support import files
+from intrafuse.support.errors import IntrafuseError
 
 torch.set_num_threads(1)
 

@@ -10,18 +10,18 @@ from networks import build
 from torch import Tensor, nn
 
 import intrafuse
-from intrafuse.batchnorm import fold_norms
 from intrafuse.fusing.align import align
 from intrafuse.fusing.members import Member
 from intrafuse.fusing.restore import analytic_restore
 from intrafuse.graph import trace
-from intrafuse.graph.compare import Expected, calls, first_difference
 from intrafuse.graph.export import export_program
+from intrafuse.graph.sizes.compare import Expected, calls, first_difference
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.moments.calibrate import Calibration
 from intrafuse.moments.damage import damage_by_width
 from intrafuse.moments.propagate import Propagation
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.weights import Weights
 
 # --- predicted damage -----------------------------------------------------------------------
 

@@ -9,14 +9,14 @@ import torch
 from networks import NETWORKS, build, outputs, same_state
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate import accuracy
-from intrafuse.evaluate.embed import embed, folded
-from intrafuse.evaluate.landscape import _coarse_first, landscape
-from intrafuse.surgery import install
-from intrafuse.training import Training, train
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.evaluate.embed import embed, folded
+from intrafuse.study.evaluate.landscape import _coarse_first, landscape
+from intrafuse.study.training import Training, train
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.install import install
 
 DATA = load_data("digits", limit=150)
 METHODS = ("select", "intra-fusion", "folding", "moment")

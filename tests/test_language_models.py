@@ -12,9 +12,9 @@ from reference import mask_channels
 from typer.testing import CliRunner
 
 import intrafuse
+from intrafuse.catalog.zoo import resolve_model
 from intrafuse.cli import app
 from intrafuse.graph import trace
-from intrafuse.zoo import resolve_model
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 from language_models import MODELS, build, inputs, outputs

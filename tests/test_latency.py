@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
-from intrafuse.latency_model import LatencyModel
-from intrafuse.plan import Plan
+from intrafuse.allocation.latency import LatencyModel
+from intrafuse.pruning.plan import Plan
+from intrafuse.support.errors import IntrafuseError
 
 
 class Clock:
@@ -37,7 +37,7 @@ class Layer(nn.Linear):
 @pytest.fixture
 def clock(monkeypatch):
     """Let a rule say how many milliseconds each layer takes."""
-    monkeypatch.setattr("intrafuse.latency.time", CLOCK)
+    monkeypatch.setattr("intrafuse.allocation.timing.time", CLOCK)
     return lambda rule: setattr(CLOCK, "rule", rule)
 
 

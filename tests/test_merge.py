@@ -13,10 +13,10 @@ from torch import nn
 
 import intrafuse
 from intrafuse import MergeMap, Plan
-from intrafuse.batchnorm import fold_norms
 from intrafuse.graph.blocks import positions
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 LAYERS = {
     "linear": (nn.Linear(4, 6), ()),

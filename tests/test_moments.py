@@ -10,8 +10,6 @@ from networks import NETWORKS, build
 from torch import nn
 
 import intrafuse
-from intrafuse.batchnorm import fold_norms
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph import trace
 from intrafuse.methods import Moment
 from intrafuse.moments.calibrate import Calibration
@@ -21,7 +19,9 @@ from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import Reading, readings
 from intrafuse.moments.readout import read_back
 from intrafuse.moments.taps import output_variance, tap_correlation
-from intrafuse.weights import Weights
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.weights import Weights
 
 ACTIVATIONS = {
     "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "silu": F.silu,
@@ -233,9 +233,9 @@ def test_an_operator_without_a_rule_has_no_moments():
 
 
 def test_trained_networks_keep_more_than_by_fusion(shared):
-    from intrafuse.data import load_data
-    from intrafuse.evaluate import accuracy
-    from intrafuse.zoo import load_weights, resolve_model
+    from intrafuse.catalog.data import load_data
+    from intrafuse.catalog.zoo import load_weights, resolve_model
+    from intrafuse.study.evaluate import accuracy
 
     network = resolve_model("vgg11_bn")
     load_weights(network.model, shared / "models" / "vgg11_bn_cifar10.safetensors")

@@ -20,11 +20,11 @@ from twin_networks import build as build_twins
 import intrafuse
 from intrafuse.graph import trace
 from intrafuse.graph.axes import Product, Sum
-from intrafuse.graph.compare import calls
+from intrafuse.graph.sizes.compare import calls
 from intrafuse.moments.propagate import RULES, Moments, Propagation
 from intrafuse.moments.readers import readings
 from intrafuse.moments.rules.shape import _border
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 
 def agree(model: nn.Module, x: Tensor, channels: float = 0.4) -> int:

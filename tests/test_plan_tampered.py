@@ -15,7 +15,7 @@ from torch import Tensor
 
 import intrafuse
 from intrafuse import IntrafuseError, Plan
-from intrafuse.reading import MOST_LEVELS
+from intrafuse.support.reading import MOST_LEVELS
 
 torch.set_num_threads(1)
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import intrafuse
 from intrafuse import Budget, IntrafuseError
-from intrafuse.batchnorm import fold_norms
-from intrafuse.budget import choose_widths, measure
+from intrafuse.allocation.budget import choose_widths, measure
 from intrafuse.graph import trace
 from intrafuse.methods import METHODS, Folding
 from intrafuse.moments.damage import damage_by_width, stream_shares
 from intrafuse.moments.propagate import Propagation
-from intrafuse.weights import Weights
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.weights import Weights
 
 KINDS = ["channels", "params", "macs"]
 

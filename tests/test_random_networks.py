@@ -10,7 +10,7 @@ from reference import mask_readers, mask_writers
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 ACTIVATIONS = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "hardswish": F.hardswish,

@@ -15,7 +15,7 @@ from intrafuse.graph import trace
 from intrafuse.methods import METHODS, Folding, Select
 from intrafuse.moments.readers import readings
 from intrafuse.moments.readout import beside, predicted_error, with_readout
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 
 def seeded(*layers: nn.Module) -> nn.Module:

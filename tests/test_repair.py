@@ -10,7 +10,7 @@ from torch import nn
 
 import intrafuse
 from intrafuse import IntrafuseError
-from intrafuse.repair import reestimate_batchnorm
+from intrafuse.pruning.repair import reestimate_batchnorm
 
 NORM = nn.modules.batchnorm._BatchNorm
 WITH_NORMS = [name for name in NETWORKS if name != "tied"]

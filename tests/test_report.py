@@ -12,14 +12,14 @@ from records import RECORDS
 from typer.testing import CliRunner
 
 import intrafuse
+from intrafuse.catalog.zoo import resolve_model
 from intrafuse.cli import app
-from intrafuse.errors import IntrafuseError
-from intrafuse.report.kinds import KINDS
-from intrafuse.report.page import draw_pictures, write_report
-from intrafuse.report.read import read_entries
-from intrafuse.report.record import as_record, write_record
-from intrafuse.report.tables import text_table
-from intrafuse.zoo import resolve_model
+from intrafuse.study.report.kinds import KINDS
+from intrafuse.study.report.page import draw_pictures, write_report
+from intrafuse.study.report.read import read_entries
+from intrafuse.study.report.record import as_record, write_record
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.tables import text_table
 
 SHOWN = {
     "comparison": ["unpruned", "1.5M", "87.25", "50.0%", "750k", "66.7%", "31.12", "1.50"],

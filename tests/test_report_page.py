@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from intrafuse.demo import run_demo
+from intrafuse.study.demo import run_demo
 
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

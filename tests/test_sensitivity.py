@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import intrafuse
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate import accuracy
-from intrafuse.evaluate.ablation import (
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.evaluate.ablation import (
     MARGINALS,
     NORMALISATIONS,
     ORDERS,
@@ -17,8 +17,8 @@ from intrafuse.evaluate.ablation import (
     Ablation,
     ablation,
 )
-from intrafuse.evaluate.sensitivity import sensitivity
-from intrafuse.zoo import resolve_model
+from intrafuse.study.evaluate.sensitivity import sensitivity
+from intrafuse.support.errors import IntrafuseError
 
 DATA = load_data("digits", limit=100)
 

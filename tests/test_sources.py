@@ -17,7 +17,7 @@ from intrafuse.cli import app
 from intrafuse.methods import METHODS, Auto, Moment
 from intrafuse.moments.sources import MomentSource
 from intrafuse.moments.synthetic import synthesise
-from intrafuse.repair import reestimate_batchnorm
+from intrafuse.pruning.repair import reestimate_batchnorm
 
 NORM = nn.modules.batchnorm._BatchNorm
 FEW = {"source": "synthetic", "images": 8, "steps": 2}

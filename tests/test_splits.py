@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intrafuse.errors import IntrafuseError
-from intrafuse.factorize.recipe import Splits
-from intrafuse.factorize.splits import read_positions, split, write_positions
+from intrafuse.study.factorize.recipe import Splits
+from intrafuse.study.factorize.splits import read_positions, split, write_positions
+from intrafuse.support.errors import IntrafuseError
 
 LABELS = torch.arange(1000) % 10
 

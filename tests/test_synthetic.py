@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
 from intrafuse.methods import Moment
 from intrafuse.moments.synthetic import dead_leaves, synthesise
+from intrafuse.support.errors import IntrafuseError
 
 
 def plausible(name: str = "chain", seed: int = 0) -> tuple[nn.Module, torch.Tensor]:

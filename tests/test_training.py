@@ -10,13 +10,13 @@ from networks import same_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from intrafuse.data import load_data
-from intrafuse.errors import IntrafuseError
-from intrafuse.evaluate import accuracy
-from intrafuse.training import PRESETS, Training, train
-from intrafuse.training.augment import crop_flip
-from intrafuse.training.state import read_state, write_state
-from intrafuse.zoo import resolve_model
+from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import resolve_model
+from intrafuse.study.evaluate import accuracy
+from intrafuse.study.training import PRESETS, Training, train
+from intrafuse.study.training.augment import crop_flip
+from intrafuse.study.training.state import read_state, write_state
+from intrafuse.support.errors import IntrafuseError
 
 SHORT = Training(epochs=3, rate=0.1, schedule="one-cycle", augment="crop-flip")
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
-from intrafuse.errors import IntrafuseError
-from intrafuse.transport import (
+from intrafuse.methods.transport import (
     Transport,
     assignment,
     encode_matrix,
@@ -19,6 +18,7 @@ from intrafuse.transport import (
     marginal,
     transport,
 )
+from intrafuse.support.errors import IntrafuseError
 
 ORDERS = [1, 1.5, 2, 3, np.inf]
 

@@ -13,8 +13,8 @@ from networks import NETWORKS, build
 from torch import nn
 
 import intrafuse
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.rules import RULES
+from intrafuse.support.errors import IntrafuseError
 
 
 class Scaled(nn.Module):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from intrafuse.errors import IntrafuseError
-from intrafuse.zoo import ZOO, file_sha256, load_weights, resolve_model
-from intrafuse.zoo.networks import ZeroPadShortcut
+from intrafuse.catalog.zoo import ZOO, file_sha256, load_weights, resolve_model
+from intrafuse.catalog.zoo.networks import ZeroPadShortcut
+from intrafuse.support.errors import IntrafuseError
 
 
 def count(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import intrafuse
-from intrafuse.zoo import ZOO, ResolvedModel, resolve_model
+from intrafuse.catalog.zoo import ZOO, ResolvedModel, resolve_model
 
 METHODS = ("select", "intra-fusion", "folding")
 

@@ -13,7 +13,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-import intrafuse
 from intrafuse.cli import (
     ablation,
     compare,
@@ -30,6 +29,7 @@ from intrafuse.cli import (
     sensitivity,
 )
 from intrafuse.cli.options import add_command, discard, show_error
+from intrafuse.support.version import __version__
 
 __all__ = ["app", "main"]
 
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"intrafuse {intrafuse.__version__}")
+        typer.echo(f"intrafuse {__version__}")
         raise typer.Exit
 
 

@@ -10,7 +10,7 @@ import typer
 from intrafuse.cli.options import Common, DataOptions, GroupOptions, ModelOptions, numbers
 from intrafuse.cli.output import progress, show_record
 from intrafuse.cli.subject import Subject
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["ablation"]
 
@@ -30,8 +30,8 @@ def ablation(
     """Prune every group alone under several settings, and test whether these differ."""
     shares = numbers("--channels", channels, float)
     common.start()
-    from intrafuse.evaluate.ablation import SETTINGS
-    from intrafuse.evaluate.ablation import ablation as measure_settings
+    from intrafuse.study.evaluate.ablation import SETTINGS
+    from intrafuse.study.evaluate.ablation import ablation as measure_settings
 
     if setting not in SETTINGS:
         known = ", ".join(SETTINGS)

@@ -31,7 +31,7 @@ def compare(
     settings = options.settings()
     common.start()
     import intrafuse
-    from intrafuse.evaluate.compare import compare as compare_methods
+    from intrafuse.study.evaluate.compare import compare as compare_methods
 
     subject = Subject.of(model, data, common)
     with progress() as advance:

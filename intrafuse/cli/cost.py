@@ -10,7 +10,7 @@ import typer
 from intrafuse.cli.evaluate import load_saved
 from intrafuse.cli.options import Common, InputShape, NumClasses, numbers
 from intrafuse.cli.output import show_record
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,8 +42,8 @@ def cost(
     common.start()
     import torch
 
-    from intrafuse.evaluate.cost import costs, costs_record
-    from intrafuse.zoo import resolve_model
+    from intrafuse.catalog.zoo import resolve_model
+    from intrafuse.study.evaluate.cost import costs, costs_record
 
     shape = None if input_shape is None else tuple(numbers("--input-shape", input_shape, int))
     found: dict[str, nn.Module] = {}

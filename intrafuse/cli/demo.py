@@ -9,7 +9,7 @@ import typer
 
 from intrafuse.cli.options import Common
 from intrafuse.cli.output import progress, show_note, show_record
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["demo"]
 
@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Train a network on the embedded digits, prune it, and show what is left: about a minute."""
     common.start()
-    from intrafuse.demo import run_demo
+    from intrafuse.study.demo import run_demo
 
     with progress() as advance:
         found = run_demo(out, seed=common.seed, device=common.device, progress=advance)

@@ -37,7 +37,7 @@ def divergence(
     settings = options.settings()
     common.start()
     import intrafuse
-    from intrafuse.evaluate.divergences import divergences
+    from intrafuse.study.evaluate.divergences import divergences
 
     subject = Subject.of(model, data, common)
     with progress() as advance:

@@ -14,7 +14,7 @@ from intrafuse.cli.output import progress, show_table, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-    from intrafuse.data import Images
+    from intrafuse.catalog.data import Images
 
 __all__ = ["evaluate", "load_saved"]
 
@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Measure the accuracy and the size of a saved network."""
     common.start()
-    from intrafuse.evaluate import accuracy
+    from intrafuse.study.evaluate import accuracy
 
     network, shape = load_saved(folder, model, num_classes)
     network = network.to(common.device)
@@ -64,10 +64,10 @@ def load_saved(
     folder: Path, name: str | None, num_classes: int | None
 ) -> tuple[nn.Module, tuple[int, ...] | None]:
     """Load a saved network, and tell the shape of its input where it is known."""
-    from intrafuse.checkpoint import MANIFEST, load
-    from intrafuse.errors import IntrafuseError
-    from intrafuse.manifest import Manifest
-    from intrafuse.zoo import ZOO, resolve_model
+    from intrafuse.catalog.zoo import ZOO, resolve_model
+    from intrafuse.checkpoint.folder import MANIFEST, load
+    from intrafuse.checkpoint.manifest import Manifest
+    from intrafuse.support.errors import IntrafuseError
 
     if name is None and num_classes is not None:
         raise IntrafuseError("--num-classes belongs to --model", value=num_classes, usage=True)
@@ -84,8 +84,8 @@ def _count_macs(network: nn.Module, test: Images, device: str) -> int | None:
     """Count multiply-accumulates for one image, or give up where the network cannot be traced."""
     import torch
 
-    from intrafuse.errors import IntrafuseError
     from intrafuse.graph import trace
+    from intrafuse.support.errors import IntrafuseError
 
     try:
         graph = trace(network, torch.zeros(1, *test.input_shape, device=device))

@@ -10,10 +10,10 @@ import typer
 
 from intrafuse.cli.options import Common, numbers
 from intrafuse.cli.output import progress, show_note, show_record
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 if TYPE_CHECKING:
-    from intrafuse.factorize import Recipe
+    from intrafuse.study.factorize import Recipe
 
 __all__ = ["factorize"]
 
@@ -72,7 +72,7 @@ class RecipeOptions:
 
     def build(self, seed: int | None) -> Recipe:
         """Make the recipe; without a seed it is the file's, or 0."""
-        from intrafuse.factorize.recipe import make_recipe, read_recipe
+        from intrafuse.study.factorize.recipe import make_recipe, read_recipe
 
         stages = self._stages()
         chosen: dict[str, Any] = {
@@ -105,7 +105,7 @@ class RecipeOptions:
 
     def _stages(self) -> dict[str, Any]:
         """Give the settings of the three trainings, where options change them."""
-        from intrafuse.training import PRESETS
+        from intrafuse.study.training import PRESETS
 
         preset = self.preset or (None if self.recipe else "short")
         if preset is not None and preset not in ("short", "paper"):

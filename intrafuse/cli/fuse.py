@@ -20,12 +20,12 @@ from intrafuse.cli.options import (
     numbers,
 )
 from intrafuse.cli.output import Advance, progress, show_note, show_record
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 if TYPE_CHECKING:
-    from intrafuse.data import Images
-    from intrafuse.fuse import Fused
-    from intrafuse.zoo import ResolvedModel
+    from intrafuse.catalog.data import Images
+    from intrafuse.catalog.zoo import ResolvedModel
+    from intrafuse.fusing.fuse import Fused
 
 __all__ = ["fuse"]
 
@@ -54,7 +54,7 @@ class NetworkOptions:
         return [self._one(path, device) for path in self.weights or ()]
 
     def _one(self, path: Path, device: str) -> ResolvedModel:
-        from intrafuse.checkpoint import load
+        from intrafuse.checkpoint.folder import load
 
         known = {"num_classes": self.num_classes, "input_shape": self.input_shape}
         folder = path.is_dir()
@@ -119,7 +119,7 @@ def fuse(
     settings = options.settings()
     common.start()
     import intrafuse
-    from intrafuse.checkpoint import usable
+    from intrafuse.checkpoint.folder import usable
 
     if out is not None:
         usable(out)
@@ -153,7 +153,7 @@ def _measure(
     advance: Advance,
 ) -> dict[str, Any]:
     """Measure the accuracy of every network and of the fused one, where there is data."""
-    from intrafuse.evaluate import accuracy
+    from intrafuse.study.evaluate import accuracy
 
     if test is None:
         return {}
@@ -178,9 +178,9 @@ def _save(
     reference: int,
     figures: dict[str, Any],
 ) -> None:
-    from intrafuse.checkpoint import PLAN, WEIGHTS, save
-    from intrafuse.plan import Plan
-    from intrafuse.zoo import file_sha256
+    from intrafuse.catalog.zoo import file_sha256
+    from intrafuse.checkpoint.folder import PLAN, WEIGHTS, save
+    from intrafuse.pruning.plan import Plan
 
     source, plan = (networks.weights or ())[reference], fused.plan
     if source.is_dir():  # its widths are not the architecture's where a plan made it smaller

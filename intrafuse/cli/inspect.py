@@ -11,8 +11,8 @@ from intrafuse.cli.options import Common, ModelOptions
 from intrafuse.cli.output import show_note, show_table, write_json
 
 if TYPE_CHECKING:
+    from intrafuse.catalog.zoo import ResolvedModel
     from intrafuse.graph import ChannelGroup, Slot
-    from intrafuse.zoo import ResolvedModel
 
 __all__ = ["inspect"]
 
@@ -38,10 +38,10 @@ def inspect(
 ) -> None:
     """Show the channel groups of a network, what is locked and why, and its size."""
     common.start()
-    from intrafuse.budget import measure
+    from intrafuse.allocation.budget import measure
+    from intrafuse.allocation.patterns import require_matches
     from intrafuse.graph import trace
-    from intrafuse.patterns import require_matches
-    from intrafuse.weights import Weights
+    from intrafuse.surgery.weights import Weights
 
     resolved = model.resolve(common.device)
     graph = trace(resolved.model, resolved.example_inputs, include=include or ())
@@ -77,8 +77,8 @@ def inspect(
 
 def _verify(resolved: ResolvedModel, include: list[str] | None, common: Common) -> dict[str, Any]:
     """Prune a network with `select` and run it against a masked copy of the original."""
-    from intrafuse.prune import plan
-    from intrafuse.verification import verify
+    from intrafuse.pruning.prune import plan
+    from intrafuse.pruning.verification import verify
 
     inputs = resolved.example_inputs
     made = plan(

@@ -11,7 +11,7 @@ import typer
 from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions
 from intrafuse.cli.output import progress, show_record
 from intrafuse.cli.subject import Subject
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["landscape"]
 
@@ -41,7 +41,7 @@ def landscape(
     settings = options.settings()
     common.start()
     import intrafuse
-    from intrafuse.evaluate.landscape import landscape as measure_plane
+    from intrafuse.study.evaluate.landscape import landscape as measure_plane
 
     subject = Subject.of(model, data, common)
     plans = {

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
-from intrafuse.errors import IntrafuseError, printable
-from intrafuse.files import file_target
+from intrafuse.support.errors import IntrafuseError, printable
+from intrafuse.support.files import file_target
 
 if TYPE_CHECKING:
-    from intrafuse.data import Images
-    from intrafuse.zoo import ResolvedModel
+    from intrafuse.catalog.data import Images
+    from intrafuse.catalog.zoo import ResolvedModel
 
 __all__ = [
     "COMMAND",
@@ -174,7 +174,7 @@ class Common:
 
     def require_device(self) -> None:
         """Refuse a device that cannot be used."""
-        from intrafuse.device import require_device
+        from intrafuse.support.device import require_device
 
         require_device(self.device)
 
@@ -216,7 +216,7 @@ class ModelOptions:
 
     def record(self) -> dict[str, Any]:
         """Say in a record which network it was."""
-        from intrafuse.zoo import file_sha256
+        from intrafuse.catalog.zoo import file_sha256
 
         digest = None if self.weights is None else file_sha256(self.weights)
         return {"model": self.model, "weights_sha256": digest}
@@ -225,8 +225,8 @@ class ModelOptions:
         """Build the network on a device."""
         from dataclasses import replace
 
-        from intrafuse.batches import map_tensors
-        from intrafuse.zoo import load_weights, resolve_model
+        from intrafuse.catalog.zoo import load_weights, resolve_model
+        from intrafuse.support.batches import map_tensors
 
         shape = self.input_shape
         shape = None if shape is None else tuple(numbers("--input-shape", shape, int))
@@ -275,7 +275,7 @@ class DataOptions:
 
     def images(self, spec: str, split: str, limit: int | None) -> Images:
         """Load one split."""
-        from intrafuse.data import load_data
+        from intrafuse.catalog.data import load_data
 
         return load_data(spec, split=split, limit=limit)
 

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from intrafuse.cli.options import COMMAND, Common, show_note
-from intrafuse.errors import printable
+from intrafuse.support.errors import printable
 
 __all__ = ["Advance", "progress", "show_note", "show_record", "show_table", "write_json"]
 
@@ -29,7 +29,7 @@ def show_table(
     """Print a table to standard output, or to standard error where JSON goes there."""
     from rich.console import Console
 
-    from intrafuse.report.tables import make_table, text_table
+    from intrafuse.support.tables import make_table, text_table
 
     stream = sys.stderr if common.json == "-" else sys.stdout
     if stream.isatty():
@@ -48,7 +48,7 @@ def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str =
         data: its figures.
         title: what stands before the tables' own.
     """
-    from intrafuse.report.kinds import KINDS
+    from intrafuse.study.report.kinds import KINDS
 
     write_json(common, kind, data)
     for table in KINDS[kind].tables(data):
@@ -60,7 +60,7 @@ def write_json(common: Common, kind: str, data: Mapping[str, Any]) -> None:
     """Write the record of a command where --json says, a file as a whole or not at all."""
     if common.json is None:
         return
-    from intrafuse.report.record import as_record, write_record
+    from intrafuse.study.report.record import as_record, write_record
 
     found = as_record(kind, data, command=COMMAND.get())
     if common.json == "-":

@@ -11,13 +11,13 @@ import typer
 
 from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 if TYPE_CHECKING:
-    from intrafuse.data import Images
+    from intrafuse.catalog.data import Images
+    from intrafuse.catalog.zoo import ResolvedModel
     from intrafuse.methods import Method
-    from intrafuse.prune import Pruned
-    from intrafuse.zoo import ResolvedModel
+    from intrafuse.pruning.prune import Pruned
 
 __all__ = ["prune"]
 
@@ -138,7 +138,7 @@ def prune(
     settings = options.settings()
     common.start()
     import intrafuse
-    from intrafuse.checkpoint import usable
+    from intrafuse.checkpoint.folder import usable
 
     chosen = method.build()
     if out is not None:
@@ -178,7 +178,7 @@ def _measure(
     advance: Advance,
 ) -> dict[str, Any]:
     """Measure accuracy before and after, where there is data."""
-    from intrafuse.evaluate import accuracy
+    from intrafuse.study.evaluate import accuracy
 
     if test is None:
         return {}
@@ -193,8 +193,8 @@ def _measure(
 def _save(
     out: Path, pruned: Pruned, model: ModelOptions, resolved: ResolvedModel, figures: dict[str, Any]
 ) -> None:
-    from intrafuse.checkpoint import save
-    from intrafuse.zoo import file_sha256
+    from intrafuse.catalog.zoo import file_sha256
+    from intrafuse.checkpoint.folder import save
 
     save(
         out,
@@ -207,7 +207,7 @@ def _save(
 
 
 def _show(common: Common, pruned: Pruned, record: dict[str, Any]) -> None:
-    from intrafuse.report.kinds.pruning import sizes
+    from intrafuse.study.report.kinds.pruning import sizes
 
     table, report = sizes(record), pruned.report
     title = f"Pruned by {record['method']['name']} in {report.seconds:.2f} s"
@@ -222,7 +222,7 @@ def _show(common: Common, pruned: Pruned, record: dict[str, Any]) -> None:
 def _data(
     resolved: ResolvedModel, pruned: Pruned, figures: dict[str, Any], out: Path | None
 ) -> dict[str, Any]:
-    from intrafuse.latency import latencies
+    from intrafuse.allocation.timing import latencies
 
     networks = {"before": resolved.model, "after": pruned.model}
     took = pruned.report.latency or latencies(networks, resolved.example_inputs, runs=RUNS)

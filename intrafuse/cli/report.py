@@ -9,7 +9,7 @@ import typer
 
 from intrafuse.cli.options import Common
 from intrafuse.cli.output import show_note, write_json
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["plot", "report"]
 
@@ -29,7 +29,7 @@ def report(
     common: Common = Common(),
 ) -> None:
     """Write one self-contained HTML page from records, saved networks and factorised runs."""
-    from intrafuse.report.page import write_report
+    from intrafuse.study.report.page import write_report
 
     first = paths[0]
     target = out or (first if first.is_dir() else first.parent) / "report.html"
@@ -45,8 +45,8 @@ def plot(
     common: Common = Common(),
 ) -> None:
     """Write every picture of a report to a file of its own."""
-    from intrafuse.report.page import draw_pictures
-    from intrafuse.report.pictures import FORMATS
+    from intrafuse.study.report.page import draw_pictures
+    from intrafuse.study.report.pictures import FORMATS
 
     if form not in FORMATS:
         known = ", ".join(FORMATS)

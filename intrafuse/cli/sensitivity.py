@@ -29,7 +29,7 @@ def sensitivity(
     """Prune every group alone, and tell which are volatile and which resilient."""
     shares = numbers("--channels", channels, float)
     common.start()
-    from intrafuse.evaluate.sensitivity import sensitivity as measure_groups
+    from intrafuse.study.evaluate.sensitivity import sensitivity as measure_groups
 
     subject = Subject.of(model, data, common)
     with progress() as advance:

@@ -11,7 +11,7 @@ from intrafuse.cli.output import show_note
 if TYPE_CHECKING:
     from torch import nn
 
-    from intrafuse.data import Images
+    from intrafuse.catalog.data import Images
 
 __all__ = ["Subject"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from intrafuse.graph.axes import Sum, Tree, leaves
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.merge import MergeMap
-from intrafuse.transport import Transport, assignment, encode_matrix, transport
-from intrafuse.weights import Weights
+from intrafuse.methods.transport import Transport, assignment, encode_matrix, transport
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Alignment", "align"]
 

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from intrafuse.batches import require_rereadable
-from intrafuse.errors import IntrafuseError
+from intrafuse.allocation.patterns import near_matches
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.patterns import near_matches
+from intrafuse.support.batches import require_rereadable
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = [
     "Width",

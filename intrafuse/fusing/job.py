@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from intrafuse.batchnorm import fold_norms
 from intrafuse.fusing.align import align
 from intrafuse.fusing.members import Member, combine
 from intrafuse.fusing.observe import activations
@@ -17,9 +16,10 @@ from intrafuse.fusing.stack import shrink, stack
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.methods.moment import Moment
-from intrafuse.plan import Plan
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.pruning.plan import Plan
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Job", "average", "merge", "narrow"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.graph.rules import location, operator_name
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["require_equal_widths", "require_same_structure"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from intrafuse.merge import MergeMap
-from intrafuse.weights import Weights
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Member", "combine"]
 

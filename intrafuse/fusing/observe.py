@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches, fitting, map_tensors
-from intrafuse.calls import as_library
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.moments.calibrate import FIT, LAYERS
+from intrafuse.support.batches import batches, fitting, map_tensors
+from intrafuse.support.calls import as_library
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["Point", "activations", "observing", "points", "run", "take"]
 

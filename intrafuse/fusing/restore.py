@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches
-from intrafuse.errors import IntrafuseError
 from intrafuse.fusing.members import Member
 from intrafuse.fusing.observe import Point, observing, points, run
-from intrafuse.merge import MergeMap
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.support.batches import batches
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.install import install
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["analytic_restore", "reestimate"]
 

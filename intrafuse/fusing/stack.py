@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intrafuse.budget import measure
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
+from intrafuse.allocation.budget import measure
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.axes import Sum, Tree, tree_size
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.importance import score
-from intrafuse.merging import merge_groups
+from intrafuse.importance.metrics import score
 from intrafuse.methods.moment import Moment
-from intrafuse.plan import Plan
-from intrafuse.weights import Weights
+from intrafuse.pruning.each_group import merge_groups
+from intrafuse.pruning.plan import Plan
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["shrink", "stack"]
 

@@ -23,11 +23,11 @@ from torch.fx import Graph, Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
-from intrafuse import errors
-from intrafuse.calls import alone, as_called
-from intrafuse.device import require_numbers
-from intrafuse.errors import IntrafuseError
-from intrafuse.snapshot import same_random_state, unchanged
+from intrafuse.support import errors
+from intrafuse.support.calls import alone, as_called
+from intrafuse.support.device import require_numbers
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.snapshot import same_random_state, unchanged
 
 __all__ = [
     "CONSTANT",
@@ -263,7 +263,8 @@ def _last_operator(error: BaseException) -> str | None:
 
 def failing_line(error: BaseException) -> str | None:
     """Find the last line of the model's code, outside PyTorch and this package, that was run."""
-    libraries = tuple(f"{Path(str(m.__file__)).parent}{os.sep}" for m in (torch, errors))
+    homes = Path(str(torch.__file__)).parent, Path(errors.__file__).parents[1]
+    libraries = tuple(f"{home}{os.sep}" for home in homes)
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     own = [(name, line) for name, line in frames if not name.startswith((*libraries, "<"))]
     if not own:

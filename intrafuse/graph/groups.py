@@ -160,7 +160,7 @@ class Norm:
 class Attribute:
     """A module attribute that must equal the size of an axis, such as `out_channels`.
 
-    Names are those of `intrafuse.modules.held_sizes`, such as `normalized_shape.0`.
+    Names are those of `intrafuse.support.modules.held_sizes`, such as `normalized_shape.0`.
     """
 
     module: str

@@ -12,9 +12,6 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
-from intrafuse.arguments import check_arguments
-from intrafuse.calls import apart
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.export import (
     ExampleInputs,
     as_arguments,
@@ -25,11 +22,14 @@ from intrafuse.graph.export import (
 )
 from intrafuse.graph.frozen import Program, free_atoms, freeze, hold, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.literals import Workshop, settle
 from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 from intrafuse.graph.rules.products import tie_packed_heads
 from intrafuse.graph.rules.registry import VIEWS
-from intrafuse.modules import copy_without, place
+from intrafuse.graph.sizes.literals import Workshop, settle
+from intrafuse.support.arguments import check_arguments
+from intrafuse.support.calls import apart
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.modules import copy_without, place
 
 __all__ = [
     "ExampleInputs",

@@ -7,15 +7,15 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.merge import MergeMap
 from intrafuse.methods.auto import Auto
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.moment import Moment
 from intrafuse.methods.select import Select
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = [
     "METHODS",

@@ -7,9 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from intrafuse.context import Context
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.moment import fused
@@ -18,6 +16,8 @@ from intrafuse.methods.settings import check_choices
 from intrafuse.moments.explain import explaining_channels
 from intrafuse.moments.readout import predicted_error, with_readout
 from intrafuse.moments.sources import MomentSource, Source
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Auto"]
 

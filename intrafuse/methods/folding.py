@@ -20,12 +20,12 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.merge import MergeMap
 from intrafuse.methods.settings import check_choices
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Folding", "cluster", "clustering_features", "repair_gain", "restored_variance"]
 
@@ -55,7 +55,7 @@ class Folding:
         start: the clusters that k-means starts from: those of `ward`, which needs no seed and
             ends in better clusters, or of `k-means++`, which the seed of the plan decides.
 
-    >>> from intrafuse.prune import plan
+    >>> from intrafuse.pruning.prune import plan
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> net[0].weight.data[3:] = net[0].weight.data[:3]  # every channel twice

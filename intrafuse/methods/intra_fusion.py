@@ -17,19 +17,19 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.merge import MergeMap
 from intrafuse.methods.select import most_important
 from intrafuse.methods.settings import check_choices
-from intrafuse.transport import (
+from intrafuse.methods.transport import (
     Marginal,
     encode_matrix,
     ground_cost,
     marginal,
     transport,
 )
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["IntraFusion", "channel_features"]
 

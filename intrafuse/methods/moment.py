@@ -11,11 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from intrafuse.context import Context
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules.products import SUMMED
-from intrafuse.merge import MergeMap
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.select import most_important
@@ -24,6 +22,8 @@ from intrafuse.moments.attention import place_encode, with_products
 from intrafuse.moments.explain import explaining_blocks, explaining_channels
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource, Source
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Moment"]
 

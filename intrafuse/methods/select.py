@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from intrafuse.context import Context
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.merge import MergeMap
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Select", "most_important"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from intrafuse.errors import IntrafuseError
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["check_choice", "check_choices"]
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from intrafuse.context import Context
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.merge import MergeMap
 from intrafuse.moments.readers import Reading
 from intrafuse.moments.sources import MomentSource
-from intrafuse.weights import Weights
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["place_encode", "with_products"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.batches import batches, fitting
-from intrafuse.calls import as_library
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
-from intrafuse.surgery import install
-from intrafuse.weights import Weights
+from intrafuse.support.batches import batches, fitting
+from intrafuse.support.calls import as_library
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.install import install
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["FIT", "LAYERS", "Calibration"]
 

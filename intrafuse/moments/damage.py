@@ -17,7 +17,7 @@ from intrafuse.graph.groups import ChannelGroup
 from intrafuse.moments.explain import unexplained
 from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import layer_calls, readings
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["damage_by_width", "stream_shares"]
 

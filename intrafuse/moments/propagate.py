@@ -21,7 +21,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import entering, location, operator_name
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Moments", "Origin", "Propagation", "register"]
 

@@ -16,7 +16,7 @@ from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.rules import operator_name
 from intrafuse.moments.propagate import CORRELATED, Moments, Propagation
 from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
-from intrafuse.weights import Weights
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Reading", "Written", "layer_calls", "place_taps", "reader_taps", "readings", "written"]
 

@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.axes import leaves
-from intrafuse.merge import MergeMap
 from intrafuse.moments.readers import Reading
 from intrafuse.moments.taps import output_variance
-from intrafuse.weights import Weights
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["beside", "predicted_error", "read_back", "with_readout"]
 

@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 
-from intrafuse.context import Context
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.merge import MergeMap
 from intrafuse.moments.calibrate import Calibration
 from intrafuse.moments.readers import Reading, Written, reader_taps, readings, written
 from intrafuse.moments.readout import beside
 from intrafuse.moments.synthetic import synthesise
-from intrafuse.weights import Weights
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["MomentSource", "Source"]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafuse.arguments import check_arguments
-from intrafuse.batches import fitting
-from intrafuse.calls import apart, as_library
-from intrafuse.device import require_numbers
-from intrafuse.errors import IntrafuseError
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
+from intrafuse.support.arguments import check_arguments
+from intrafuse.support.batches import fitting
+from intrafuse.support.calls import apart, as_library
+from intrafuse.support.device import require_numbers
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["synthesise"]
 

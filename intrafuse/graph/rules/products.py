@@ -3,7 +3,7 @@
 A product with a parameter is a layer: it reads the axis that is summed over and writes the one
 that only the parameter has. A product of two activations couples them: queries with keys, weights
 of attention with values. What is summed over then, and what lies beside it in both (heads), can
-be chosen among, but not combined (see `intrafuse.merging.merge_groups`).
+be chosen among, but not combined (see `intrafuse.pruning.each_group.merge_groups`).
 """
 
 from __future__ import annotations

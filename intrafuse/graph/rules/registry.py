@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
 from intrafuse.graph.groups import Attribute, Cost, Hint, Kind, Layer, Norm, Rescale, Role
-from intrafuse.modules import held_size
+from intrafuse.support.modules import held_size
 
 __all__ = [
     "RULES",
@@ -197,7 +197,7 @@ class Scope:
         """Note an axis whose size, or that of a part of it, the operator was given as a number.
 
         Whether the code computes the number from shapes and attributes is found out by running it
-        (`intrafuse.graph.literals`); the axis is locked where it does not.
+        (`intrafuse.graph.sizes.literals`); the axis is locked where it does not.
         """
         if not self.is_fixed(tree):
             self.literals.append(Literal(node, tree, tree if part is None else part, at))

@@ -1,0 +1,1 @@
+"""How many channels each group keeps: budgets, patterns of names, predicted latency."""

@@ -1,0 +1,1 @@
+"""What MODEL and SPEC strings name."""

@@ -1,0 +1,277 @@
+"""Labelled images in normalised batches, held as one tensor or as files that are read on demand.
+
+Also the small helpers that the loaders share. Pillow and pyarrow come with the extra ``data``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intrafuse.support.errors import IntrafuseError
+
+__all__ = ["RGB_MEAN", "RGB_STD", "ImageFiles", "Images", "decode", "import_extra", "open_folder"]
+
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+FORMATS = ("PNG", "JPEG")  # that are decoded, whatever a file is called: EPS starts a program
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import a module that only an extra of the package installs.
+
+    Args:
+        module: its full name, such as "pyarrow.parquet".
+        extra: the extra that installs it, such as "data".
+
+    Raises:
+        IntrafuseError: the module cannot be imported; the message names the extra.
+
+    >>> import_extra("json", "data").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken installation
+        raise IntrafuseError(
+            f"{module} cannot be imported ({error})",
+            remedy=f'pip install "intrafuse[{extra}]"',
+        ) from error
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Decode image files only when they are indexed, so that a folder need not fit in memory.
+
+    Args:
+        paths: one file for each image.
+        size: height and width in pixels: the shorter side is resized to it, the centre cropped.
+
+    >>> ImageFiles((Path("a.png"), Path("b.png")), size=64).shape
+    (2, 3, 64, 64)
+    """
+
+    paths: tuple[Path, ...]
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Give (images, 3, size, size), like the shape of a tensor."""
+        return len(self.paths), 3, self.size, self.size
+
+    def subset(self, index: Tensor) -> ImageFiles:
+        """Keep the files at these positions (int64, (n,)) and decode nothing."""
+        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Decode the images at these positions (int64, (n,)) to uint8, (n, 3, size, size)."""
+        ops = import_extra("PIL.ImageOps", "data")
+        bilinear = import_extra("PIL.Image", "data").Resampling.BILINEAR
+        pixels = np.empty((len(index), self.size, self.size, 3), np.uint8)
+        for row, i in enumerate(index.tolist()):
+            path = self.paths[i]
+            image = decode(path, where=str(path))
+            pixels[row] = ops.fit(image, (self.size, self.size), method=bilinear)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images:
+    """Hold labelled images and hand them out in normalised batches.
+
+    Args:
+        images: uint8 pixels in 0..255, (N, C, H, W): a tensor, or files that are read on demand.
+        labels: int64, (N,), each in 0..len(classes) - 1.
+        classes: the name of each class.
+        mean, std: one number for each channel, on the scale where 255 is 1.
+            For another normalisation use ``dataclasses.replace(data, mean=..., std=...)``.
+        name: the SPEC that the images came from.
+
+    Raises:
+        IntrafuseError: there are no images, or the fields contradict each other.
+
+    >>> from intrafuse.catalog.data import load_data
+    >>> data = load_data("digits", limit=100)
+    >>> len(data), data.input_shape, data.classes[3]
+    (100, (1, 8, 8), '3')
+    >>> [tuple(images.shape) for images, labels in data.batches(64)]
+    [(64, 1, 8, 8), (36, 1, 8, 8)]
+    """
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        shape, n = tuple(self.images.shape), len(self.labels)
+        if len(shape) != 4 or shape[0] != n:
+            raise IntrafuseError(
+                "images must have the shape (N, C, H, W) with one label each",
+                value=(shape, n),
+                layer=self.name,
+            )
+        if isinstance(self.images, Tensor) and self.images.dtype != torch.uint8:
+            raise IntrafuseError("images must be uint8", value=self.images.dtype, layer=self.name)
+        if not n:
+            raise IntrafuseError(
+                "the data set holds no images",
+                layer=self.name,
+                remedy="try another folder or split",
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise IntrafuseError(
+                f"labels must lie in 0..{len(self.classes) - 1}",
+                value=low if low < 0 else high,
+                layer=self.name,
+            )
+        if not (len(self.mean) == len(self.std) == shape[1]) or min(self.std) <= 0:
+            raise IntrafuseError(
+                f"mean and std need {shape[1]} numbers each, and std positive ones",
+                value=(self.mean, self.std),
+                layer=self.name,
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Give (C, H, W) of one image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def batches(
+        self,
+        batch_size: int = 256,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (normalised float32 images (B, C, H, W), int64 labels (B,)), each image once.
+
+        Args:
+            batch_size: images in a batch; the last batch may hold fewer.
+            shuffle: True for a random order, which depends on the seed alone.
+            seed: of the order; give each epoch its own.
+            device: where the batches go; pixels travel as uint8 and are normalised there.
+
+        Raises:
+            IntrafuseError: batch_size is below 1, or a file cannot be decoded.
+        """
+        if batch_size < 1:
+            raise IntrafuseError("batch_size must be at least 1", value=batch_size)
+        order = self._shuffled(seed) if shuffle else torch.arange(len(self))
+        return (
+            (self._normalised(part, device), self.labels[part].to(device))
+            for part in order.split(batch_size)
+        )
+
+    def take(self, n: int) -> Images:
+        """Keep the first n images, or all where there are fewer.
+
+        Raises:
+            IntrafuseError: n is below 1.
+
+        >>> from intrafuse.catalog.data import load_data
+        >>> len(load_data("digits").take(10))
+        10
+        """
+        if n < 1:
+            raise IntrafuseError("the number of images must be at least 1", value=n)
+        return self.subset(torch.arange(min(n, len(self))))
+
+    def unlabelled(self, n: int, *, seed: int = 0) -> Tensor:
+        """Draw n different images at random, or all where there are fewer, for calibration.
+
+        Returns:
+            Normalised float32 images (n, C, H, W) on the CPU.
+
+        Raises:
+            IntrafuseError: n is below 1.
+
+        >>> from intrafuse.catalog.data import load_data
+        >>> tuple(load_data("digits").unlabelled(32).shape)
+        (32, 1, 8, 8)
+        """
+        if n < 1:
+            raise IntrafuseError("the number of images must be at least 1", value=n)
+        return self._normalised(self._shuffled(seed)[:n], "cpu")
+
+    def subset(self, index: Tensor) -> Images:
+        """Keep the images at these positions (int64, (n,)), in this order."""
+        images = self.images
+        images = images.subset(index) if isinstance(images, ImageFiles) else images[index]
+        return replace(self, images=images, labels=self.labels[index])
+
+    def digest(self) -> str:
+        """Tell data sets apart: a hash of name, order of labels, and normalisation."""
+        told = f"{self.name} {self.mean} {self.std} {tuple(self.images.shape)}".encode()
+        return hashlib.sha256(told + self.labels.numpy().tobytes()).hexdigest()
+
+    def _shuffled(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _normalised(self, index: Tensor, device: str | torch.device) -> Tensor:
+        pixels = self.images[index].to(device).float().div_(255)
+        mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std)
+
+
+def decode(source: Path | io.BytesIO, *, where: str) -> Any:
+    """Decode one image to a Pillow image in RGB.
+
+    Args:
+        source: a file, or the bytes of one.
+        where: what to call it in an error.
+
+    Raises:
+        IntrafuseError: whatever the decoder stumbled on.
+    """
+    library = import_extra("PIL.Image", "data")
+    try:
+        with library.open(source, formats=FORMATS) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
+        raise IntrafuseError(
+            f"the image cannot be decoded ({error})", value=where, remedy="replace or remove it"
+        ) from error
+
+
+def open_folder(argument: str, *, example: str) -> Path:
+    """Turn the folder part of a SPEC into a path, with ~ expanded.
+
+    Raises:
+        IntrafuseError: it is empty or no folder; the message shows the example of a SPEC.
+
+    >>> open_folder(".", example="cifar10:FOLDER").is_dir()
+    True
+    """
+    if not argument:
+        raise IntrafuseError(
+            "the data set needs a folder", remedy=f"write the SPEC as {example}", usage=True
+        )
+    try:
+        folder = Path(argument).expanduser()
+    except RuntimeError as error:  # ~ of a user who does not exist
+        raise IntrafuseError(
+            f"the folder does not exist ({error})", value=argument, remedy=f"write {example}"
+        ) from error
+    if not folder.is_dir():
+        raise IntrafuseError(
+            "the folder does not exist", value=argument, remedy=f"write the SPEC as {example}"
+        )
+    return folder

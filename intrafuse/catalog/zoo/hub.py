@@ -1,0 +1,136 @@
+"""Hugging Face models: `hf:FOLDER`, with a configuration and safetensors, or `hf:NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.catalog.data import import_extra
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.reading import require_file
+
+__all__ = ["from_hub"]
+
+TOKENS = 16  # of the sequence that a language model is traced with
+
+
+def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """Load a transformers model, and make inputs for it.
+
+    Args:
+        name: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder
+            without weights gives random ones. No code of the folder is run, nothing unpickled.
+        arguments: changes fields of the configuration.
+
+    Raises:
+        IntrafuseError: transformers is not installed, or the model cannot be loaded.
+    """
+    transformers = import_extra("transformers", "hf")
+    local = Path(name).is_dir()
+    try:
+        if local:
+            for path in Path(name).iterdir():
+                if not path.is_dir():
+                    require_file(path)
+        config = transformers.AutoConfig.from_pretrained(
+            name, local_files_only=local, trust_remote_code=False, **arguments
+        )
+        kind = _class(transformers, config)
+        if local and not any(Path(name).glob("*.safetensors")):
+            _require_none_pickled(Path(name))
+            model = kind(config)
+        else:
+            model = kind.from_pretrained(
+                name, config=config, local_files_only=local, use_safetensors=True
+            )
+        return model, _inputs(model)
+    except IntrafuseError:
+        raise
+    except Exception as error:  # what a configuration or a file may do wrong is without end
+        told = str(error).partition("\n")[0]
+        raise IntrafuseError(
+            f"the model cannot be loaded ({type(error).__name__}: {told})",
+            value=f"hf:{name}",
+            remedy="give a folder with config.json and *.safetensors, as save_pretrained writes",
+        ) from error
+
+
+def _class(transformers: Any, config: Any) -> Any:
+    """Choose the class that a configuration asks for, among the models of its own `model_type`.
+
+    Whatever else a name stands for in transformers is not called, and no code of the hub is run.
+    """
+    for way in _implementations(config):
+        if "/" in str(way):
+            raise IntrafuseError("a configuration may name no kernels of the hub", value=way)
+    named = (config.architectures or [None])[0]
+    if named is None:
+        found = transformers.MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple | list) else found
+    kind = getattr(transformers, named, None) if isinstance(named, str) else None
+    model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not model or getattr(kind, "config_class", None) is not type(config):
+        raise IntrafuseError(
+            f"architectures must name a model of transformers for {config.model_type!r}",
+            value=named,
+            remedy="correct config.json",
+        )
+    return kind
+
+
+def _implementations(config: Any) -> Iterator[object]:
+    """List how a configuration, and those inside it, want attention and experts computed."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        yield getattr(config, name, None)
+    for name in getattr(config, "sub_configs", ()):
+        inner = getattr(config, name, None)
+        yield from () if inner is None else _implementations(inner)
+
+
+def _require_none_pickled(folder: Path) -> None:
+    """Refuse a folder whose weights would be passed over for random ones."""
+    known = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in known)
+    if found:
+        raise IntrafuseError(
+            "weights are read from safetensors only, and nothing is unpickled",
+            value=found[0],
+            layer=str(folder),
+            remedy="save the model again with save_pretrained",
+        )
+
+
+def _inputs(model: Any) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Make inputs of the kind that a model takes, from its configuration."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, _field(config, "vocab_size", 2), (1, TOKENS), generator=generator)
+    first = model.main_input_name
+    if first == "pixel_values":
+        size = _field(config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (1, _field(config, "num_channels", 3), height, width)
+        given = torch.randn(shape, generator=generator)
+    elif first == "input_features":
+        length = 2 * _field(config, "max_source_positions", 1500)
+        given = torch.randn(1, _field(config, "num_mel_bins", 80), length, generator=generator)
+    elif first == "input_ids":
+        given = tokens
+    else:
+        raise IntrafuseError(
+            f"inputs named {first} cannot be made up",
+            value=type(model).__name__,
+            remedy="write a factory with the attribute example_inputs, and name it module:factory",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return {first: given, "decoder_input_ids": tokens[:, : TOKENS // 2]}
+    return (given,)
+
+
+def _field(config: Any, name: str, default: int) -> Any:
+    value = getattr(config, name, None)
+    return default if value is None else value

@@ -1,0 +1,1 @@
+"""Networks as folders: safetensors beside a JSON manifest."""

@@ -1,0 +1,1 @@
+"""Which numbers in a model's code follow the sizes of its channels."""

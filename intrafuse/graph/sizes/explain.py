@@ -1,0 +1,292 @@
+"""What the trials of a model's code teach: attributes that follow, scales, and locks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree, leaves, tree_size
+from intrafuse.graph.rules import START, Literal, Scope, arguments, line_of, operator_name
+from intrafuse.graph.rules.scale import follow_size
+from intrafuse.graph.sizes.compare import Difference, numbers
+from intrafuse.graph.sizes.couple import couple, divide
+from intrafuse.graph.sizes.trials import Trials, modules_of, value_at
+from intrafuse.support.modules import held_sizes
+
+__all__ = ["follow_names", "give_up", "learn", "reconsider"]
+
+# Attributes that say how large an axis of attention is, whether or not the code reads them.
+NAMES = {
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads"),
+    "key heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+    "width": ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head"),
+    "all": ("all_head_size", "inner_dim"),
+}
+
+
+def follow_names(trials: Trials) -> None:
+    """Let attributes with usual names follow heads and widths of attention."""
+    scope = trials.scope
+    for node, what, tree in scope.heads:
+        size = scope.table.measure(tree)
+        for path in modules_of(node)[:1]:
+            owner = scope.model.get_submodule(path)
+            for name in NAMES.get(what, ()):
+                value = vars(owner).get(name)
+                if type(value) is int and value == size and size > 1:
+                    trials.attributes.setdefault((path, name), tree)
+
+
+def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
+    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
+
+    Returns:
+        Whether there was one.
+    """
+    place = trials.places[found.node]
+    here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
+    if here:
+        _explain(trials, found, here, trials.sizes(atoms))
+        return True
+    if _scales(trials, found, atoms):
+        return True
+    if not found.explained or found.start is not None:  # it may not be the number's own fault
+        return False
+    around = [node for node in trials.nodes if trials.places[node] == place]
+    return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
+
+
+def reconsider(trials: Trials, found: Difference | None) -> bool:
+    """Take another attribute where the one that was tried last did harm.
+
+    An attribute that has the size of an axis by chance, such as the size of an image, makes the
+    code fail, or makes an operator differ that did not before.
+
+    Args:
+        trials: what is known.
+        found: what differs now; None where the code fails outside any operator.
+
+    Returns:
+        Whether it did harm; then another is tried, or its numbers are locked.
+    """
+    if trials.attempt is None:
+        return False
+    (place, items), trials.attempt = trials.attempt, None
+    order = {node: i for i, node in enumerate(trials.nodes)}
+    if found is not None and order[found.node] >= min(order[item.node] for item in items):
+        return False
+    if not _try_next(trials, place, items):
+        trials.forget(place)
+        for item in items:
+            _lock(trials.scope, item)
+    return True
+
+
+def give_up(trials: Trials, lines: list[tuple[str, str]], atoms: list[int]) -> bool:
+    """Lock the numbers in the code that failed outside any operator; tell whether there are any."""
+    at_stake = trials.at_stake(atoms)
+    files = {file for file, _ in lines}
+    near = [item for item in at_stake if (line_of(item.node) or ("", ""))[0] in files]
+    for item in near or at_stake:
+        _lock(trials.scope, item)
+    return bool(at_stake)
+
+
+def _lock(scope: Scope, item: Literal) -> None:
+    where = scope.where(item.node)
+    scope.table.lock(item.axis, f"{operator_name(item.node)} takes its size as a number{where}")
+
+
+def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> bool:
+    """Lock what enters and leaves an operator; tell whether something of that was wanted."""
+    where = scope.where(node)
+    reason = f"operator {operator_name(node)}{where} works with the size that was traced"
+    trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
+    trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
+    found = [t for t in trees if not wanted.isdisjoint(leaves(scope.table.resolve(t)))]
+    for tree in found:
+        scope.table.lock(tree, reason)
+    return bool(found)
+
+
+def _flat(values: list) -> Iterator[Tree]:
+    for value in values:
+        yield from value if isinstance(value, list) else [value]
+
+
+def _explain(
+    trials: Trials, found: Difference, here: list[Literal], sizes: Mapping[int, int]
+) -> None:
+    """Try the next attribute that may be where a number comes from; without one, lock.
+
+    Only numbers that were wrong are tried for, one after the other; `here` holds those of every
+    layer where the same code runs.
+    """
+    wrong = _wrong(trials.scope, found, sizes)
+    if wrong and _share(trials, found.node, wrong, {item.at for item in here}, sizes):
+        return
+    for at in dict.fromkeys(item.at for item in here):
+        if wrong is None or at in wrong:
+            items = [item for item in here if item.at == at]
+            place = (trials.places[found.node], at)
+            if wrong and (
+                divide(trials, items, wrong[at], sizes)
+                or couple(trials, items, found.node, wrong[at], sizes)
+            ):
+                trials.forget(place)
+                return
+            if _try_next(trials, place, items):
+                return
+    guilty = [item for item in here if wrong is None or item.at in wrong] or here
+    # A number that is what it was when traced is one of the code's; others may follow from it.
+    measure = trials.scope.table.measure
+    same = [i for i in guilty if wrong and wrong.get(i.at) == measure(i.part)]
+    for item in same or guilty:
+        _lock(trials.scope, item)
+
+
+def _share(
+    trials: Trials,
+    node: Node,
+    wrong: Mapping[tuple[int, ...], int],
+    open_: set[tuple[int, ...]],
+    sizes: Mapping[int, int],
+) -> bool:
+    """Couple what an attribute follows with an axis that has its size from it as well, and stays.
+
+    Returns:
+        Whether there was such an attribute.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    for at in sorted(at for at in set(wrong) - open_ if at[-1] != START):
+        size = scope.table.measure(resolve(value_at(scope.values[node], at)))
+        for depth, path in enumerate(modules_of(node)):
+            for module, name in [key for key in trials.attributes if key[0] == path]:
+                tree = resolve(trials.attributes[module, name])
+                if scope.table.measure(tree) != size or tree_size(tree, sizes) != wrong[at]:
+                    continue
+                for peer in [n for n in trials.nodes if trials.places[n] == trials.places[node]]:
+                    followed = trials.attributes.get((modules_of(peer)[depth], name))
+                    if followed is not None:
+                        scope.table.unify(followed, value_at(scope.values[peer], at))
+                return True
+    return False
+
+
+def _wrong(
+    scope: Scope, found: Difference, sizes: Mapping[int, int]
+) -> dict[tuple[int, ...], int] | None:
+    """Map where a result differs in size to the size that it has; None where it is not known.
+
+    A slice that begins elsewhere differs in the size of what lies before it.
+    """
+    if found.start is not None:
+        dim = arguments(found.node)["dim"] % len(scope.values[found.node])
+        return {(dim, START): found.start}
+    if found.failed is not None:
+        resolve, values = scope.table.resolve, scope.values[found.node]
+        given = _given(found.failed)
+        wanted = {at: tree_size(resolve(value_at(values, at)), sizes) for at in given}
+        return {at: n for at, n in given.items() if wanted[at] != n} or None
+    if found.expected is None or not isinstance(found.value, list):
+        return None
+    wanted, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
+    return {at: given.get(at, -1) for at, size in wanted.items() if given.get(at) != size}
+
+
+def _given(node: Node) -> dict[tuple[int, ...], int]:
+    """Map where sizes lie in the result of an operator to the numbers that it was given."""
+    args = arguments(node)
+    dim = args.get("dim", 0) % max(node.all_input_nodes[0].meta["val"].dim(), 1)
+    if "split_sizes" in args:
+        return {(i, dim): n for i, n in enumerate(args["split_sizes"])}
+    first = dim if "sizes" in args else 0
+    numbers = next((args[key] for key in ("size", "shape", "sizes") if key in args), ())
+    return {(first + i,): n for i, n in enumerate(numbers) if type(n) is int and n != -1}
+
+
+def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    for i, n in enumerate(shape):
+        if isinstance(n, list):
+            yield from _indexed(n, *before, i)
+        else:
+            yield (*before, i), n
+
+
+def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
+    """Let another attribute follow the axis that a number belongs to; tell whether there is one."""
+    tried = trials.tried.setdefault(place, [])
+    options = [_candidates(trials, item) for item in items]
+    name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
+    if name is None:
+        return False
+    trials.forget(place)  # the last one did not help
+    tried.append(name)
+    trials.added[place], trials.attempt = [], (place, items)
+    for item, keys in zip(items, options, strict=True):
+        key = keys[name]
+        if key not in trials.attributes:
+            trials.attributes[key] = item.part
+            trials.added[place].append(key)
+        trials.scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
+    return True
+
+
+def _candidates(trials: Trials, item: Literal) -> dict[str, tuple[str, str]]:
+    """Map names of attributes that equal a number to the module and the name that stand for them.
+
+    First those of the innermost module, last those that follow another axis already. One that
+    follows this axis is no explanation of a number that does not.
+    """
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    size = scope.table.measure(item.part)
+    known: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
+    for path in modules_of(item.node):
+        module = scope.model.get_submodule(path)
+        for name, value, holder in held_sizes(module):
+            if value != size:
+                continue
+            key = (path, name) if holder is module else trials.shared(path, name, holder)
+            tree = trials.attributes.get(key)
+            if tree is None:
+                found.setdefault(name, key)
+            elif resolve(tree) != resolve(item.part):
+                known.setdefault(name, key)
+    return found | known
+
+
+def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
+    """Note a number that follows the root of a size, and what makes up for it."""
+    scope, node = trials.scope, found.node
+    old, new = numbers(node), found.numbers
+    if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
+        return False
+    sizes = trials.sizes(atoms)
+    for tree, _ in _summed_before(scope, node):
+        ratio = tree_size(tree, sizes) / scope.table.measure(tree)
+        for power in (0.5, -0.5, 1.0, -1.0):
+            if ratio != 1 and abs(new[0] / old[0] / ratio**power - 1) < 1e-9:
+                _follow(trials, node, power)
+                return True
+    return False
+
+
+def _follow(trials: Trials, node: Node, power: float) -> None:
+    """Let the layers before a scale, at every place where the code has it, follow its size."""
+    for other in (n for n in trials.nodes if trials.places[n] == trials.places[node]):
+        for tree, source in _summed_before(trials.scope, other)[:1]:
+            trials.scope.scales[other] = (tree, power)
+            sign = 1 if operator_name(other) == "div" else -1
+            follow_size(trials.scope, other, source, tree, sign * power)
+
+
+def _summed_before(scope: Scope, node: Node) -> list[tuple[Tree, Node]]:
+    """List sizes that a scale may belong to, with the tensor that it multiplies.
+
+    That is what the product before it sums over, or the last dimension of the tensor itself.
+    """
+    source = node.all_input_nodes[0]
+    trees = [scope.contracted.get(source), *scope.values.get(source, [])[-1:]]
+    return [(scope.table.resolve(tree), source) for tree in trees if tree is not None]

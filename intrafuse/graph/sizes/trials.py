@@ -1,0 +1,111 @@
+"""What the trials of a model's code have found so far, and where in the code operators stand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch.fx import Node
+
+from intrafuse.graph.axes import Tree, leaves
+from intrafuse.graph.rules import Literal, Scope, line_of, operator_name
+from intrafuse.graph.sizes.sizing import trial_sizes
+
+__all__ = ["Trials", "modules_of", "value_at"]
+
+
+@dataclass
+class Trials:
+    """What the trials have found so far.
+
+    Attributes:
+        scope, nodes: the trace.
+        attributes: (module, attribute) -> the tree that it follows.
+        tried: attributes by the place in the code that they were tried for.
+        added: what the last of them added to `attributes`.
+        holders: object with numbers in it -> the module and the attribute that stand for it.
+        attempt: what an attribute was tried for last: the place, and its numbers.
+        failure: where a model failed last, in no operator of the trace, and how.
+        smaller: whether trials make sizes smaller, as pruning does.
+        reads: numbers that modules hold, (module, name) -> whether the code was seen to read it.
+    """
+
+    scope: Scope
+    nodes: list[Node]
+    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
+    tried: dict[tuple, list[str]] = field(default_factory=dict)
+    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
+    holders: dict[int, tuple[str, str]] = field(default_factory=dict)
+    attempt: tuple[tuple, list[Literal]] | None = None
+    failure: str = ""
+    smaller: bool = False
+    reads: dict[tuple[str, str], bool] = field(default_factory=dict)
+    _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
+
+    def sizes(self, atoms: list[int]) -> dict[int, int]:
+        """Choose sizes for a trial, the same whenever the same is asked."""
+        table = self.scope.table
+        key = (*atoms, len(table.size), self.smaller)
+        if key not in self._sizes:
+            met = self._met().values()
+            self._sizes[key] = trial_sizes(table.size, atoms, met, smaller=self.smaller)
+        return self._sizes[key]
+
+    def _met(self) -> dict[str, frozenset[Tree]]:
+        """List the axes that each module's own operators take and give."""
+        found: dict[str, set[Tree]] = {}
+        for node in self.nodes:
+            for module in modules_of(node)[:1]:
+                found.setdefault(module, set()).update(self._trees(node))
+        return {module: frozenset(trees) for module, trees in found.items()}
+
+    def _trees(self, node: Node) -> Iterator[Tree]:
+        for operand in (node, *node.all_input_nodes):
+            for value in self.scope.values.get(operand, ()):
+                for tree in value if isinstance(value, list) else [value]:
+                    yield self.scope.table.resolve(tree)
+
+    def forget(self, place: tuple) -> None:
+        """Let the attributes that were tried last for a place be as they were."""
+        for key in self.added.pop(place, ()):
+            del self.attributes[key]
+
+    def shared(self, path: str, name: str, holder: object) -> tuple[str, str]:
+        """Name a number in an object that several modules may hold, the same for all of them."""
+        first = self.holders.setdefault(id(holder), (path, name.partition(".")[0]))
+        return first[0], f"{first[1]}.{name.partition('.')[2]}"
+
+    @cached_property
+    def places(self) -> dict[Node, tuple]:
+        """Where in the code each operator stands: the same for the same layer of another block."""
+        count: Counter[tuple] = Counter()
+        found = {}
+        for node in self.nodes:
+            place = (line_of(node) or node.name, operator_name(node))
+            module = (*modules_of(node)[:1], *place)
+            found[node] = (*place, count[module])
+            count[module] += 1
+        return found
+
+    def at_stake(self, atoms: list[int]) -> list[Literal]:
+        """List the numbers that may belong to atoms."""
+        wanted, resolve = set(atoms), self.scope.table.resolve
+        items = self.scope.literals
+        return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
+
+
+def modules_of(node: Node) -> list[str]:
+    """List the modules whose forward an operator was recorded in, innermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
+
+
+def value_at(values: Any, at: tuple[int, ...]) -> Tree:
+    """Look up the tree of one axis among those of a result, or of several results."""
+    for i in at:
+        values = values[i]
+    return values

@@ -1,0 +1,1 @@
+"""Score the channels of a group."""

@@ -1,0 +1,325 @@
+"""Importance metrics that run the model on the user's data, and what such metrics share.
+
+They judge the channels of the model as it was given. All groups are scored in one pass, and
+the scores are remembered for as long as the original tensors of the plan live. The model is read
+only: training flags come back, `.grad` stays as it was, and hooks come off, also on exceptions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intrafuse.graph.blocks import channel_rows
+from intrafuse.graph.groups import ChannelGroup, Slot
+from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.support.batches import batches
+from intrafuse.support.calls import as_called, as_library
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.weights import Weights
+
+__all__ = [
+    "Scores",
+    "activation",
+    "chip",
+    "floating",
+    "products",
+    "refusing",
+    "scored",
+    "taylor",
+]
+
+Scores = dict[int, Tensor]  # id of the group -> (channels,)
+Visit = Callable[[ChannelGroup, Slot, Tensor], None]  # features (inputs, channels, positions)
+READERS = (nn.Linear, nn.modules.conv._ConvNd)
+CHIP_BATCHES, CHIP_INPUTS = 5, 32  # the paper: 5 batches; the first inputs of each
+# Nodes of the trapezoidal rule for `_independence`, in log s relative to the largest singular
+# value: with this step and range its error is below 1e-7 of that value.
+STEP = 0.4
+LOG_NODES = torch.arange(-24.0, 20.0, STEP, dtype=torch.float64)
+
+
+# -- the metrics ---------------------------------------------------------------------------------
+
+
+def taylor(group: ChannelGroup, context: Context) -> Tensor:
+    """Estimate how the loss changes to first order when a channel's writers become zero.
+
+    The sum of gradient times value over the channel's writers (weights and biases), squared,
+    averaged over the batches. The loss is the cross-entropy with the labels.
+
+    Raises:
+        IntrafuseError: no data, data without labels, or labels that the outputs do not fit.
+
+    Source: Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance Estimation for Neural Network
+    Pruning", CVPR 2019, arXiv 1906.10771, section 3 (first-order, filters as groups).
+    """
+    return scored(group, context, "taylor", _first_order)
+
+
+def chip(group: ChannelGroup, context: Context) -> Tensor:
+    """Measure how much of the feature maps' nuclear norm is lost when a channel becomes zero.
+
+    For each input, A (channels, positions) is what the first reader of the group is given; the
+    score is the nuclear norm of A less that of A with the channel's row set to zero, averaged over
+    the first 32 inputs of the first 5 batches. Labels are not used.
+
+    Raises:
+        IntrafuseError: no data, or no reader that is called as a module.
+
+    Source: Sui, Yin, Xie, Phan, Zonouz, Yuan, "CHIP: CHannel Independence-based Pruning for
+    Compact Neural Networks", NeurIPS 2021, arXiv 2110.13981, section 3.
+    """
+
+    def compute(context: Context) -> Scores:
+        return _averages(context, "chip", _independence, first_reader=True, limit=CHIP_BATCHES)
+
+    return scored(group, context, "chip", compute)
+
+
+def activation(group: ChannelGroup, context: Context) -> Tensor:
+    """Average the absolute activation of a channel over all that its readers are given.
+
+    Every input of every batch counts alike, for each reader. Labels are not used.
+
+    Raises:
+        IntrafuseError: no data, or no reader that is called as a module.
+
+    Source: Molchanov, Tyree, Karras, Aila, Kautz, "Pruning Convolutional Neural Networks for
+    Resource Efficient Inference", ICLR 2017, arXiv 1611.06440, section 2.2 (mean activation).
+    """
+
+    def compute(context: Context) -> Scores:
+        return _averages(context, "activation", lambda x: x.abs().mean(2, dtype=torch.float64))
+
+    return scored(group, context, "activation", compute)
+
+
+# -- what all of them share ----------------------------------------------------------------------
+
+_KNOWN: WeakKeyDictionary[Weights, dict[str, tuple[tuple, Scores]]] = WeakKeyDictionary()
+
+
+def scored(
+    group: ChannelGroup, context: Context, metric: str, compute: Callable[[Context], Scores]
+) -> Tensor:
+    """Look a group up in what a metric computes once for all groups of a plan.
+
+    The original tensors of the plan are the key; model, data and example inputs, which the entry
+    keeps alive, must be the same objects.
+    """
+    entries = _KNOWN.setdefault(context.original, {})
+    source = (context.model, context.data, context.example_inputs)
+    known = entries.get(metric)
+    if known is None or any(old is not new for old, new in zip(known[0], source, strict=True)):
+        known = entries[metric] = (source, compute(context))
+    if group.id in known[1]:
+        return known[1][group.id].to(torch.float32, copy=True)
+    reason = "none of the modules that read them is called" if not group.locked else "locked"
+    raise IntrafuseError(
+        f'importance "{metric}" cannot see these channels: {reason}',
+        layer=group.name,
+        remedy='exclude the group, or choose another importance, such as "l1"',
+    )
+
+
+def floating(value: Any) -> Iterator[Tensor]:
+    """Iterate over the floating tensors of a model's output."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from floating(item)
+
+
+@contextmanager
+def refusing(metric: str) -> Iterator[None]:
+    """Turn what PyTorch raises for inputs that do not fit the model into one line."""
+    try:
+        with as_called():
+            yield
+    except (IntrafuseError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntrafuseError(
+            f'importance "{metric}" cannot run the model: {type(error).__name__}: {text}',
+            remedy="check that the batches fit the model, or choose another importance",
+        ) from error
+
+
+def _batches(context: Context, metric: str, limit: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Iterate over (inputs, labels or None); see `intrafuse.support.batches`."""
+    return batches(
+        context.data,
+        context.model,
+        purpose=f'importance "{metric}"',
+        limit=limit,
+        instead=', or choose an importance that needs none, such as "l1"',
+    )
+
+
+@contextmanager
+def _watching(context: Context, visit: Visit) -> Iterator[None]:
+    """Call visit(group, slot, features) for what every reader of every group is given."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in context.model.modules():
+        if isinstance(module, READERS):
+            owners.setdefault(id(module.weight), []).append(module)
+    tensors = {**dict(context.model.named_buffers()), **dict(context.model.named_parameters())}
+    handles = []
+    try:
+        for group in context.original.graph.groups:
+            for slot in group.readers:
+                for module in owners.get(id(tensors.get(slot.parameter)), []):
+                    hook = partial(_report, visit, group, slot)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@as_library()
+def _report(
+    visit: Visit, group: ChannelGroup, slot: Slot, module: nn.Module, args: tuple, kwargs: dict
+) -> None:
+    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    if not torch.isfinite(x).all():
+        raise IntrafuseError(
+            "activations must be finite, but NaN or infinity was found",
+            layer=slot.layer,
+            remedy="check the data and the weights",
+        )
+    spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+    at = x.dim() - spatial - 1
+    x = x[None] if at == 0 else x.movedim(at, 1)  # (inputs, positions of the axis, rest...)
+    rows = channel_rows(x, 1, slot.blocks, group.size)
+    inputs, rest = x.shape[0], math.prod(x.shape[2:])
+    rows = rows.reshape(group.size, -1, inputs, rest)  # (channels, repeats, inputs, rest)
+    visit(group, slot, rows.permute(2, 0, 1, 3).reshape(inputs, group.size, -1))
+
+
+def _averages(
+    context: Context,
+    metric: str,
+    measure: Callable[[Tensor], Tensor],
+    *,
+    first_reader: bool = False,
+    limit: int | None = None,
+) -> Scores:
+    """Average over inputs what a measure (inputs, channels, positions) -> (inputs, channels) says
+    of all that the readers of each group are given, or only the first reader that is called."""
+    total: Scores = {}
+    count: dict[int, int] = {}
+    first: dict[int, Slot] = {}
+
+    def visit(group: ChannelGroup, slot: Slot, features: Tensor) -> None:
+        if first_reader and first.setdefault(group.id, slot) != slot:
+            return
+        measured = measure(features)
+        total[group.id] = total.get(group.id, 0) + measured.sum(0)
+        count[group.id] = count.get(group.id, 0) + len(measured)
+
+    with torch.no_grad(), evaluating(context.model), _watching(context, visit):
+        for inputs, _ in _batches(context, metric, limit):
+            args, kwargs = as_arguments(inputs)
+            with refusing(metric):
+                context.model(*args, **kwargs)
+    return {group: total[group] / count[group] for group in total}
+
+
+# -- one pass for each metric --------------------------------------------------------------------
+
+
+def _independence(features: Tensor) -> Tensor:
+    """Compute the loss of nuclear norm for each row set to zero: (B, C, K) -> (<=32, C).
+
+    Not by C singular value decompositions but by one eigendecomposition. With A the matrix, a_i
+    its row and q_i(s) = a_i^T (A^T A + s^2)^-1 a_i, the integral form of the square root and
+    det(A^T A - a_i a_i^T + s^2) = det(A^T A + s^2) (1 - q_i(s)) give
+
+        ||A||_* - ||A without row i||_* = -(1 / pi) integral_0^inf log(1 - q_i(s)) ds,
+
+    and the trapezoidal rule in log s converges exponentially.
+    """
+    a = features[:CHIP_INPUTS].double()
+    if a.shape[1] <= a.shape[2]:
+        values, vectors = torch.linalg.eigh(a @ a.mT)  # (B, k), (B, C, k)
+        values = values.clamp_min(0)
+        loads = vectors.square() * values[:, None]  # squared part of a_i along eigenvector k
+    else:
+        values, vectors = torch.linalg.eigh(a.mT @ a)
+        values = values.clamp_min(0)
+        loads = (a @ vectors).square()
+    top = values.amax(1).sqrt().clamp_min(1e-100)
+    s = top[:, None] * LOG_NODES.to(a.device).exp()  # (B, nodes)
+    q = loads @ (1 / (values[:, :, None] + s.square()[:, None]))  # (B, C, nodes)
+    logs = torch.log1p(-q.clamp_max(1 - 2**-53))
+    return (logs @ s[:, :, None])[..., 0].abs() * (STEP / math.pi)
+
+
+def _first_order(context: Context) -> Scores:
+    model, groups = context.model, context.original.graph.groups
+    given = dict(model.named_parameters())
+    slots = {g.id: [s for s in g.writers if s.parameter in given] for g in groups}
+    wanted = sorted({slot.parameter for group in groups for slot in slots[group.id]})
+    # Leaves of their own, so that the model's parameters get no .grad and keep requires_grad.
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        leaves = {name: p.detach() for name, p in given.items()}
+        leaves.update({name: given[name].detach().requires_grad_() for name in wanted})
+        total: Scores = {}
+        count = 0
+        for inputs, labels in _batches(context, "taylor"):
+            with refusing("taylor"):
+                loss = _loss(model, leaves, inputs, labels)
+                found = torch.autograd.grad(loss, [leaves[n] for n in wanted], allow_unused=True)
+            gradients = dict(zip(wanted, found, strict=True))
+            for group in groups:
+                change = products(group, slots[group.id], leaves, gradients).sum(1)
+                total[group.id] = total.get(group.id, 0) + change.square()
+            count += 1
+    return {group: sums / count for group, sums in total.items()}
+
+
+def _loss(model: nn.Module, leaves: dict[str, Tensor], inputs: Any, labels: Any) -> Tensor:
+    """Run the model on one batch and return its cross-entropy."""
+    if not isinstance(labels, Tensor):
+        raise IntrafuseError(
+            'importance "taylor" needs labels, but the data has none',
+            remedy="give batches of (inputs, labels), or choose an importance that needs none, "
+            'such as "chip" or "l1"',
+        )
+    outputs = torch.func.functional_call(model, leaves, *as_arguments(inputs))
+    logits = next(floating(getattr(outputs, "logits", outputs)), None)
+    if logits is None:
+        raise IntrafuseError("the model puts out no logits", value=type(outputs).__name__)
+    if labels.shape == logits.shape[:-1]:  # also one label for each position of a sequence
+        logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def products(
+    group: ChannelGroup,
+    slots: list[Slot],
+    values: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+) -> Tensor:
+    """Multiply values by gradients for all slots side by side: float64 (channels, elements)."""
+    rows = [torch.zeros(group.size, 1, dtype=torch.float64)]
+    for slot in slots:
+        gradient = gradients[slot.parameter]
+        if gradient is not None:  # else the outputs do not depend on it
+            product = values[slot.parameter].detach().double() * gradient.double()
+            rows.append(channel_rows(product, slot.axis, slot.blocks, group.size))
+    return torch.cat([row.to(rows[-1].device) for row in rows], dim=1)

@@ -1,0 +1,1 @@
+"""Plan, prune, repair and verify."""

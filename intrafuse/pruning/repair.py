@@ -1,0 +1,221 @@
+"""Repair: restore the statistics of activations after surgery, with or without data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from intrafuse.graph.axes import Tree, locate
+from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.moments.readout import with_readout
+from intrafuse.moments.sources import MomentSource
+from intrafuse.pruning.plan import Plan
+from intrafuse.support.batches import batches, fitting
+from intrafuse.support.calls import apart, as_library
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.modules import place
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
+
+__all__ = ["Repair", "analytic_repair", "merged_output", "reestimate_batchnorm"]
+
+ADVICE = (
+    "check that the batches fit the model; repair of batch norm needs several samples in every "
+    "batch, also in the last one"
+)
+FINITE = "look for samples on which the network overflows, and leave them out"
+Repair = Literal["analytic", "batchnorm", "synthetic"]
+
+
+def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:
+    """Give a map gains and shifts that restore what its readers write, without data.
+
+    Mean and variance of the outputs of every reader become what they were, as far as analytic
+    moments tell. A map that brings gains or readouts of its own is returned as it is.
+
+    Args:
+        step: the map.
+        group: its channel group.
+        context: the tensors as merged before it.
+    """
+    if step.gain or step.shift or step.readers:
+        return step
+    (found,) = MomentSource().readings_beside(group, [step], context)
+    return with_readout(step, found, context.weights, solve=False)
+
+
+@apart
+def reestimate_batchnorm(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    data: Iterable,
+    *,
+    inplace: bool = False,
+) -> nn.Module:
+    """Estimate the statistics of batch norm anew (REPAIR, Jordan et al., arXiv 2211.08403).
+
+    Each norm of the pruned network gets the running statistics of what reaches it. Where batch
+    norm was folded, its scale and shift become the spread and mean that the merged channels have
+    in the original network.
+
+    Args:
+        original: the network before pruning.
+        pruned: what `plan.apply(original)` gave.
+        plan: the plan.
+        data: batches of inputs, or of (inputs, labels); labels are ignored. It is read twice
+            where batch norm was folded, so it must be a list or a loader, not a generator.
+        inplace: put the result into `original` instead of returning `pruned`.
+
+    Raises:
+        IntrafuseError: the data holds no batch, or one that is too small; `pruned` is then as it
+            was.
+    """
+    norms = {norm.mean: _norm_module(pruned, norm.name) for norm in plan.graph.norms}
+    own = [norm.mean for norm in plan.graph.own_norms]
+    targets = _targets(original, plan, data) if plan.fold else {}
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
+    try:
+        for name in own:
+            if name in targets and norms[name].affine:
+                mean, variance = targets[name]
+                norms[name].weight.data = variance.sqrt().to(norms[name].weight)
+                norms[name].bias.data = mean.to(norms[name].bias)
+        _estimate(pruned, norms, data)
+        for name in own:
+            if name in targets and not norms[name].affine:
+                _aim(norms[name], *targets[name])
+    except BaseException:
+        for norm, state in zip(norms.values(), before, strict=True):
+            norm.load_state_dict(state)
+        raise
+    if not inplace:
+        return pruned
+    state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in state.items()}
+    attributes = plan.graph.attribute_values(plan.graph.resized(plan.widths))
+    place(original, state, attributes, aliases=plan.graph.aliases)
+    return original
+
+
+def _aim(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Set the statistics of a norm without scale and shift so that its outputs have others."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    ratio = ((norm.running_var.double() + norm.eps) / variance.clamp_min(1e-12)).sqrt()
+    norm.running_mean.copy_(norm.running_mean - mean * ratio)
+    norm.running_var.copy_(ratio.square() - norm.eps)
+
+
+def _norm_module(model: nn.Module, name: str) -> _BatchNorm:
+    module = model.get_submodule(name)
+    if not isinstance(module, _BatchNorm):
+        raise IntrafuseError(
+            "repair of batch norm needs modules of torch.nn.BatchNorm",
+            layer=name,
+            value=type(module).__name__,
+        )
+    return module
+
+
+def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable) -> None:
+    """Let batch norms average the statistics of all batches."""
+    with evaluating(model):  # also puts back momentum, and what is no norm's
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        for _ in _outputs(model, data):
+            pass
+        found = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
+    for (name, norm), state in zip(norms.items(), found, strict=True):
+        if not all(t.isfinite().all() for t in state.values()):
+            raise IntrafuseError(
+                "statistics must be finite on the data",
+                layer=name.rpartition(".")[0],
+                remedy=FINITE,
+            )
+        norm.load_state_dict(state)
+
+
+def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
+    with torch.no_grad():
+        for seen, (inputs, _) in enumerate(batches(data, model, purpose="repair of batch norm")):
+            args, kwargs = as_arguments(inputs)
+            what = f"batch {seen + 1} of the data"
+            with fitting(what, ADVICE):
+                outputs = model(*args, **kwargs)
+            yield outputs
+
+
+def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure mean and variance (channels,) of each norm's output, merged as the plan says."""
+    sums: dict[str, list[Tensor]] = {}
+    layers = {norm.mean: norm.layer for norm in plan.graph.norms}
+    handles = []
+
+    def measure(mean: str):
+        @as_library()
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            layer = layers[mean]
+            merged = merged_output(plan, plan.graph.axes[mean][0], layer, output.double())
+            dims = [d for d in range(merged.dim()) if d != 1]
+            count = torch.tensor(float(merged.numel() // merged.shape[1]))
+            parts = [count, merged.sum(dims), (merged * merged).sum(dims)]
+            old = sums.get(mean)
+            sums[mean] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+
+        return hook
+
+    with evaluating(original):
+        try:
+            for norm in plan.graph.norms:
+                module = original.get_submodule(norm.name)
+                handles.append(module.register_forward_hook(measure(norm.mean)))
+            for _ in _outputs(original, data):
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {
+        name: (first / count, (second / count - (first / count) ** 2).clamp_min(0))
+        for name, (count, first, second) in sums.items()
+    }
+
+
+def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:
+    """Apply a plan to what a layer or norm of the original puts out.
+
+    Args:
+        plan: its maps encode, then scale and shift.
+        tree: which channels the outputs hold.
+        layer: name of the weight that wrote them, or None.
+        output: (batch, channels, ...).
+
+    Returns:
+        What the pruned network should put out there.
+    """
+    sizes = dict(plan.graph.sizes)
+    for step in plan.maps:
+        group = plan.graph.by_name[step.group]
+        blocks = locate(tree, group.id, sizes)
+        if blocks and step.keep is not None:
+            output = select_channels(output, 1, blocks, group.size, step.keep)
+        elif blocks:
+            output = merge_channels(output, 1, blocks, group.size, step.encode)
+        sizes[group.id] = step.width
+        gain, shift = step.writer_gain.get(layer or ""), step.writer_shift.get(layer or "")
+        if blocks and not (gain is None and shift is None):
+            where = locate(tree, group.id, sizes)
+            lines = torch.ones(output.shape[1]), torch.zeros(output.shape[1])
+            for line, values in zip(lines, (gain, shift), strict=True):
+                put_channels(line, where, values, step.width)
+            scale, offset = (line.view(-1, *[1] * (output.dim() - 2)) for line in lines)
+            output = output * scale.to(output) + offset.to(output)
+    return output

@@ -1,0 +1,123 @@
+"""Compare what a plan of `select` makes of a network with the original, dropped channels masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from intrafuse.graph.trace import ExampleInputs
+from intrafuse.pruning.verification.code import culprits
+from intrafuse.pruning.verification.fault import first_fault
+from intrafuse.pruning.verification.masked import masked
+from intrafuse.pruning.verification.outputs import distance, floating, largest, outputs
+from intrafuse.pruning.verification.reference import run_reference
+from intrafuse.support.batches import map_tensors
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.modules import copy_without
+from intrafuse.surgery.install import install
+from intrafuse.surgery.merge_map import MergeMap
+
+if TYPE_CHECKING:
+    from intrafuse.pruning.plan import Plan
+
+__all__ = ["Difference", "compare", "disagreement"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two networks' outputs are apart, as shares of the largest output.
+
+    Attributes:
+        difference: the largest absolute difference.
+        relative: the same, as a share.
+        effect: the largest change that the masks make, as a share.
+    """
+
+    difference: float
+    relative: float
+    effect: float
+
+
+def compare(
+    model: nn.Module,
+    plan: Plan,
+    inputs: ExampleInputs,
+    *,
+    double: bool = False,
+    share: bool = False,
+    like: nn.Module | None = None,
+    before: list[Tensor] | None = None,
+) -> Difference:
+    """Run the pruned network, the masked original and the original: copies of them all.
+
+    Args:
+        model: the network; it is not changed.
+        plan: a plan of `select`.
+        inputs: what to run them with.
+        double: run them in double precision, which tells rounding from a wrong result.
+        share: let them hold the model's own parameters where these stay as they are. That saves
+            memory; but a forward may change its parameters, as that of RWKV does.
+        like: a network of the plan's widths, for the fields of its configuration.
+        before: what the network gives, where that is known.
+
+    Raises:
+        IntrafuseError: one of them cannot run, or the outputs have other shapes.
+    """
+
+    def run(network: nn.Module, what: str) -> list[Tensor]:
+        return outputs(network.double() if double else network, given, what)
+
+    given = map_tensors(_doubled, inputs) if double else inputs
+    share = share and not double
+    if before is None:
+        original = copy_without(model, [*model.parameters()] if share else [])
+        before = run(original, "with these example inputs the network")
+        del original
+    small = run(_selected(model, plan, share, like), "the pruned network")
+    silent = masked(model, plan, share=share)
+    if any(plan.graph.by_name[step.group].normed for step in plan.maps):
+        silent = silent.double() if double else silent
+        expected = floating(run_reference(silent, plan, given))
+    else:
+        expected = run(silent, "the network with its channels silenced")
+    scale = largest(expected)
+    apart = distance(small, expected)
+    return Difference(apart, apart / scale, distance(before, expected) / scale)
+
+
+def _selected(
+    model: nn.Module, plan: Plan, share: bool = False, like: nn.Module | None = None
+) -> nn.Module:
+    return install(model, plan.weights(model), share=share, like=like)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def disagreement(
+    model: nn.Module, plan: Plan, inputs: ExampleInputs, found: Difference, tolerance: float
+) -> IntrafuseError:
+    """Make the error for outputs that differ: it names the groups, and where they part."""
+    fault = None
+    if plan.graph.program is not None:
+        silent, small = masked(model, plan), _selected(model, plan)
+        fault = first_fault(silent, small, plan, inputs, tolerance)
+
+    def agrees(steps: list[MergeMap]) -> bool:
+        try:
+            return compare(model, replace(plan, maps=tuple(steps)), inputs).relative <= tolerance
+        except IntrafuseError:  # it cannot run
+            return False
+
+    guilty = culprits(plan.maps, agrees) if fault is None or not fault.groups else [*fault.groups]
+    begins = "" if fault is None else f"; they part in {fault.where}"
+    return IntrafuseError(
+        f"the pruned network must compute what the masked original does to {tolerance:g} of the "
+        f"largest output{begins}",
+        value=found.relative,
+        layer=", ".join(guilty),
+        remedy=f"exclude={guilty} (--exclude), and report the network",
+    )

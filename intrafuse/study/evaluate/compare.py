@@ -1,0 +1,126 @@
+"""Prune one network by several methods and amounts, and measure what each leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from intrafuse.allocation.budget import Figures, measure
+from intrafuse.catalog.data import Images
+from intrafuse.graph import ExampleInputs, trace
+from intrafuse.methods import Method, resolve_method
+from intrafuse.pruning.prune import Pruned, Report, prune
+from intrafuse.study.evaluate.accuracy import accuracy
+from intrafuse.surgery.weights import Weights
+
+__all__ = ["Comparison", "Row", "compare"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method left of the network.
+
+    Attributes:
+        method: its name.
+        channels_removed, params_removed, macs_removed: shares that went, in [0, 1].
+        params, macs: what is left.
+        accuracy: in percent, without fine-tuning.
+        seconds: for tracing, planning and surgery (and repair).
+    """
+
+    method: str
+    channels_removed: float
+    params: int
+    params_removed: float
+    macs: int
+    macs_removed: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The network before pruning, and one row for each amount and method."""
+
+    original: Figures
+    accuracy: float
+    rows: tuple[Row, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """Give the figures as JSON data."""
+        original = {**asdict(self.original), "accuracy": self.accuracy}
+        return {"original": original, "rows": [asdict(row) for row in self.rows]}
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    test: Images,
+    *,
+    channels: Sequence[float],
+    methods: Sequence[str | Method],
+    batch_size: int = 100,
+    device: str = "cpu",
+    prune: Callable[..., Pruned] = prune,
+    keep: Callable[[Row, Pruned], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Prune a network by each method and amount, and measure accuracy without fine-tuning.
+
+    Args:
+        model: the trained network; it is not changed.
+        example_inputs: what it is traced with.
+        test: the images that accuracy is measured on.
+        channels: shares of channels to remove, each in [0, 1).
+        methods: names or methods.
+        batch_size, device: of the measurement.
+        prune: `intrafuse.prune`, or a `functools.partial` of it with other settings.
+        keep: called with each row and its pruned network, to save it, say.
+        progress: called with (networks done, networks in all), the unpruned one included.
+
+    Raises:
+        IntrafuseError: as for `prune` and `accuracy`.
+
+    >>> from intrafuse.catalog.data import load_data
+    >>> from intrafuse.catalog.zoo import resolve_model
+    >>> net = resolve_model("mlp")
+    >>> images = load_data("digits", limit=20)
+    >>> found = compare(net.model, net.example_inputs, images, channels=[0.5], methods=["select"])
+    >>> found.original.params, found.rows[0].params
+    (17226, 6570)
+    """
+    chosen = [resolve_method(method) for method in methods]  # before anything slow
+    total = 1 + len(channels) * len(chosen)
+    report = progress or (lambda done, total: None)
+    report(0, total)
+    graph = trace(model, example_inputs)  # fails early, and warms the tracer up for all rows
+    before = measure(graph, graph.sizes, Weights.of(graph, model).counted())
+    unpruned = accuracy(model, test, batch_size=batch_size, device=device)
+    report(1, total)
+    rows = []
+    for share in channels:
+        for method in chosen:
+            pruned = prune(model, example_inputs, channels=share, method=method)
+            measured = accuracy(pruned.model, test, batch_size=batch_size, device=device)
+            rows.append(_row(method.name, pruned.report, measured))
+            if keep is not None:
+                keep(rows[-1], pruned)
+            report(1 + len(rows), total)
+    return Comparison(before, unpruned, tuple(rows))
+
+
+def _row(method: str, report: Report, percent: float) -> Row:
+    after, gone = report.after, report.reached
+    return Row(
+        method=method,
+        channels_removed=gone["channels"],
+        params=after.params,
+        params_removed=gone["params"],
+        macs=after.macs,
+        macs_removed=gone["macs"],
+        accuracy=percent,
+        seconds=report.seconds,
+    )

@@ -1,0 +1,165 @@
+"""How far a pruned network's outputs are from the original's, image by image and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intrafuse.catalog.data import Images
+from intrafuse.fusing.observe import Point, observing, points, run
+from intrafuse.graph.trace import evaluating
+from intrafuse.methods.settings import check_choice
+from intrafuse.pruning.plan import Plan
+from intrafuse.pruning.repair import merged_output
+from intrafuse.support.calls import apart
+from intrafuse.support.errors import IntrafuseError
+
+__all__ = ["KINDS", "LayerDivergence", "divergence", "layer_divergence"]
+
+Kind = Literal["logits", "softmax", "cosine"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def divergence(
+    original: nn.Module,
+    other: nn.Module,
+    data: Images,
+    *,
+    kind: Kind = "logits",
+    batch_size: int = 100,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Measure how far two networks' outputs are apart, for each image.
+
+    Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.1.
+
+    Args:
+        original, other: map images (B, C, H, W) to logits (B, classes); left as they were.
+        data: the images; labels are ignored.
+        kind: `logits`: L2 distance. `softmax`: L2 distance of class probabilities, at most
+            the root of 2. `cosine`: 1 minus the cosine of the logits, in [0, 2].
+        batch_size: images in a batch; the result does not depend on it.
+        device: where both networks are.
+        progress: called with (images done, images in all).
+
+    Returns:
+        float64, (N,), in the order of the images.
+
+    Raises:
+        IntrafuseError: an unknown kind, or outputs that are not finite.
+
+    >>> from intrafuse.catalog.data import load_data
+    >>> from intrafuse.catalog.zoo import resolve_model
+    >>> net = resolve_model("mlp").model
+    >>> divergence(net, net, load_data("digits", limit=50)).max().item()
+    0.0
+    """
+    check_choice("kind", kind, Kind)
+    found, done = [], 0
+    with evaluating(original), evaluating(other), torch.inference_mode():
+        for images, _ in data.batches(batch_size, device=device):
+            a, b = original(images).double(), other(images).double()
+            if kind == "cosine":
+                apart = (1 - F.cosine_similarity(a, b)).clamp_min(0)
+            elif kind == "softmax":
+                apart = (a.softmax(1) - b.softmax(1)).norm(dim=1)
+            else:
+                apart = (a - b).norm(dim=1)
+            if not apart.isfinite().all():
+                raise IntrafuseError("a network puts out numbers that are not finite")
+            found.append(apart.cpu())
+            done += len(images)
+            if progress is not None:
+                progress(done, len(data))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class LayerDivergence:
+    """How far one layer's outputs are from what the original's channels were merged into.
+
+    Attributes:
+        layer: path of the module; a norm where one follows the layer.
+        error: squared distance over the variance of the original's within batches: 0 the same, 1
+            no better than their mean.
+        variance_ratio: variance of the pruned network's outputs over the original's.
+    """
+
+    layer: str
+    error: float
+    variance_ratio: float
+
+
+@apart
+def layer_divergence(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    data: Images,
+    *,
+    batch_size: int = 100,
+    device: str | torch.device = "cpu",
+) -> list[LayerDivergence]:
+    """Measure where the damage of a pruning starts.
+
+    Args:
+        original: the network before pruning.
+        pruned: what `plan.apply(original)` gave, also repaired or fine-tuned.
+        plan: the plan.
+        data: the images; labels are ignored.
+        batch_size: images in a batch.
+        device: where both networks are.
+
+    Returns:
+        One entry for each layer whose outputs can be watched, from input to output.
+    """
+    watched = _points(plan, original)
+    sums = {point.name: torch.zeros(3, dtype=torch.double) for point in watched}
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(point: Point, output: Tensor) -> None:
+        merged = merged_output(plan, point.tree, point.weight, output.movedim(point.axis, 1))
+        seen.setdefault(point.name, []).append(merged.double())
+
+    def compare(point: Point, output: Tensor) -> None:
+        a, b = seen[point.name].pop(0), output.movedim(point.axis, 1).double()
+        sums[point.name] += _terms(a, b).cpu()
+
+    for batch, _ in data.batches(batch_size, device=device):
+        with observing(original, watched, keep):
+            run(original, [batch])
+        with observing(pruned, watched, compare):
+            run(pruned, [batch])
+    return [LayerDivergence(name, *_ratios(total)) for name, total in sums.items()]
+
+
+def _points(plan: Plan, model: nn.Module) -> list[Point]:
+    """List norms that follow a layer, and layers without one, in order of execution."""
+    graph = plan.graph
+    normed = {norm.layer: norm for norm in graph.norms if norm.layer is not None}
+    found = []
+    for point in points(graph, model):
+        norm = normed.get(point.weight)
+        if norm is not None:
+            point = replace(point, name=norm.name, axis=1)
+        found.append(point)
+    return found
+
+
+def _terms(a: Tensor, b: Tensor) -> Tensor:
+    """Sum what the ratios need: the distance, both variances, and the values of each channel."""
+    rows = torch.stack([x.transpose(0, 1).flatten(1) for x in (a, b)])
+    variances = rows.var(2, correction=0).sum(1) * rows.shape[2]
+    apart = (rows[0] - rows[1]).square().sum()
+    return torch.stack([apart, *variances])
+
+
+def _ratios(total: Tensor) -> tuple[float, float]:
+    apart, first, second = total.tolist()
+    return apart / max(first, 1e-300), second / max(first, 1e-300)

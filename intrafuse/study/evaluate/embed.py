@@ -1,0 +1,55 @@
+"""Put a pruned network back into the shapes of the original, with the same function."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from intrafuse.pruning.plan import Plan
+from intrafuse.surgery.batchnorm import fold_norms
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
+
+__all__ = ["embed", "folded"]
+
+
+def folded(plan: Plan, model: nn.Module) -> Weights:
+    """Return the tensors of the network before pruning, with batch norm folded."""
+    weights = Weights.of(plan.graph, model)
+    fold_norms(weights)
+    return weights
+
+
+def embed(plan: Plan, model: nn.Module) -> Weights:
+    """Return the tensors of the pruned network at the shapes of the original.
+
+    A channel stands where the channel stood that it was kept from, or that counts most in it; what
+    writes the others, and what reads them, is zero. Batch norm is folded, as in `folded`.
+
+    Args:
+        plan: what the network is pruned by.
+        model: the network before pruning.
+    """
+    weights = plan.weights(model)
+    if not plan.fold:
+        fold_norms(weights)
+    weights.statistics.clear()
+    for step in reversed(plan.maps):
+        places = torch.zeros(step.size, step.width)
+        places[_positions(step), torch.arange(step.width)] = 1.0
+        weights.merge(MergeMap.linear(step.group, places))
+    whole = folded(plan, model)
+    for norm in plan.graph.own_norms:
+        if norm.layer is not None:  # it is the identity in both
+            weights.state.update({name: whole.state[name] for name in norm.tensors})
+    return weights
+
+
+def _positions(step: MergeMap) -> Tensor:
+    """Choose a place of its own among the n channels for each of the m."""
+    if step.keep is not None:
+        return step.keep
+    _, columns = linear_sum_assignment(step.encode.abs().numpy(), maximize=True)
+    return torch.from_numpy(columns.astype(np.int64))

@@ -1,0 +1,148 @@
+"""Workers on a Ray cluster: one that runs already, or one that is started on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from intrafuse.catalog.data import import_extra
+from intrafuse.study.factorize.local import Failure
+from intrafuse.study.factorize.stages import is_whole
+from intrafuse.study.factorize.worker import (
+    POSITIONS,
+    TASK,
+    Report,
+    Task,
+    last_stage,
+    throttled,
+    work,
+)
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.files import replacing_folder
+
+__all__ = ["run_ray"]
+
+POLL = 0.5  # seconds
+
+
+class _Board:
+    """Where workers write how far they are."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, tuple[str, int, int]] = {}
+
+    def write(self, part: int, name: str, done: int, total: int) -> None:
+        """Note one worker's progress."""
+        self.lines[part] = (name, done, total)
+
+    def read(self) -> dict[int, tuple[str, int, int]]:
+        """Return all of them."""
+        return self.lines
+
+
+def _remote(run: str, sent: dict[str, bytes], board: Any) -> dict[str, bytes]:
+    """Work on one part in a folder of the node's own, and return the files of the last stage."""
+    task = Task.model_validate_json(sent[TASK])
+    folder = Path(tempfile.gettempdir()) / "intrafuse-workers" / f"{run}-{task.part}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in sent.items():
+        (folder / name).write_bytes(content)
+
+    def say(name: str, done: int, total: int) -> None:
+        board.write.remote(task.part, name, done, total)
+
+    last = work(folder, throttled(say))
+    files = {path.name: path.read_bytes() for path in sorted(last.iterdir())}
+    shutil.rmtree(folder, ignore_errors=True)
+    return files
+
+
+def run_ray(
+    folders: Sequence[Path],
+    tasks: Sequence[Task],
+    *,
+    address: str | None,
+    parallel: int,
+    retries: int,
+    report: Report,
+) -> list[Failure]:
+    """Run workers as Ray tasks, and put what they return into their folders.
+
+    A worker keeps its stages in the node's folder for temporary files, and goes on from there
+    when it is started on that node again.
+
+    Args:
+        folders: one for each worker, with task and positions.
+        tasks: what each does.
+        address: of a cluster, or None for one on this machine, unless Ray runs already.
+        parallel: workers at once on a cluster that is started here.
+        retries: how often a worker that failed is started again.
+        report: called with (stage and worker, steps done, steps in all).
+
+    Raises:
+        IntrafuseError: Ray is not installed, or cannot be reached or started.
+    """
+    ray = import_extra("ray", "ray")
+    own = not ray.is_initialized()
+    if own:
+        size = {} if address else {"num_cpus": parallel, "include_dashboard": False}
+        _connect(ray, address, size)
+    try:
+        board = ray.remote(num_cpus=0)(_Board).remote()
+        ray.get(board.read.remote())  # it stands before anybody writes
+        # A crash and an exception of the worker's code both start it again.
+        remote = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=True)(_remote)
+        waiting = {}
+        for folder, task in zip(folders, tasks, strict=True):
+            if is_whole(folder / last_stage(task.recipe)):
+                continue
+            names = [name for name in (TASK, POSITIONS) if (folder / name).exists()]
+            sent = {name: (folder / name).read_bytes() for name in names}
+            waiting[remote.remote(_run_name(folder, sent), sent, board)] = (folder, task)
+        return _collect(ray, board, waiting, report)
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, size: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", **size)
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        raise IntrafuseError(
+            f"Ray cannot be reached or started ({' '.join(str(error).split())})",
+            value=address,
+            remedy="start the cluster (ray start --head) and give its address",
+        ) from error
+
+
+def _run_name(folder: Path, sent: dict[str, bytes]) -> str:
+    """Name a run by what it is told and where its result goes."""
+    told = str(folder.parent.resolve()).encode() + sent[TASK]
+    return hashlib.sha256(told).hexdigest()[:16]
+
+
+def _collect(
+    ray: Any, board: Any, waiting: dict[Any, tuple[Path, Task]], report: Report
+) -> list[Failure]:
+    failed = []
+    while waiting:
+        ready, _ = ray.wait(list(waiting), timeout=POLL)
+        for part, line in ray.get(board.read.remote()).items():
+            report(f"part {part}: {line[0]}", *line[1:])
+        for done in ready:
+            folder, task = waiting.pop(done)
+            try:
+                files = ray.get(done)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                failed.append(Failure(task.part, " ".join(str(cause).split())[-1000:]))
+                continue
+            with replacing_folder(folder / last_stage(task.recipe)) as temporary:
+                for name, content in files.items():
+                    (temporary / name).write_bytes(content)
+    return failed

@@ -1,0 +1,140 @@
+"""The user's data, batch by batch, on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafuse.support.calls import as_called
+from intrafuse.support.errors import IntrafuseError
+
+__all__ = ["batches", "fitting", "map_tensors", "require_finite", "require_rereadable"]
+
+ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Change every tensor in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(change, item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [map_tensors(change, item) for item in value]
+        named = hasattr(value, "_make")
+        return value._make(items) if named else type(value)(items)  # type: ignore[attr-defined]
+    if is_dataclass(value) and not isinstance(value, type):
+        found = ((field.name, getattr(value, field.name)) for field in fields(value) if field.init)
+        return replace(value, **{name: map_tensors(change, item) for name, item in found})
+    return value
+
+
+def batches(
+    data: Any, model: nn.Module, *, purpose: str, limit: int | None = None, instead: str = ""
+) -> Iterator[tuple[Any, Any]]:
+    """Iterate over (inputs, labels or None) on the model's device.
+
+    Args:
+        data: batches of inputs, or of (inputs, labels); inputs are a tensor, a tuple of args or a
+            mapping of kwargs.
+        model: what will read them.
+        purpose: what needs the data, for the errors.
+        limit: number of batches.
+        instead: what serves without data, for the error where there is none.
+
+    Raises:
+        IntrafuseError: there is no data, it is not made of batches, it is empty, or it holds
+            numbers that are not finite.
+
+    >>> [x.shape for x, _ in batches([torch.zeros(2, 3)], nn.Linear(3, 1), purpose="repair")]
+    [torch.Size([2, 3])]
+    """
+    if data is None:
+        raise IntrafuseError(f"{purpose} needs data", remedy=ADVICE + instead, usage=True)
+    _require_iterable(data)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    for batch in islice(data, limit):
+        labels = None
+        if isinstance(batch, tuple | list):
+            if len(batch) not in (1, 2):
+                raise IntrafuseError(
+                    "a batch must be inputs or (inputs, labels)",
+                    value=f"{len(batch)} parts",
+                    remedy="put several inputs of one batch into a tuple or a mapping of kwargs",
+                )
+            batch, labels = (*batch, None)[:2]
+        count += 1
+        require_finite((batch, labels), f"batch {count} of the data")
+        yield map_tensors(lambda t: t.to(device), (batch, labels))
+    if not count:
+        raise IntrafuseError(
+            "data gave no batch",
+            remedy="give a list or a loader, which can be read more than once, not an iterator",
+        )
+
+
+def require_finite(value: Any, what: str) -> None:
+    """Refuse NaN and infinity in nested tensors; masks of attention hold -infinity.
+
+    Raises:
+        IntrafuseError: names `what` and the number.
+    """
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            found = "nan" if bool(tensor.isnan().any()) else "inf"
+            raise IntrafuseError(
+                f"data must be finite, but {what} is not",
+                value=found,
+                remedy="leave out these samples, or repair them",
+            )
+        return tensor
+
+    map_tensors(check, value)
+
+
+def require_rereadable(data: object) -> None:
+    """Refuse data that can be read once only, or is no data; None is no data, and allowed.
+
+    Raises:
+        IntrafuseError: it is an iterator, or not made of batches.
+    """
+    if data is not None:
+        _require_iterable(data)
+    if isinstance(data, Iterator):
+        raise IntrafuseError(
+            "data must be readable more than once: a list of batches or a loader",
+            value=type(data).__name__,
+            remedy="list(batches)",
+        )
+
+
+def _require_iterable(data: object) -> None:
+    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
+        kind = type(data).__name__
+        raise IntrafuseError("data must be an iterable of batches", value=kind, remedy=ADVICE)
+
+
+@contextmanager
+def fitting(what: str, remedy: str) -> Iterator[None]:
+    """Turn what the model raises for inputs that do not fit it into one line.
+
+    Args:
+        what: which inputs, for the error.
+        remedy: what the user can do.
+    """
+    try:
+        with as_called():
+            yield
+    except (IntrafuseError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntrafuseError(f"the model refused {what}: {text}", remedy=remedy) from error

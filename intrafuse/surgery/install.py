@@ -1,0 +1,65 @@
+"""Put planned tensors into a module: a copy, or the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+from torch import Tensor, nn
+
+from intrafuse.graph.axes import Product, tree_size
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.support.modules import copy_without, place
+from intrafuse.surgery.hf_config import follow_sizes, take_configuration
+from intrafuse.surgery.weights import Weights
+
+__all__ = ["install", "size_changes"]
+
+
+def install(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    remove: Iterable[str] = (),
+    inplace: bool = False,
+    share: bool = False,
+    like: nn.Module | None = None,
+) -> nn.Module:
+    """Return a module that holds the given tensors, with attributes that agree with them.
+
+    Args:
+        model: the module that the weights were taken from.
+        weights: the new tensors.
+        remove: paths of modules to replace by `nn.Identity`.
+        inplace: change `model` itself instead of a copy.
+        share: let the copy hold the model's own parameters where they stay as they are.
+        like: a network of these sizes, whose configuration is taken; finding it out takes time.
+    """
+    old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    new = {k: t for k, t in weights.state.items() if k not in old or t is not _detached(old[k], t)}
+    kept = [*model.parameters()] if share else []
+    target = model if inplace else copy_without(model, [*kept, *(old[k] for k in new if k in old)])
+    attributes = weights.graph.attribute_values(weights.sizes)
+    place(target, new, attributes, remove, weights.graph.aliases)
+    if like is None:
+        follow_sizes(target, size_changes(weights.graph, weights.sizes))
+    else:
+        take_configuration(target, like)
+    return target
+
+
+def size_changes(graph: ChannelGraph, sizes: Mapping[int, int]) -> set[tuple[int, int]]:
+    """List sizes before and after, of groups, of attributes and of the axes of parameters."""
+    trees = {tree for axes in graph.axes.values() for tree in axes}
+    trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
+    for tree in [tree for tree in trees if isinstance(tree, Product)]:  # such as heads x width
+        for i, j in combinations(range(len(tree.factors) + 1), 2):
+            trees.add(Product(tree.factors[i:j]))
+    both = ((tree_size(t, graph.sizes), tree_size(t, sizes)) for t in trees)
+    return {(old, new) for old, new in both if old != new}
+
+
+def _detached(old: Tensor, new: Tensor) -> Tensor | None:
+    """Return `new` if it is still the model's own tensor, else None."""
+    same = old.data_ptr() == new.data_ptr() and old.shape == new.shape
+    return new if same else None

@@ -1,0 +1,158 @@
+"""The merge map: what happens to the channels of one group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intrafuse.support.errors import IntrafuseError
+
+__all__ = ["PARTS", "MergeMap"]
+
+# Tensors by the name of a parameter.
+PARTS = ("readers", "writers", "gain", "shift", "writer_gain", "writer_shift")
+
+
+@dataclass(frozen=True, eq=False)
+class MergeMap:
+    """Replace the n channels of a group by m.
+
+    Writers become P W, readers W Q, and what lies between follows. Matrices are float32.
+
+    Attributes:
+        group: name of the channel group.
+        encode: P (m, n), for writers' weights and biases and for what carriers add.
+        decode: Q (n, m), for readers that `readers` does not name.
+        carry: (m, n) with rows that sum to one, for what carriers multiply channels with.
+        keep: (m,) ascending indices where the channels are selected, else None. Writers and
+            carriers are then indexed, exactly, instead of multiplied.
+        readers: Q (n, m) by the name of a reader's weight; or (n r, m r) where each channel lies
+            at r places of an axis that holds nothing else: all of them from all of the new ones.
+        writers: P (r, m, n) by the name of a writer's weight or bias, instead of `encode`, where
+            each channel lies at r places (the width of r heads): one matrix for each place.
+        gain, shift: (outputs,) by the name of a reader's weight: its outputs are multiplied by
+            the gain and then shifted.
+        writer_gain, writer_shift: (m,), or (m, r) where a channel has r outputs, by the name of
+            the weight of a writer or of a grouped convolution between writers and readers: after P.
+        note: what a method says of its choice, as JSON data.
+    """
+
+    group: str
+    encode: Tensor
+    decode: Tensor
+    carry: Tensor
+    keep: Tensor | None = None
+    readers: Mapping[str, Tensor] = field(default_factory=dict)
+    writers: Mapping[str, Tensor] = field(default_factory=dict)
+    gain: Mapping[str, Tensor] = field(default_factory=dict)
+    shift: Mapping[str, Tensor] = field(default_factory=dict)
+    writer_gain: Mapping[str, Tensor] = field(default_factory=dict)
+    writer_shift: Mapping[str, Tensor] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def select(
+        cls, group: str, size: int, keep: Tensor, **outputs: Mapping[str, Tensor]
+    ) -> MergeMap:
+        """Make the map that keeps some channels and discards the others.
+
+        >>> MergeMap.select("conv", 3, torch.tensor([2, 0])).encode
+        tensor([[1., 0., 0.],
+                [0., 0., 1.]])
+        """
+        keep = keep.cpu().sort().values
+        rows = torch.zeros(len(keep), size)
+        rows[torch.arange(len(keep)), keep] = 1.0
+        return cls(group, rows, rows.T.contiguous(), rows, keep, **outputs)
+
+    @classmethod
+    def linear(
+        cls,
+        group: str,
+        encode: Tensor,
+        decode: Tensor | None = None,
+        **outputs: Mapping[str, Tensor],
+    ) -> MergeMap:
+        """Make a map from P (m, n) and Q (n, m); Q defaults to the transpose of P.
+
+        Carriers get the weighted mean of their values, with |P| as weights.
+        """
+        weight = encode.abs()
+        carry = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        decode = encode.T if decode is None else decode
+        return cls(group, encode, decode.contiguous(), carry, None, **outputs)
+
+    @property
+    def size(self) -> int:
+        """Number of channels before, n."""
+        return self.encode.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Number of channels after, m."""
+        return self.encode.shape[0]
+
+    def decoder(self, weight: str) -> Tensor:
+        """Return Q (n, m) for the reader with this weight."""
+        return self.readers.get(weight, self.decode)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """List every tensor of the map under a name that `from_tensors` understands."""
+        found = {"encode": self.encode, "decode": self.decode, "carry": self.carry}
+        if self.keep is not None:
+            found["keep"] = self.keep
+        for part in PARTS:
+            found.update({f"{part}:{name}": t for name, t in getattr(self, part).items()})
+        return found
+
+    @classmethod
+    def from_tensors(cls, group: str, tensors: Mapping[str, Tensor]) -> MergeMap:
+        """Rebuild a map from what `tensors` gave."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
+        for name, tensor in tensors.items():
+            part, colon, parameter = name.partition(":")
+            if colon:
+                parts[part][parameter] = tensor
+        encode, decode, carry = (tensors[name] for name in ("encode", "decode", "carry"))
+        return cls(group, encode, decode, carry, tensors.get("keep"), **parts)
+
+    def check(self) -> MergeMap:
+        """Return the map itself, or refuse one that does not fit together or is not finite.
+
+        Raises:
+            IntrafuseError: a matrix, gain or shift has the wrong shape, or holds NaN or infinity.
+        """
+        n, m = self.size, self.width
+        shapes = {"encode": (m, n), "decode": (n, m), "carry": (m, n), "keep": (m,)}
+        for name, matrix in self.readers.items():
+            places = max(1, len(matrix) // n)
+            shapes[f"readers:{name}"] = (n * places, m * places)
+        shapes |= {f"writers:{name}": (*p.shape[:1], m, n) for name, p in self.writers.items()}
+        for name, tensor in self.tensors().items():
+            if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)):
+                raise IntrafuseError(
+                    f"{name} of a merge map must have the shape {shapes[name]}",
+                    value=tuple(tensor.shape),
+                    layer=self.group,
+                )
+            if not torch.isfinite(tensor).all():
+                raise IntrafuseError(
+                    f"merge maps must be finite, but {name} is not",
+                    layer=self.group,
+                    remedy="check the weights, the importance and the settings of the method",
+                )
+        if self.keep is not None and not _ascends(self.keep, n):
+            raise IntrafuseError(
+                f"keep of a merge map must hold ascending channels below {n}",
+                value=self.keep.tolist(),
+                layer=self.group,
+            )
+        return self
+
+
+def _ascends(keep: Tensor, channels: int) -> bool:
+    return bool((keep.diff(prepend=keep.new_tensor([-1])) > 0).all()) and int(keep[-1]) < channels

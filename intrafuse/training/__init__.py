@@ -1,8 +1,0 @@
-"""Train and fine-tune classifiers: settings with the paper's presets, one loop, resumable."""
-
-from __future__ import annotations
-
-from intrafuse.training.loop import train
-from intrafuse.training.settings import PRESETS, Training
-
-__all__ = ["PRESETS", "Training", "train"]
