@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,14 @@ from hypothesis import settings
 from intrafuse import prune, save
 from intrafuse.catalog.zoo import resolve_model
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # some tests run a sample of them
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Give the folder of trained networks and data beside the project, or skip the test."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(f"../shared is absent: {folder} has no models and data")
     return folder

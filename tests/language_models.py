@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from architectures import import_torchvision
+from torch import Tensor, nn
 
 import_torchvision()
 

@@ -14,8 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.catalog.data import load_data
+from intrafuse.graph.blocks import positions
 
-__all__ = ["NETWORKS", "Network", "build", "learn_digits", "outputs", "randomise", "same_state"]
+__all__ = [
+    "NETWORKS",
+    "Net",
+    "Network",
+    "build",
+    "copy_channels",
+    "learn_digits",
+    "outputs",
+    "randomise",
+    "same_state",
+]
 
 
 @dataclass(frozen=True)
@@ -291,4 +302,36 @@ def learn_digits(model: nn.Module) -> nn.Module:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
+    return model
+
+
+class Net(nn.Module):
+    """A network from its parts and a function of itself and its inputs."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+
+def copy_channels(model, graph):
+    """Make every odd channel of each group a copy of the even one before it."""
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for group in graph.groups:
+            for slot in (*group.writers, *group.carriers):
+                if slot.parameter in state:
+                    rows = positions(slot.blocks, group.size)
+                    odd, even = rows[1::2], rows[0 : group.size - 1 : 2]
+                    front = state[slot.parameter].movedim(slot.axis, 0)
+                    front[torch.from_numpy(odd.ravel())] = front[
+                        torch.from_numpy(even.ravel())
+                    ].clone()
     return model

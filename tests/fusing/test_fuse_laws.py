@@ -10,8 +10,8 @@ from fusions import permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, build, outputs
-from test_random_networks import RandomNetwork
-from test_random_networks import randomise as randomise_all
+from random_networks import RandomNetwork
+from random_networks import randomise as randomise_all
 from torch import nn
 
 import intrafuse

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import randomise
 from reference import mask_channels, mask_readers, mask_writers
-from test_random_networks import randomise
 from torch import Tensor, nn
 
 import intrafuse

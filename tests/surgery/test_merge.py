@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, build, outputs
-from test_random_networks import RandomNetwork, randomise
+from networks import NETWORKS, build, copy_channels, outputs
+from random_networks import RandomNetwork, randomise
 from torch import nn
 
 import intrafuse
 from intrafuse import MergeMap, Plan
-from intrafuse.graph.blocks import positions
 from intrafuse.surgery.batchnorm import fold_norms
 from intrafuse.surgery.install import install
 from intrafuse.surgery.weights import Weights
@@ -54,22 +53,6 @@ def test_a_permutation_leaves_outputs_unchanged(name, fold):
     other = install(model, weights)
     assert not torch.equal(next(other.parameters()), next(model.parameters()))
     torch.testing.assert_close(outputs(other, x), outputs(model, x), atol=1e-5, rtol=1e-5)
-
-
-def copy_channels(model, graph):
-    """Make every odd channel of each group a copy of the even one before it."""
-    state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for group in graph.groups:
-            for slot in (*group.writers, *group.carriers):
-                if slot.parameter in state:
-                    rows = positions(slot.blocks, group.size)
-                    odd, even = rows[1::2], rows[0 : group.size - 1 : 2]
-                    front = state[slot.parameter].movedim(slot.axis, 0)
-                    front[torch.from_numpy(odd.ravel())] = front[
-                        torch.from_numpy(even.ravel())
-                    ].clone()
-    return model
 
 
 def pairs(group):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import randomise
 from reference import mask_readers, mask_writers
-from test_random_networks import randomise
 from torch import nn
 
 import intrafuse

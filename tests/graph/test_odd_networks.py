@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Net
 from torch import nn
 
 import intrafuse
@@ -16,22 +17,6 @@ Pair = namedtuple("Pair", "first second")
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-class Net(nn.Module):
-    """A network from its parts and a function of itself and its inputs."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        self.run = forward
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, *inputs):
-        return self.run(self, *inputs)
 
 
 class Attend(nn.Module):

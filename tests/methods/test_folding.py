@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs
-from test_merge import copy_channels
+from networks import NETWORKS, build, copy_channels, outputs
 from torch import nn
 from torch.testing import assert_close
 

@@ -17,8 +17,8 @@ from attention_networks import (
     Classifier,
     Mlp,
 )
+from random_networks import randomise
 from reference import mask_channels
-from test_random_networks import randomise
 from torch import nn
 
 import intrafuse

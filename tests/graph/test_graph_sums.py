@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_graph_synonyms import LINE, SEQUENCE, network, pruned_widths
-from test_odd_networks import Net
-from test_random_networks import randomise
+from networks import Net
+from random_networks import randomise
+from spellings import LINE, SEQUENCE, network, pruned_widths
 from torch import nn
 from torch.nn.utils import parametrizations
 

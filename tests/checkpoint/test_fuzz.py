@@ -6,15 +6,11 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 from fuzz import DEFECTS, measured
 from fuzz_kinds import KINDS
 

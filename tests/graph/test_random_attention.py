@@ -19,8 +19,8 @@ from attention_networks import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import randomise
 from reference import mask_channels
-from test_random_networks import randomise
 from torch import nn
 
 import intrafuse

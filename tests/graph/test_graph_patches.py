@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from random_networks import randomise
 from reference import mask_readers, mask_writers
-from test_random_networks import randomise
 from torch import nn
 
 import intrafuse

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from architectures import ARCHITECTURES
 from zoo import examine
 from zoo_methods import METHODS
