@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
     from intrafuse.moments.synthetic import synthesise
     from intrafuse.pruning.plan import Plan
-    from intrafuse.pruning.prune import Pruned, Report, plan, prune
+    from intrafuse.pruning.prune import plan, prune
+    from intrafuse.pruning.result import Pruned, Report
+    from intrafuse.pruning.settings import Settings
     from intrafuse.pruning.verification import Check, Verification, verify
     from intrafuse.study.factorize import Factorized, Recipe, factorize
     from intrafuse.support.errors import IntrafuseError
@@ -38,6 +40,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "Report",
+    "Settings",
     "Verification",
     "__version__",
     "factorize",
@@ -61,7 +64,9 @@ _HOMES = {
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),
     "moments.synthetic": ("synthesise",),
     "pruning.plan": ("Plan",),
-    "pruning.prune": ("Pruned", "Report", "plan", "prune"),
+    "pruning.prune": ("plan", "prune"),
+    "pruning.result": ("Pruned", "Report"),
+    "pruning.settings": ("Settings",),
     "pruning.verification": ("Check", "Verification", "verify"),
     "study.factorize": ("Factorized", "Recipe", "factorize"),
     "support.errors": ("IntrafuseError",),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ class Budget:
             pattern that matches decides.
     """
 
+    SHARES: ClassVar[tuple[Kind, ...]] = (*KINDS, "latency")
+
     kind: Kind
     share: float
     scope: Scope = "uniform"
@@ -71,8 +73,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_arguments(overrides=self.overrides)
-        if self.kind not in (*KINDS, "latency"):
-            kinds = ", ".join((*KINDS, "latency"))
+        if self.kind not in self.SHARES:
+            kinds = ", ".join(self.SHARES)
             raise IntrafuseError(f"kind must be one of {kinds}", value=self.kind, usage=True)
         for name, share in (
             (self.kind, self.share),

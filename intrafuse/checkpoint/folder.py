@@ -26,7 +26,7 @@ from intrafuse.checkpoint.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.checkpoint.tensors import dtype_name, memory_order, pack
 from intrafuse.graph.axes import leaves
 from intrafuse.pruning.plan import Plan
-from intrafuse.pruning.prune import Pruned
+from intrafuse.pruning.result import Pruned
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
@@ -38,7 +38,7 @@ from intrafuse.surgery.install import size_changes
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
-MANIFEST, PLAN = "intrafuse.json", "plan.safetensors"
+MANIFEST, PLAN, RECIPE = "intrafuse.json", "plan.safetensors", "recipe.yaml"
 
 
 @apart
@@ -51,6 +51,7 @@ def save(
     source_sha256: str | None = None,
     figures: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a network so that `load` gives it back bit for bit; nothing is pickled.
 
@@ -68,6 +69,7 @@ def save(
         figures: what was measured, as JSON data, such as {"accuracy": 93.2}.
         plan: of a module that was pruned and is now, say, fine-tuned. Without it a module must
             have the shapes of its architecture.
+        recipe: settings that make the network again, as `Settings.as_data` gives them.
 
     Returns:
         The folder.
@@ -127,6 +129,9 @@ def save(
         save_file(packed, temporary / WEIGHTS, {"format": "pt"})
         if plan is not None:
             plan.save(temporary / PLAN)
+        if recipe is not None:  # JSON is YAML
+            text = json.dumps(as_json(dict(recipe), "recipe"), indent=2)
+            (temporary / RECIPE).write_text(text + "\n", "utf-8")
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         text = manifest.model_copy(update={"files": files}).text()
         (temporary / MANIFEST).write_text(text, "utf-8")

@@ -28,9 +28,8 @@ def compare(
 ) -> None:
     """Prune a network by several methods and amounts, and measure each without fine-tuning."""
     shares = numbers("--channels", channels, float)
-    settings = options.settings()
+    settings = options.settings(common)
     common.start()
-    import intrafuse
     from intrafuse.study.evaluate.compare import compare as compare_methods
 
     subject = Subject.of(model, data, common)
@@ -43,8 +42,9 @@ def compare(
             methods=methods.split(","),
             batch_size=data.batch_size,
             device=common.device,
-            prune=partial(intrafuse.prune, data=subject.training, seed=common.seed, **settings),
+            settings=settings,
+            training=subject.training,
             progress=partial(advance, "comparing"),
         )
-    record = {**subject.record, "importance": options.importance, **found.as_data()}
-    show_record(common, "comparison", record, f"{subject.title}, {options.importance}")
+    record = {**subject.record, "importance": settings.importance, **found.as_data()}
+    show_record(common, "comparison", record, f"{subject.title}, {settings.importance}")

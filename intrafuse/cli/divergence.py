@@ -34,9 +34,8 @@ def divergence(
 ) -> None:
     """Measure how far the outputs of pruned networks are from the original's."""
     shares = numbers("--channels", channels, float)
-    settings = options.settings()
+    settings = options.settings(common)
     common.start()
-    import intrafuse
     from intrafuse.study.evaluate.divergences import divergences
 
     subject = Subject.of(model, data, common)
@@ -51,7 +50,8 @@ def divergence(
             layers=layers,
             batch_size=data.batch_size,
             device=common.device,
-            prune=partial(intrafuse.prune, data=subject.training, seed=common.seed, **settings),
+            settings=settings,
+            training=subject.training,
             progress=partial(advance, "measuring"),
         )
     show_record(common, "divergence", {**subject.record, **found.as_data()}, subject.title)

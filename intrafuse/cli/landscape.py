@@ -38,7 +38,7 @@ def landscape(
     names = methods.split(",")
     if len(set(names)) != 2 or len(names) != 2:
         raise IntrafuseError("--methods takes two different methods", value=methods, usage=True)
-    settings = options.settings()
+    settings = options.settings(common)
     common.start()
     import intrafuse
     from intrafuse.study.evaluate.landscape import landscape as measure_plane
@@ -48,11 +48,10 @@ def landscape(
         name: intrafuse.prune(
             subject.model,
             subject.example_inputs,
+            settings,
             channels=channels,
             method=name,
             data=subject.training,
-            seed=common.seed,
-            **settings,
         ).plan
         for name in names
     }

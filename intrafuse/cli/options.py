@@ -26,10 +26,12 @@ from intrafuse.support.files import file_target
 if TYPE_CHECKING:
     from intrafuse.catalog.data import Images
     from intrafuse.catalog.zoo import ResolvedModel
+    from intrafuse.pruning.settings import Settings
 
 __all__ = [
     "COMMAND",
     "RANDOM",
+    "SETTINGS",
     "Common",
     "DataOptions",
     "GroupOptions",
@@ -45,6 +47,8 @@ __all__ = [
 RANDOM = "note: without --weights the network has random ones"
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")  # that runs, for its record
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+# Settings of a method that a command was given as options: option -> value.
+SETTINGS: ContextVar[dict[str, str]] = ContextVar("SETTINGS", default={})  # noqa: B039 - read only
 CALIBRATION = 1024  # images for metrics and repair, where --limit does not say
 
 
@@ -62,6 +66,7 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
             parameters += _parameters(chosen)
 
     def run(context: typer.Context, **values: Any) -> None:
+        SETTINGS.set(context.meta.get("intrafuse.cli.method", {}))
         COMMAND.set(_typed(context))
         with _reporting_errors():
             made = {
@@ -75,7 +80,8 @@ def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
     run.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in kinds}
     run.__doc__ = function.__doc__
-    app.command(function.__name__)(run)
+    kind = next((k.COMMAND for k in sets.values() if hasattr(k, "COMMAND")), None)
+    app.command(function.__name__, cls=kind)(run)
 
 
 def _parameters(kind: Any) -> list[inspect.Parameter]:
@@ -106,6 +112,7 @@ def _typed(context: typer.Context) -> str:
                 options.append((parameter.opts if item else parameter.secondary_opts)[0])
             else:
                 options += [parameter.opts[0], str(item)]
+    options += [word for option in SETTINGS.get().items() for word in option]
     return shlex.join([*words, *options])
 
 
@@ -313,50 +320,69 @@ class GroupOptions:
     ] = None
 
     def chosen(self) -> dict[str, Any]:
-        """Give the keyword arguments of `intrafuse.prune` that they are."""
-        return {"include": self.include or None, "exclude": self.exclude or ()}
+        """Return the fields of `Settings` that were given."""
+        given = {"include": self.include, "exclude": self.exclude}
+        return {name: value for name, value in given.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(GroupOptions):
     """Say how to prune, but for how much and by which method."""
 
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings in YAML or JSON; options replace them."),
+    ] = None
     importance: Annotated[
-        str, typer.Option(help="Metric of channels, such as l1, l2, taylor; any other lists all.")
-    ] = "l1"
+        str | None,
+        typer.Option(help="Metric of channels, such as l2, taylor; by default l1; x lists all."),
+    ] = None
     scope: Annotated[
-        str, typer.Option(help="uniform: equal shares; global: one ranking; predicted: by damage.")
-    ] = "uniform"
+        str | None,
+        typer.Option(
+            help="uniform (default): equal shares; global: one ranking; predicted: by damage."
+        ),
+    ] = None
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=SHARE", help="Share to remove there; repeatable."),
     ] = None
     floor: Annotated[
-        float, typer.Option(help="Share of channels that a group keeps, but under uniform.")
-    ] = 0.1
-    round_to: Annotated[int, typer.Option(help="Make widths multiples of this.")] = 1
+        float | None,
+        typer.Option(help="Share of channels that a group keeps, but under uniform; 0.1."),
+    ] = None
+    round_to: Annotated[int | None, typer.Option(help="Make widths multiples of this.")] = None
     repair: Annotated[
         str | None,
         typer.Option(help="Batch norm: batchnorm (by --data) or synthetic; or analytic gains."),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """Give the keyword arguments of `intrafuse.prune`."""
-        overrides = {}
-        for item in self.override or ():
-            pattern, equals, share = item.rpartition("=")
-            if not equals or not pattern:
-                raise IntrafuseError("--override takes PATTERN=SHARE", value=item, usage=True)
-            (overrides[pattern],) = numbers("--override", share, float)
-        return {
-            "importance": self.importance,
-            "scope": self.scope,
-            **self.chosen(),
-            "overrides": overrides,
-            "floor": self.floor,
-            "round_to": self.round_to,
-            "repair": self.repair,
-        }
+    def settings(self, common: Common, **given: Any) -> Settings:
+        """Lay the options that were given over the recipe.
+
+        Args:
+            common: its seed counts where it was given, or no recipe has one.
+            given: further fields of `Settings`; None is none.
+        """
+        from intrafuse.pruning.settings import Settings
+        from intrafuse.support.recipes import read_mapping
+
+        named = ("importance", "scope", "floor", "round_to", "repair")
+        fields = {name: getattr(self, name) for name in named} | given
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if self.override:
+            fields["overrides"] = dict(map(_override, self.override))
+        found = {} if self.recipe is None else read_mapping(self.recipe)
+        if common.seed or "seed" not in found:
+            fields["seed"] = common.seed
+        return Settings.of(Settings.from_data(found), {**fields, **self.chosen()})
+
+
+def _override(item: str) -> tuple[str, float]:
+    pattern, equals, share = item.rpartition("=")
+    if not equals or not pattern:
+        raise IntrafuseError("--override takes PATTERN=SHARE", value=item, usage=True)
+    return pattern, numbers("--override", share, float)[0]
 
 
 def numbers(option: str, text: str, kind: type) -> list:

@@ -5,101 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from intrafuse.cli.method import MethodOptions
 from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
-from intrafuse.support.errors import IntrafuseError
 
 if TYPE_CHECKING:
     from intrafuse.catalog.data import Images
     from intrafuse.catalog.zoo import ResolvedModel
-    from intrafuse.methods import Method
-    from intrafuse.pruning.prune import Pruned
+    from intrafuse.pruning.result import Pruned
+    from intrafuse.pruning.settings import Settings
 
 __all__ = ["prune"]
 
 RUNS = 10  # calls that are timed to state the latency
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Choose a method; its settings are the fields of its class in `intrafuse.methods`."""
-
-    method: Annotated[str, typer.Option(help="Method; an unknown one lists all.")] = "intra-fusion"
-    features: Annotated[
-        str | None,
-        typer.Option(help="What is compared: writers or all; for folding also balanced, plain."),
-    ] = None
-    target: Annotated[str | None, typer.Option(help="important, k-means or mixture.")] = None
-    source_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
-        None
-    )
-    target_marginal: Annotated[str | None, typer.Option(help="uniform, importance or softmax.")] = (
-        None
-    )
-    p: Annotated[float | None, typer.Option(help="Order of the norm of the ground cost.")] = None
-    regularisation: Annotated[
-        float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
-    ] = None
-    normalisation: Annotated[str | None, typer.Option(help="paper, barycentric or projected.")] = (
-        None
-    )
-    correction: Annotated[
-        str | None, typer.Option(help="Variance of folded channels: approximate or none.")
-    ] = None
-    source: Annotated[
-        str | None, typer.Option(help="Moments: analytic, synthetic, or calibration on --data.")
-    ] = None
-    transport: Annotated[
-        str | None, typer.Option(help="What moment merges by: folding, intra-fusion or none.")
-    ] = None
-    choice: Annotated[
-        str | None, typer.Option(help="What moment keeps or fuses into: greedy or importance.")
-    ] = None
-    ridge: Annotated[float | None, typer.Option(min=0, help="Ridge of the readout.")] = None
-    max_gain: Annotated[float | None, typer.Option(min=0, help="Largest gain; 0: no gains.")] = None
-    length: Annotated[
-        float | None, typer.Option(min=0, help="Reach of correlation between positions.")
-    ] = None
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Synthetic inputs (--source synthetic).")
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps that optimise synthetic inputs.")
-    ] = None
-    start: Annotated[str | None, typer.Option(help="Start of clusters: ward or k-means++.")] = None
-
-    def build(self) -> Method:
-        """Make the method with its settings.
-
-        Raises:
-            IntrafuseError: a setting that the method does not have, or not with this value.
-        """
-        from intrafuse.methods import METHODS, resolve_method
-
-        kind: Any = type(resolve_method(self.method))
-        given = {key: value for key, value in asdict(self).items() if value is not None}
-        del given["method"]
-        known = get_type_hints(kind)
-        for name, value in given.items():
-            option = f"--{name.replace('_', '-')}"
-            if name not in known:
-                having = [n for n, m in METHODS.items() if name in get_type_hints(m)]
-                raise IntrafuseError(
-                    f"{self.method} has no setting {option}",
-                    value=value,
-                    remedy=f"it belongs to {', '.join(having)}",
-                    usage=True,
-                )
-            choices = get_args(known[name]) if get_origin(known[name]) is Literal else (value,)
-            if value not in choices:
-                raise IntrafuseError(
-                    f"{option} must be one of {', '.join(choices)}", value=value, usage=True
-                )
-        return kind(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +57,12 @@ def prune(
     common: Common = Common(),
 ) -> None:
     """Make a network smaller, and save it."""
-    settings = options.settings()
+    settings = options.settings(common, method=method.build(), **asdict(budget))
     common.start()
     import intrafuse
     from intrafuse.checkpoint.folder import usable
 
-    chosen = method.build()
+    assert settings.wanted is not None  # a budget was given
     if out is not None:
         usable(out)
     resolved = model.resolve(common.device)
@@ -151,17 +73,14 @@ def prune(
         pruned = intrafuse.prune(
             resolved.model,
             resolved.example_inputs,
-            **asdict(budget),
-            method=chosen,
+            settings,
             data=data.batches(data.data, common),
-            seed=common.seed,
             check=check,
             progress=partial(advance, "planning"),
-            **settings,
         )
         figures = _measure(resolved, pruned, test, data.batch_size, common.device, advance)
     if out is not None:
-        _save(out, pruned, model, resolved, figures)
+        _save(out, pruned, model, resolved, figures, settings)
     record = {**model.record(), **_data(resolved, pruned, figures, out)}
     write_json(common, "pruning", record)
     _show(common, pruned, record)
@@ -191,7 +110,12 @@ def _measure(
 
 
 def _save(
-    out: Path, pruned: Pruned, model: ModelOptions, resolved: ResolvedModel, figures: dict[str, Any]
+    out: Path,
+    pruned: Pruned,
+    model: ModelOptions,
+    resolved: ResolvedModel,
+    figures: dict[str, Any],
+    settings: Settings,
 ) -> None:
     from intrafuse.catalog.zoo import file_sha256
     from intrafuse.checkpoint.folder import save
@@ -203,6 +127,7 @@ def _save(
         arguments=resolved.arguments,
         source_sha256=None if model.weights is None else file_sha256(model.weights),
         figures=figures,
+        recipe=settings.as_data(),
     )
 
 

@@ -22,10 +22,9 @@ from intrafuse.fusing.job import Job, average, merge, narrow
 from intrafuse.fusing.match import require_equal_widths, require_same_structure
 from intrafuse.fusing.observe import take
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.methods.settings import check_choice
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.pruning.plan import Plan
-from intrafuse.support.arguments import check_arguments
+from intrafuse.support.arguments import check_arguments, check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.tables import text_table
 

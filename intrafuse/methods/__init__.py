@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
 
-from intrafuse.graph.groups import ChannelGroup
 from intrafuse.methods.auto import Auto
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
+from intrafuse.methods.method import Method
 from intrafuse.methods.moment import Moment
 from intrafuse.methods.select import Select
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.surgery.context import Context
-from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = [
     "METHODS",
@@ -25,30 +25,10 @@ __all__ = [
     "Method",
     "Moment",
     "Select",
+    "make_method",
     "resolve_method",
+    "settings_of",
 ]
-
-
-class Method(Protocol):
-    """A compression method: a frozen dataclass whose fields are its settings.
-
-    Attributes:
-        name: its name on the command line.
-        folds_batchnorm: whether batch norm is folded before the method looks at the weights.
-        order: whether groups are handed over from the input to the output (`forward`) or from
-            the output, index 0, to the input (`backward`).
-    """
-
-    name: ClassVar[str]
-    folds_batchnorm: ClassVar[bool]
-    order: ClassVar[Literal["forward", "backward"]]
-
-    def __call__(
-        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
-    ) -> MergeMap:
-        """Return the map that reduces a group with scores (n,) to `width` channels."""
-        ...
-
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Select, IntraFusion, Folding, Moment, Auto)
@@ -64,22 +44,67 @@ def resolve_method(method: str | Method) -> Method:
     >>> resolve_method("intra-fusion").p
     1.0
     """
-    if not isinstance(method, str):
-        known = callable(method) and hasattr(method, "folds_batchnorm")
-        if not known or isinstance(method, type):
+    if isinstance(method, str):
+        return _kind(method)()
+    if not isinstance(method, Method):
+        raise IntrafuseError(
+            "method must be a name or a method with settings, such as IntraFusion(p=2)",
+            value=method,
+            usage=True,
+            remedy="a method of your own is a class derived from intrafuse.methods.Method",
+        )
+    return method
+
+
+def make_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """Make a method from its name and settings, which may be text.
+
+    Raises:
+        IntrafuseError: no method has that name, or it has no such setting or value.
+
+    >>> make_method("intra-fusion", {"p": "2", "target": "k-means"}).p
+    2.0
+    """
+    kind = _kind(name)
+    known = settings_of(kind)
+    for setting, value in settings.items():
+        if setting not in known:
+            having = [n for n, other in METHODS.items() if setting in settings_of(other)]
             raise IntrafuseError(
-                "method must be a name or a method with settings, such as IntraFusion(p=2)",
-                value=method,
+                f"{name} has no setting {setting}",
+                value=value,
+                remedy=f"it belongs to {', '.join(having)}"
+                if having
+                else f"it has {', '.join(known) or 'none'}",
                 usage=True,
             )
-        return method
-    if method not in METHODS:
-        near = get_close_matches(method, METHODS, n=1, cutoff=0.3)
-        names = ", ".join(METHODS)
+    return kind(**{name: _value(name, known[name], value) for name, value in settings.items()})
+
+
+def settings_of(kind: type[Method]) -> dict[str, Any]:
+    """Map the settings of a method to their types."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+
+
+def _value(setting: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        names = ", ".join(map(str, get_args(hint)))
+        raise IntrafuseError(f"{setting} must be one of {names}", value=value, usage=True)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        rule = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise IntrafuseError(f"{setting} must be {rule}", value=value, usage=True) from error
+
+
+def _kind(name: str) -> type[Method]:
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1, cutoff=0.3)
         raise IntrafuseError(
-            f"method must be one of {names}",
-            value=method,
+            f"method must be one of {', '.join(METHODS)}",
+            value=name,
             usage=True,
             remedy=f"did you mean {near[0]}?" if near else None,
         )
-    return METHODS[method]()
+    return METHODS[name]

@@ -10,12 +10,13 @@ from torch import Tensor
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.methods.folding import Folding
 from intrafuse.methods.intra_fusion import IntraFusion
+from intrafuse.methods.method import Method
 from intrafuse.methods.moment import fused
 from intrafuse.methods.select import Select
-from intrafuse.methods.settings import check_choices
 from intrafuse.moments.explain import explaining_channels
 from intrafuse.moments.readout import predicted_error, with_readout
 from intrafuse.moments.sources import MomentSource, Source
+from intrafuse.support.arguments import check_choices
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
@@ -25,7 +26,7 @@ USUAL, MARGIN = "moment, folding", 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auto(MomentSource):
+class Auto(MomentSource, Method):
     """Try every way to reduce a group, and take the one with the smallest predicted error.
 
     The candidates are `select`, `intra-fusion` and `folding` as they are, and each set of writers

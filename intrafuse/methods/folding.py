@@ -22,7 +22,8 @@ from torch.nn.functional import normalize, one_hot
 
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.methods.settings import check_choices
+from intrafuse.methods.method import Method
+from intrafuse.support.arguments import check_choices
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
@@ -36,7 +37,7 @@ SWEEPS = 100  # of single moves over all channels; it stops long before, once no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folding:
+class Folding(Method):
     """Replace clusters of similar channels by their means, and restore the lost variance.
 
     No data is used, and the importance only decides the widths: which channels fall together is

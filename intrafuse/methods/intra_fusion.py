@@ -18,8 +18,8 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from intrafuse.graph.groups import ChannelGroup
+from intrafuse.methods.method import Method
 from intrafuse.methods.select import most_important
-from intrafuse.methods.settings import check_choices
 from intrafuse.methods.transport import (
     Marginal,
     encode_matrix,
@@ -27,6 +27,7 @@ from intrafuse.methods.transport import (
     marginal,
     transport,
 )
+from intrafuse.support.arguments import check_choices
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
@@ -72,7 +73,7 @@ def channel_features(group: ChannelGroup, context: Context, kind: Features = "wr
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntraFusion:
+class IntraFusion(Method):
     """Fuse the channels of a group by optimal transport (sections 3 and 4 of the paper).
 
     Attributes:

@@ -16,12 +16,13 @@ from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules.products import SUMMED
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
+from intrafuse.methods.method import Method
 from intrafuse.methods.select import most_important
-from intrafuse.methods.settings import check_choices
 from intrafuse.moments.attention import place_encode, with_products
 from intrafuse.moments.explain import explaining_blocks, explaining_channels
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource, Source
+from intrafuse.support.arguments import check_choices
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
@@ -32,7 +33,7 @@ Choice = Literal["greedy", "importance"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment(MomentSource):
+class Moment(MomentSource, Method):
     """Match moments: keep or merge channels, then re-solve each reader (ours; DESIGN section 6).
 
     No data is needed where a normalisation layer stands before the activation: mean and spread

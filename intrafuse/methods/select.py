@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from intrafuse.graph.groups import ChannelGroup
+from intrafuse.methods.method import Method
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
@@ -21,7 +22,7 @@ def most_important(scores: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Select:
+class Select(Method):
     """Keep the channels with the highest importance (Li et al., ICLR 2017, arXiv 1608.08710).
 
     The right choice where long fine-tuning follows, and the baseline of every comparison.

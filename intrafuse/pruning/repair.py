@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,13 @@ from intrafuse.support.modules import place
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["Repair", "analytic_repair", "merged_output", "reestimate_batchnorm"]
+__all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
     "batch, also in the last one"
 )
 FINITE = "look for samples on which the network overflows, and leave them out"
-Repair = Literal["analytic", "batchnorm", "synthetic"]
 
 
 def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:

@@ -15,7 +15,8 @@ from torch import nn
 from intrafuse.catalog.data import Images, load_data
 from intrafuse.catalog.zoo import ResolvedModel, resolve_model
 from intrafuse.checkpoint.folder import load, save
-from intrafuse.pruning.prune import Pruned, prune
+from intrafuse.pruning.result import Pruned
+from intrafuse.pruning.settings import Settings
 from intrafuse.study.evaluate.compare import Comparison, Row, compare
 from intrafuse.study.evaluate.cost import costs, costs_record
 from intrafuse.study.evaluate.divergences import divergences
@@ -103,7 +104,7 @@ def run_demo(
         methods=METHODS,
         device=device,
         keep=keep,
-        prune=partial(prune, seed=seed),
+        settings=Settings(seed=seed),
         progress=partial(report, "pruning"),
     )
     some = test.unlabelled(64, seed=seed).to(device)
@@ -161,7 +162,9 @@ class _Study:
             channels=shares,
             methods=METHODS,
             layers=True,
-            prune=lambda model, inputs, *, channels, method: kept[f"{method.name}-{channels:g}"],
+            prune=lambda model, inputs, asked, data: kept[
+                f"{asked.method.name}-{asked.channels:g}"
+            ],
             progress=partial(self.report, "divergence"),
             **common,
         )

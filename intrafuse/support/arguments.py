@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from intrafuse.support.errors import IntrafuseError
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_choice", "check_choices"]
 
 Test = Callable[[Any], bool]
 
@@ -40,6 +40,28 @@ def check_arguments(**given: object) -> None:
                 usage=True,
                 remedy=remedy,
             )
+
+
+def check_choice(setting: str, value: object, allowed: Any, *, optional: bool = False) -> None:
+    """Refuse a value that is not among those of a Literal type; `optional` allows None as well.
+
+    Raises:
+        IntrafuseError: names the setting and what it may be.
+    """
+    known = get_args(allowed)
+    if value not in known and not (optional and value is None):
+        rule = f"{setting} must be one of {', '.join(known)}" + (", or None" if optional else "")
+        raise IntrafuseError(rule, value=value, usage=True)
+
+
+def check_choices(method: object, choices: Mapping[str, Any]) -> None:
+    """Refuse a setting whose value is not among those of its Literal type.
+
+    Raises:
+        IntrafuseError: names the setting and what it may be.
+    """
+    for setting, allowed in choices.items():
+        check_choice(setting, getattr(method, setting), allowed)
 
 
 def _or_none(test: Test) -> Test:

@@ -21,11 +21,10 @@ from typer.testing import CliRunner
 
 import intrafuse
 from intrafuse.catalog.data import load_data
-from intrafuse.catalog.zoo import file_sha256, resolve_model
+from intrafuse.catalog.zoo import file_sha256, load_weights, resolve_model
 from intrafuse.checkpoint.folder import MANIFEST, PLAN, WEIGHTS
 from intrafuse.cli import app
-from intrafuse.cli.prune import MethodOptions
-from intrafuse.methods import METHODS
+from intrafuse.methods import METHODS, settings_of
 from intrafuse.study.evaluate import accuracy
 
 ROOT = Path(intrafuse.__file__).parents[1]
@@ -108,7 +107,7 @@ def test_compare_gives_the_rows_of_the_design(weights):
     arguments = ["compare", "mlp", "--weights", weights, "--channels", "0.3,0.5,0.7"]
     found = figures(*arguments, "--methods", "select,intra-fusion", "--data", "digits")
     model = resolve_model("mlp").model
-    intrafuse.zoo.load_weights(model, weights)
+    load_weights(model, weights)
     original = found["original"]
     assert original["params"] == 17_226 and original["macs"] == 17_024
     assert original["accuracy"] == accuracy(model, load_data("digits")) > 80
@@ -197,10 +196,66 @@ def test_a_seed_decides_everything_random(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_every_setting_of_every_method_has_an_option():
-    known = {field.name for field in fields(MethodOptions)}
-    for method in METHODS.values():
-        assert {field.name for field in fields(method)} <= known
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_of_every_method_is_an_option(method):
+    given, kind = [], METHODS[method]
+    for field in fields(kind):
+        if field.default is not None:
+            given += [f"--{field.name.replace('_', '-')}", field.default]
+    data = [] if "source" not in settings_of(kind) else ["--data", "digits", "--limit", 20]
+    found = figures("prune", *given, "mlp", "--channels", 0.5, "--method", method, *data)
+    assert found["method"] == kind().as_data()
+    for option in given[::2]:
+        assert option in found["command"]
+
+
+def test_a_mistyped_option_names_the_nearest():
+    for option, near in (("--chanels", "--channels"), ("--max-gian", "--max-gain")):
+        result = run("prune", "mlp", option, "0.5")
+        assert result.exit_code == 2
+        assert f"No such option: {option}. Did you mean {near}?" in result.stderr
+    assert "requires an argument" in run("prune", "mlp", "--channels", ".5", "--p").stderr
+    assert "extra argument" in run("prune", "mlp", "--channels", ".5", "--p", "2", "more").stderr
+
+
+def test_a_recipe_makes_the_same_network_again(tmp_path):
+    asked = ["--params", 0.1, "--method", "intra-fusion", "--p", 2, "--importance", "l2"]
+    more = ["--override", "layers.1=0.2", "--exclude", "layers.3", "--seed", 3]
+    figures("prune", "mlp", *asked, *more, "--out", tmp_path / "a")
+    recipe = tmp_path / "a" / "recipe.yaml"
+    again = figures("prune", "mlp", "--recipe", recipe, "--out", tmp_path / "b")
+    assert again["method"]["p"] == 2.0 and again["budget"]["overrides"] == {"layers.1": 0.2}
+    same = [(tmp_path / name / "recipe.yaml").read_bytes() for name in "ab"]
+    assert same[0] == same[1]
+    digests = [file_sha256(tmp_path / name / "plan.safetensors") for name in "ab"]
+    assert digests[0] == digests[1]
+
+
+def test_options_replace_those_of_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("channels: 0.25  # a quarter\nmethod: {name: folding, features: writers}\n")
+    assert figures("prune", "mlp", "--recipe", recipe)["method"]["features"] == "writers"
+    found = figures("prune", "mlp", "--recipe", recipe, "--macs", 0.5, "--method", "select")
+    assert found["method"] == {"name": "select"} and found["budget"]["kind"] == "macs"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("chanels: 0.5", "there is no such setting; got 'chanels'. Remedy: did you mean channels?"),
+        ("channels: 2", r"channels must be a share in [0, 1); got 2"),
+        ("{channels: 0.5, method: {name: folding, p: 2}}", "folding has no setting p"),
+        ("{channels: 0.5, method: nothing}", "method must be one of select"),
+        ("[1, 2]", "a recipe is a mapping of settings"),
+        ("a: [", "the recipe cannot be read"),
+        ("method: select", "exactly one budget"),
+    ],
+)
+def test_a_recipe_that_is_wrong(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    result = run("prune", "mlp", "--recipe", tmp_path / "recipe.yaml")
+    assert result.exit_code in (1, 2) and message in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
 
 
 FACTORY = """
@@ -247,7 +302,7 @@ def test_json_goes_to_a_file_and_the_table_to_the_terminal(tmp_path):
         ("prune mlp --channels nan", 2, "channels must be a share"),
         ("prune mpl --channels .5", 2, "unknown model; got 'mpl'. Remedy: try mlp"),
         ("prune mlp --channels .5 --method select --p 2", 2, "it belongs to intra-fusion"),
-        ("prune mlp --channels .5 --target x", 2, "--target must be one of important, k-means"),
+        ("prune mlp --channels .5 --target x", 2, "target must be one of important, k-means"),
         ("prune mlp --channels .5 --method x", 2, "method must be one of select, intra-fusion"),
         ("prune mlp --channels .5 --importance x", 2, "unknown importance"),
         ("prune mlp --channels .5 --importance taylor", 2, "--data SPEC"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import intrafuse
 from intrafuse import Plan
 from intrafuse.cli import app
-from intrafuse.methods import METHODS, Auto, Select
+from intrafuse.methods import METHODS, Auto, Method, Select
 from intrafuse.methods.auto import MARGIN, USUAL
 
 PLAIN = {"select", "intra-fusion", "folding"}
@@ -58,7 +58,7 @@ def note_of(chosen="select", **predicted):
 
 
 @dataclass(frozen=True)
-class Saying:
+class Saying(Method):
     """Select, and say something of it."""
 
     note: dict

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import intrafuse
 from intrafuse import IntrafuseError, MergeMap
 from intrafuse.cli import app
-from intrafuse.methods import METHODS, Auto, Moment
+from intrafuse.methods import METHODS, Auto, Method, Moment
 from intrafuse.moments.sources import MomentSource
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.pruning.repair import reestimate_batchnorm
@@ -210,10 +210,10 @@ def test_an_unknown_source():
             kind(source="weights")
 
 
-class Alien:
+class Alien(Method):
     """A method that returns a map of another size."""
 
-    folds_batchnorm = False
+    name = "alien"
 
     def __call__(self, group, scores, width, context):
         return MergeMap.select(group.name, group.size + 1, torch.arange(width))
@@ -283,9 +283,9 @@ def test_predicted_widths_on_the_command_line():
         ("--repair bn", 2, "repair must be one of analytic, batchnorm, synthetic"),
         ("--method moment --source synthetic", 1, "synthetic inputs need a batch norm"),
         ("--method auto --source calibration", 2, "calibration needs data"),
-        ("--method auto --source magic", 2, "--source must be one of analytic, synthetic, cal"),
+        ("--method auto --source magic", 2, "source must be one of analytic, synthetic, cal"),
         ("--method select --source synthetic", 2, "it belongs to moment, auto"),
-        ("--method auto --transport none", 2, "auto has no setting --transport"),
+        ("--method auto --transport none", 2, "auto has no setting transport"),
         ("--scope damage", 2, "scope must be one of uniform, global, predicted"),
     ],
 )

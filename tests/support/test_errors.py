@@ -15,6 +15,7 @@ from torch import nn
 
 import intrafuse
 from intrafuse import IntrafuseError, MergeMap, Plan
+from intrafuse.methods import Method
 
 NAN, INF = float("nan"), float("inf")
 
@@ -153,7 +154,7 @@ def test_negative_importance_cannot_be_mass():
 
 
 @dataclass(frozen=True)
-class Wrong:
+class Wrong(Method):
     """A method that returns what it is told."""
 
     answer: object

@@ -9,10 +9,10 @@ import difflib
 from collections.abc import Callable
 
 from intrafuse.catalog.data import cifar, digits, imagefolder
-from intrafuse.catalog.data.images import ImageFiles, Images, import_extra
+from intrafuse.catalog.data.images import ImageFiles, Images
 from intrafuse.support.errors import IntrafuseError
 
-__all__ = ["DATASETS", "ImageFiles", "Images", "import_extra", "load_data"]
+__all__ = ["DATASETS", "ImageFiles", "Images", "load_data"]
 
 
 def _hub(argument: str, split: str, limit: int | None) -> Images:

@@ -17,10 +17,10 @@ from intrafuse.catalog.data.images import (
     RGB_STD,
     Images,
     decode,
-    import_extra,
     open_folder,
 )
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 from intrafuse.support.reading import require_file
 
 __all__ = ["load_cifar10", "load_cifar100"]

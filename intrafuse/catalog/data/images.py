@@ -6,12 +6,10 @@ Also the small helpers that the loaders share. Pillow and pyarrow come with the 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,33 +17,12 @@ import torch
 from torch import Tensor
 
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 
-__all__ = ["RGB_MEAN", "RGB_STD", "ImageFiles", "Images", "decode", "import_extra", "open_folder"]
+__all__ = ["RGB_MEAN", "RGB_STD", "ImageFiles", "Images", "decode", "open_folder"]
 
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 FORMATS = ("PNG", "JPEG")  # that are decoded, whatever a file is called: EPS starts a program
-
-
-def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module that only an extra of the package installs.
-
-    Args:
-        module: its full name, such as "pyarrow.parquet".
-        extra: the extra that installs it, such as "data".
-
-    Raises:
-        IntrafuseError: the module cannot be imported; the message names the extra.
-
-    >>> import_extra("json", "data").__name__
-    'json'
-    """
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken installation
-        raise IntrafuseError(
-            f"{module} cannot be imported ({error})",
-            remedy=f'pip install "intrafuse[{extra}]"',
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 from intrafuse.support.reading import require_file
 
 __all__ = ["from_hub"]

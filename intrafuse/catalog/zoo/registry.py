@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.catalog.zoo import networks
 from intrafuse.catalog.zoo.hub import from_hub
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 
 __all__ = ["ZOO", "ResolvedModel", "ZooEntry", "from_zoo", "resolve_model"]
 

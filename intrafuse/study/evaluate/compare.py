@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from intrafuse.allocation.budget import Figures, measure
 from intrafuse.catalog.data import Images
 from intrafuse.graph import ExampleInputs, trace
 from intrafuse.methods import Method, resolve_method
-from intrafuse.pruning.prune import Pruned, Report, prune
+from intrafuse.pruning.prune import prune
+from intrafuse.pruning.result import Pruned, Report
+from intrafuse.pruning.settings import Settings
 from intrafuse.study.evaluate.accuracy import accuracy
 from intrafuse.surgery.weights import Weights
 
@@ -64,7 +66,8 @@ def compare(
     methods: Sequence[str | Method],
     batch_size: int = 100,
     device: str = "cpu",
-    prune: Callable[..., Pruned] = prune,
+    settings: Settings | None = None,
+    training: Iterable | None = None,
     keep: Callable[[Row, Pruned], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -77,7 +80,8 @@ def compare(
         channels: shares of channels to remove, each in [0, 1).
         methods: names or methods.
         batch_size, device: of the measurement.
-        prune: `intrafuse.prune`, or a `functools.partial` of it with other settings.
+        settings: of all prunings, but for method and amount.
+        training: batches for metrics, methods and repairs that need data.
         keep: called with each row and its pruned network, to save it, say.
         progress: called with (networks done, networks in all), the unpruned one included.
 
@@ -93,6 +97,7 @@ def compare(
     (17226, 6570)
     """
     chosen = [resolve_method(method) for method in methods]  # before anything slow
+    base = settings or Settings()
     total = 1 + len(channels) * len(chosen)
     report = progress or (lambda done, total: None)
     report(0, total)
@@ -103,7 +108,8 @@ def compare(
     rows = []
     for share in channels:
         for method in chosen:
-            pruned = prune(model, example_inputs, channels=share, method=method)
+            one = Settings.of(base, {"channels": share, "method": method})
+            pruned = prune(model, example_inputs, one, data=training)
             measured = accuracy(pruned.model, test, batch_size=batch_size, device=device)
             rows.append(_row(method.name, pruned.report, measured))
             if keep is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from intrafuse.catalog.data import Images
 from intrafuse.fusing.observe import Point, observing, points, run
 from intrafuse.graph.trace import evaluating
-from intrafuse.methods.settings import check_choice
 from intrafuse.pruning.plan import Plan
 from intrafuse.pruning.repair import merged_output
+from intrafuse.support.arguments import check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,14 +12,16 @@ from torch import nn
 from intrafuse.catalog.data import Images
 from intrafuse.graph import ExampleInputs
 from intrafuse.methods import Method, resolve_method
-from intrafuse.methods.settings import check_choice
-from intrafuse.pruning.prune import Pruned, prune
+from intrafuse.pruning.prune import prune
+from intrafuse.pruning.result import Pruned
+from intrafuse.pruning.settings import Settings
 from intrafuse.study.evaluate.divergence import (
     Kind,
     LayerDivergence,
     divergence,
     layer_divergence,
 )
+from intrafuse.support.arguments import check_choice
 
 __all__ = ["DivergenceRow", "Divergences", "divergences"]
 
@@ -80,6 +82,8 @@ def divergences(
     layers: bool = False,
     batch_size: int = 100,
     device: str = "cpu",
+    settings: Settings | None = None,
+    training: Iterable | None = None,
     prune: Callable[..., Pruned] = prune,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergences:
@@ -96,7 +100,9 @@ def divergences(
         kind: logits, softmax or cosine, as for `divergence`.
         layers: also measure layer by layer.
         batch_size, device: of the measurement.
-        prune: `intrafuse.prune`, or a `functools.partial` of it with other settings.
+        settings: of all prunings, but for method and amount.
+        training: batches for metrics, methods and repairs that need data.
+        prune: `intrafuse.prune`, or what gives networks that were pruned before.
         progress: called with (networks done, networks in all).
 
     Raises:
@@ -106,13 +112,15 @@ def divergences(
     chosen = [resolve_method(method) for method in methods]
     advance = progress or (lambda done, total: None)
     common: Any = {"batch_size": batch_size, "device": device}
+    base = settings or Settings()
     total = len(channels) * len(chosen)
     rows: list[DivergenceRow] = []
     advance(0, total)
     for share in channels:
         found = []
         for method in chosen:
-            pruned = prune(model, example_inputs, channels=share, method=method)
+            one = Settings.of(base, {"channels": share, "method": method})
+            pruned = prune(model, example_inputs, one, data=training)
             values = divergence(model, pruned.model, data, kind=kind, **common).numpy()
             inner = (
                 layer_divergence(model, pruned.model, pruned.plan, data, **common) if layers else ()

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from intrafuse.catalog.data import Images
-from intrafuse.methods.settings import check_choice
 from intrafuse.pruning.plan import Plan
 from intrafuse.study.evaluate.embed import embed, folded
+from intrafuse.support.arguments import check_choice
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import replacing
 from intrafuse.support.reading import read_json

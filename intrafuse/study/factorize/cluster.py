@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.study.factorize.local import Failure
 from intrafuse.study.factorize.stages import is_whole
 from intrafuse.study.factorize.worker import (
@@ -22,6 +21,7 @@ from intrafuse.study.factorize.worker import (
     work,
 )
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 from intrafuse.support.files import replacing_folder
 
 __all__ = ["run_ray"]

@@ -18,18 +18,17 @@ from pydantic import (
     model_validator,
 )
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.study.training import PRESETS, Training
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.extras import import_extra
 from intrafuse.support.files import replacing
-from intrafuse.support.reading import MOST_LEVELS, parse_json, read_text
+from intrafuse.support.recipes import read_mapping
 
 __all__ = ["Fusing", "Pruning", "Recipe", "Splits", "make_recipe", "read_recipe", "write_recipe"]
 
 Scheme = Literal["whole", "paf", "fap"]
 MOST_FOLDS = 12  # of k-fold, which makes a network of every half of them
 MOST_STEPS = 1000
-MOST_BYTES = 2**20  # of a recipe
 
 
 class _Settings(BaseModel):
@@ -221,14 +220,7 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     Raises:
         IntrafuseError: the file cannot be read, is no mapping, or holds a wrong setting.
     """
-    yaml = import_extra("yaml", "factorize")
-    try:
-        found = _parsed(yaml, read_text(path, MOST_BYTES))
-    except (OSError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
-        text = " ".join(str(error).split())
-        raise IntrafuseError(f"the recipe cannot be read: {text}", value=str(path)) from error
-    if not isinstance(found, dict):
-        raise IntrafuseError("a recipe is a mapping of settings", value=str(path))
+    found = read_mapping(path)
     changes = changes or {}
     defaults = {
         name: field.default.model_dump()
@@ -238,37 +230,9 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     return make_recipe(_merged({**defaults, **found}, changes))
 
 
-def _parsed(yaml: Any, text: str) -> Any:
-    """Parse YAML without what a recipe never needs: aliases, tags, depth, a name twice."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
-    for event in yaml.parse(text, loader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-            raise ValueError(
-                f"no aliases and no tags can be used, line {event.start_mark.line + 1}"
-            )
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_LEVELS:
-            raise ValueError(f"it is nested on more than {MOST_LEVELS} levels")
-    nodes = [yaml.compose(text, loader)]
-    for node in nodes:
-        if isinstance(node, yaml.MappingNode):
-            names = [str(key.value) for key, _ in node.value]
-            if len(set(names)) < len(names):
-                raise ValueError(f"a name stands twice, line {node.start_mark.line + 1}")
-            nodes += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-    # once more as JSON, which holds numbers of at most 64 bits, and nothing but plain data
-    plain = json.dumps(yaml.load(text, loader), ensure_ascii=False)
-    plain.encode("utf-8")  # where it holds half a surrogate pair, this is a ValueError, too
-    return parse_json(plain, infinite=True)
-
-
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML, with every setting."""
-    yaml = import_extra("yaml", "factorize")
+    yaml = import_extra("yaml", "recipes")
     text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")

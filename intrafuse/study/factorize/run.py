@@ -21,7 +21,6 @@ from intrafuse.checkpoint.folder import MANIFEST
 from intrafuse.checkpoint.manifest import Manifest
 from intrafuse.fusing.fuse import fuse
 from intrafuse.methods import resolve_method
-from intrafuse.methods.settings import check_choice
 from intrafuse.pruning.prune import plan
 from intrafuse.study.evaluate import accuracy
 from intrafuse.study.factorize.cluster import run_ray
@@ -39,7 +38,7 @@ from intrafuse.study.factorize.stages import (
 )
 from intrafuse.study.factorize.worker import POSITIONS, TASK, Task, last_stage
 from intrafuse.study.report.kinds.factorized import timeline
-from intrafuse.support.arguments import check_arguments
+from intrafuse.support.arguments import check_arguments, check_choice
 from intrafuse.support.device import pick_device
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import folder_target, replacing, replacing_folder, sweep

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.study.report.kinds import KINDS
 from intrafuse.study.report.read import Entry, read_entries, reading
 from intrafuse.support.errors import printable
+from intrafuse.support.extras import import_extra
 from intrafuse.support.files import folder_target, replacing
 from intrafuse.support.version import __version__
 

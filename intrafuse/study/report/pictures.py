@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intrafuse.catalog.data import import_extra
+from intrafuse.support.extras import import_extra
 from intrafuse.support.files import replacing
 
 if TYPE_CHECKING:

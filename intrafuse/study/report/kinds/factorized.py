@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from intrafuse.catalog.data import import_extra
 from intrafuse.study.report.pictures import Picture, new_figure
 from intrafuse.study.report.record import Record
+from intrafuse.support.extras import import_extra
 from intrafuse.support.tables import Column, Table
 
 if TYPE_CHECKING:

@@ -1,0 +1,62 @@
+"""What a method is: its contract, and methods by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from intrafuse.graph.groups import ChannelGroup
+from intrafuse.surgery.context import Context
+from intrafuse.surgery.merge_map import MergeMap
+
+__all__ = ["Method"]
+
+
+class Method(ABC):
+    """A compression method: scores and a width -> the merge map of one group.
+
+    A method is a frozen dataclass whose fields are its settings. The fields, with their types and
+    defaults, are also what the command line and recipes accept. Laws:
+
+    - the map has the group's size and the width asked for;
+    - the same group, scores, weights and seed give the same map;
+    - nothing but the map comes out: neither `context.weights` nor the model changes;
+    - if `width` equals the group's size, the network computes the same with the map as without.
+
+    Attributes:
+        name: its name on the command line and in reports.
+        folds_batchnorm: whether batch norm is folded into the layer before it, before the method
+            sees the weights.
+        order: whether groups come from the input to the output (`forward`), or from the output,
+            index 0, to the input (`backward`).
+        chooses: whether the method itself selects channels where combinations are not allowed
+            (`ChannelGroup.chosen`); otherwise these are selected by importance.
+
+    >>> class First(Method):
+    ...     name = "first"
+    ...     def __call__(self, group, scores, width, context):
+    ...         return MergeMap.select(group.name, group.size, range(width))
+    >>> import torch, intrafuse
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> intrafuse.plan(net, torch.zeros(1, 4), channels=0.5, method=First()).widths
+    {'0': 4}
+    """
+
+    name: ClassVar[str]
+    folds_batchnorm: ClassVar[bool] = False
+    order: ClassVar[Literal["forward", "backward"]] = "backward"
+    chooses: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(
+        self, group: ChannelGroup, scores: Tensor, width: int, context: Context
+    ) -> MergeMap:
+        """Return the map that reduces a group with scores (n,) to `width` channels."""
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the name and the settings as JSON data."""
+        settings = asdict(self) if is_dataclass(self) else {}  # type: ignore[call-overload]
+        return {"name": self.name, **settings}
