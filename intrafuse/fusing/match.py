@@ -82,7 +82,7 @@ def _compare(
 
 
 def _compare_programs(reference: ChannelGraph, graph: ChannelGraph, number: int) -> None:
-    programs = [g.program.nodes if g.program is not None else () for g in (reference, graph)]
+    programs = [g.traced.nodes if g.traced is not None else () for g in (reference, graph)]
     own, other = ([n for n in nodes if n.op == "call_function"] for nodes in programs)
     for a, b in zip_longest(own, other):
         if a is None or b is None or operator_name(a) != operator_name(b):

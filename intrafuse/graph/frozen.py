@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch.fx import Node
 
@@ -22,28 +21,13 @@ from intrafuse.graph.groups import (
     Norm,
     Slot,
 )
+from intrafuse.graph.program import Program
 from intrafuse.graph.rules import Scope
 from intrafuse.graph.rules.computed import COMPUTED, claim_functions
 from intrafuse.graph.rules.normed import other_uses
 from intrafuse.graph.rules.sums import ADDED
 
-__all__ = ["Program", "free_atoms", "freeze", "hold", "lock_unclear"]
-
-
-@dataclass(frozen=True)
-class Program:
-    """The traced operators: nodes in order, the trees of each result, names of parameters.
-
-    It also keeps the inputs that the model was traced with, numbers in the code that follow a size:
-    operator -> (tree of the size, exponent), and what lies before each slice: operator -> tree.
-    """
-
-    nodes: tuple[Node, ...]
-    values: Mapping[Node, Any]
-    parameters: Mapping[Node, str]
-    scales: Mapping[Node, tuple[Tree, float]]
-    starts: Mapping[Node, Tree]
-    example_inputs: ExampleInputs
+__all__ = ["free_atoms", "freeze", "hold", "lock_unclear"]
 
 
 def free_atoms(scope: Scope) -> list[int]:
@@ -98,7 +82,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
             for r in scope.rescales
         ),
         hints=tuple(replace(h, trees=tuple(map(resolve, h.trees))) for h in scope.hints),
-        program=Program(nodes, values, scope.parameters, scales, starts, example_inputs),
+        traced=Program(nodes, values, scope.parameters, scales, starts, example_inputs),
     )
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from intrafuse.graph.axes import Block, Tree, locate, tree_size
+from intrafuse.graph.program import Program
+from intrafuse.support.errors import IntrafuseError
 
 __all__ = [
     "HELD",
@@ -235,7 +237,7 @@ class ChannelGraph:
         costs: the terms whose sum is the number of multiply-accumulates.
         aliases: other names of shared (tied) parameters -> the name used here.
         rescales: the layers whose outputs follow a size.
-        program: the traced operator graph (torch.fx), absent from a graph that was loaded.
+        traced: the operators; None in a graph that was loaded. `program` refuses None.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -249,7 +251,21 @@ class ChannelGraph:
     aliases: Mapping[str, str]
     rescales: tuple[Rescale, ...] = ()
     hints: tuple[Hint, ...] = ()
-    program: Any = field(default=None, repr=False, compare=False)
+    traced: Program | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def program(self) -> Program:
+        """The operators of the traced model.
+
+        Raises:
+            IntrafuseError: the graph was loaded: no file holds operators.
+        """
+        if self.traced is None:
+            raise IntrafuseError(
+                "a plan that was loaded does not know the operators of its network",
+                remedy="make the plan again by intrafuse.plan, or the graph by intrafuse.trace",
+            )
+        return self.traced
 
     @cached_property
     def by_name(self) -> Mapping[str, ChannelGroup]:

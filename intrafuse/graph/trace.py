@@ -20,8 +20,9 @@ from intrafuse.graph.export import (
     export_program,
     record,
 )
-from intrafuse.graph.frozen import Program, free_atoms, freeze, hold, lock_unclear
+from intrafuse.graph.frozen import free_atoms, freeze, hold, lock_unclear
 from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.program import Program
 from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 from intrafuse.graph.rules.products import tie_packed_heads
 from intrafuse.graph.rules.registry import VIEWS

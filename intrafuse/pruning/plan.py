@@ -99,7 +99,7 @@ class Plan:
         except IntrafuseError:
             raise
         except CONTRADICTIONS as error:
-            if self.graph.program is not None:  # planned here: no file can be to blame
+            if self.graph.traced is not None:  # planned here: no file can be to blame
                 raise
             raise IntrafuseError(
                 f"the plan contradicts itself, or the model ({type(error).__name__}: {error})",

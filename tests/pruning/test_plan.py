@@ -344,3 +344,13 @@ def test_example_inputs_in_every_form(form):
     assert intrafuse.plan(model, form(x), channels=0.5).after == (
         planned("residual", "intra-fusion", 0.5)[2].after
     )
+
+
+def test_a_loaded_plan_says_that_it_does_not_know_the_operators(tmp_path):
+    model, x = build("chain")
+    made = intrafuse.plan(model, x, channels=0.5)
+    made.save(tmp_path / "plan.safetensors")
+    graph = Plan.load(tmp_path / "plan.safetensors").graph
+    assert graph == replace(made.graph, traced=None) and graph.traced is None
+    with pytest.raises(IntrafuseError, match=r"does not know the operators.*make the plan again"):
+        _ = graph.program

@@ -102,7 +102,7 @@ def disagreement(
 ) -> IntrafuseError:
     """Make the error for outputs that differ: it names the groups, and where they part."""
     fault = None
-    if plan.graph.program is not None:
+    if plan.graph.traced is not None:
         silent, small = masked(model, plan), _selected(model, plan)
         fault = first_fault(silent, small, plan, inputs, tolerance)
 

@@ -77,8 +77,8 @@ def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Examp
     started = time.perf_counter()
     if not plan.maps:
         return Check(time.perf_counter() - started)
-    if plan.graph.program is not None:
-        check_code(pruned, plan, plan.graph.program.example_inputs, original=model)
+    if plan.graph.traced is not None:
+        check_code(pruned, plan, plan.graph.traced.example_inputs, original=model)
     room = _room(model)
     share = sum(_bytes(model).values()) > room
     inputs, before = _usable(model, example_inputs, share)

@@ -44,7 +44,7 @@ def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) 
     """
     graph = plan.graph
     program = export_program(masked, example_inputs)
-    if graph.program is None or not _alike(program, graph.program.nodes):
+    if graph.traced is None or not _alike(program, graph.traced.nodes):
         graph = trace(masked, example_inputs, include=list(graph.by_name))
     runner = Reference(program, graph, plan)
     with torch.no_grad():

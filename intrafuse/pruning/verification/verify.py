@@ -80,13 +80,15 @@ def verify(
         )
     for step in plan.maps:
         _require_selection(step)
-    program = plan.graph.program
-    if example_inputs is None and program is None:
-        raise IntrafuseError(
-            "a plan that was loaded does not know what its model takes",
-            remedy="give example_inputs",
-        )
-    inputs = lively(program.example_inputs if example_inputs is None else example_inputs)
+    program = plan.graph.traced
+    if example_inputs is None:
+        if program is None:
+            raise IntrafuseError(
+                "a plan that was loaded does not know what its model takes",
+                remedy="give example_inputs",
+            )
+        example_inputs = program.example_inputs
+    inputs = lively(example_inputs)
     if plan.maps and program is not None:
         check_code(plan.apply(model), plan, program.example_inputs, original=model)
     found = compare(model, plan, inputs)
