@@ -1,6 +1,7 @@
 """A plan decides and changes nothing; applying it gives the network that it foretold."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
