@@ -1,7 +1,6 @@
 """A plan decides and changes nothing; applying it gives the network that it foretold."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -352,6 +351,6 @@ def test_a_loaded_plan_says_that_it_does_not_know_the_operators(tmp_path):
     made = intrafuse.plan(model, x, channels=0.5)
     made.save(tmp_path / "plan.safetensors")
     graph = Plan.load(tmp_path / "plan.safetensors").graph
-    assert graph == replace(made.graph, traced=None) and graph.traced is None
+    assert graph.traced is None and made.graph.program.example_inputs is x
     with pytest.raises(IntrafuseError, match=r"does not know the operators.*make the plan again"):
         _ = graph.program
