@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.catalog.data import load_data
+from intrafuse.catalog.zoo import ZOO
 from intrafuse.graph.blocks import positions
 
 __all__ = [
+    "FAMILIES",
     "NETWORKS",
     "Net",
     "Network",
@@ -27,6 +29,10 @@ __all__ = [
     "randomise",
     "same_state",
 ]
+
+
+# Of networks of the zoo that differ in depth only, the first: laws hold or fail for all of them.
+FAMILIES = [name for name in ZOO if name not in ("resnet32", "resnet44", "resnet56")]
 
 
 @dataclass(frozen=True)

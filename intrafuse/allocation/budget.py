@@ -20,9 +20,9 @@ from intrafuse.support.errors import IntrafuseError
 __all__ = ["Budget", "Figures", "choose_widths", "measure"]
 
 Kind = Literal["channels", "params", "macs", "latency"]
-Scope = Literal["uniform", "global", "predicted"]
+BudgetScope = Literal["uniform", "global", "predicted"]
 KINDS: tuple[Kind, ...] = ("channels", "params", "macs")  # that are counted, not timed
-SCOPES: tuple[Scope, ...] = ("uniform", "global", "predicted")
+SCOPES: tuple[BudgetScope, ...] = ("uniform", "global", "predicted")
 STEPS = 64  # widths of a group that `predicted` looks at
 UNKNOWN = 1e12  # damage of a step in a group without moments
 
@@ -66,7 +66,7 @@ class Budget:
 
     kind: Kind
     share: float
-    scope: Scope = "uniform"
+    scope: BudgetScope = "uniform"
     floor: float = 0.1
     round_to: int = 1
     overrides: Mapping[str, float] = field(default_factory=dict)

@@ -30,7 +30,7 @@ from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Folding", "cluster", "clustering_features", "repair_gain", "restored_variance"]
 
-Features = Literal["balanced", "plain", "writers"]
+Clustered = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
 Correction = Literal["approximate", "none"]
 SWEEPS = 100  # of single moves over all channels; it stops long before, once nothing moves
@@ -75,11 +75,11 @@ class Folding(Method):
     )
 
     correction: Correction = "approximate"
-    features: Features = "balanced"
+    features: Clustered = "balanced"
     start: Start = "ward"
 
     def __post_init__(self) -> None:
-        check_choices(self, {"correction": Correction, "features": Features, "start": Start})
+        check_choices(self, {"correction": Correction, "features": Clustered, "start": Start})
 
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
@@ -113,7 +113,7 @@ def restored_variance(
     return gain, shift
 
 
-def clustering_features(group: ChannelGroup, context: Context, kind: Features) -> Tensor:
+def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) -> Tensor:
     """Concatenate, for each channel, what writes it, what filters it and what reads it.
 
     Args:

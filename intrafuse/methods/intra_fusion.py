@@ -34,11 +34,11 @@ from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["IntraFusion", "channel_features"]
 
-Features = Literal["writers", "all"]
+Compared = Literal["writers", "all"]
 Target = Literal["important", "k-means", "mixture"]
 Normalisations = Literal["paper", "barycentric", "projected"]
 CHOICES = {
-    "features": Features,
+    "features": Compared,
     "target": Target,
     "source_marginal": Marginal,
     "target_marginal": Marginal,
@@ -47,7 +47,7 @@ CHOICES = {
 MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
 
 
-def channel_features(group: ChannelGroup, context: Context, kind: Features = "writers") -> Tensor:
+def channel_features(group: ChannelGroup, context: Context, kind: Compared = "writers") -> Tensor:
     """Lay what describes each channel side by side.
 
     Args:
@@ -97,7 +97,7 @@ class IntraFusion(Method):
     folds_batchnorm: ClassVar[bool] = True
     order: ClassVar[Literal["forward", "backward"]] = "backward"  # index 0 first, as in the paper
 
-    features: Features = "writers"
+    features: Compared = "writers"
     target: Target = "important"
     source_marginal: Marginal = "uniform"
     target_marginal: Marginal = "uniform"

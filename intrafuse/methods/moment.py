@@ -28,7 +28,7 @@ from intrafuse.surgery.merge_map import MergeMap
 
 __all__ = ["Moment"]
 
-Transport = Literal["none", "intra-fusion", "folding"]
+MergedBy = Literal["none", "intra-fusion", "folding"]
 Choice = Literal["greedy", "importance"]
 
 
@@ -62,11 +62,11 @@ class Moment(MomentSource, Method):
     order: ClassVar[Literal["forward", "backward"]] = "forward"
     chooses: ClassVar[bool] = True  # selects, where channels may not be combined, and reads out
 
-    transport: Transport = "folding"
+    transport: MergedBy = "folding"
     choice: Choice = "greedy"
 
     def __post_init__(self) -> None:
-        check_choices(self, {"source": Source, "choice": Choice, "transport": Transport})
+        check_choices(self, {"source": Source, "choice": Choice, "transport": MergedBy})
         super().__post_init__()
 
     def __call__(

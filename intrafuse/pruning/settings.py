@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypedDict, TypeVar
 
-from intrafuse.allocation.budget import Budget, Scope
+from intrafuse.allocation.budget import Budget, BudgetScope
 from intrafuse.importance.metrics import Importance
 from intrafuse.methods import Method, make_method, resolve_method
 from intrafuse.support.arguments import check_arguments, check_choice
@@ -31,7 +31,7 @@ class Arguments(TypedDict, total=False):
     budget: Budget | None
     method: str | Method
     importance: str | Importance
-    scope: Scope
+    scope: BudgetScope
     include: Sequence[str] | None
     exclude: Sequence[str]
     overrides: Mapping[str, float] | None
@@ -81,7 +81,7 @@ class Settings:
     budget: Budget | None = None
     method: str | Method = "intra-fusion"
     importance: str | Importance = "l1"
-    scope: Scope = "uniform"
+    scope: BudgetScope = "uniform"
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     overrides: Mapping[str, float] | None = None

@@ -9,13 +9,13 @@ import torch
 from fusions import permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, build, outputs
+from networks import FAMILIES, NETWORKS, build, outputs
 from random_networks import RandomNetwork
 from random_networks import randomise as randomise_all
 from torch import nn
 
 import intrafuse
-from intrafuse.catalog.zoo import ZOO, resolve_model
+from intrafuse.catalog.zoo import resolve_model
 
 HOW = [(m, f) for m in ("ot", "assignment") for f in ("weights", "activations")]
 METHODS = ("ot", "assignment")
@@ -41,8 +41,8 @@ def test_a_permuted_copy_fuses_to_the_same_function(name, method, features):
         assert distances[0] is None and abs(distances[1]) < 1e-6
 
 
-@pytest.mark.parametrize(("method", "features"), HOW)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("method", "features"), [HOW[0], HOW[-1]])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_network_of_the_zoo_fuses_with_its_permuted_copy(name, method, features):
     torch.manual_seed(0)
     resolved = resolve_model(name, **({} if name == "mlp" else {"width": 0.25}))

@@ -39,7 +39,8 @@ def test_spellings_of_one_function_get_the_same_plan(family, name, first):
     reference = next(iter(models.values()))
     with torch.no_grad():
         torch.testing.assert_close(models[name](x.clone()), reference(x.clone()))
-    for method in METHODS:
+    last = name == [*models][-1]
+    for method in METHODS if last else METHODS[:1]:
         if (family, method) not in first:
             first[family, method] = run(reference, x, method)
         wanted, predicted = first[family, method]

@@ -56,10 +56,9 @@ def check_attributes(model):
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_pruned_network_is_what_the_plan_foretold(name, method, share):
-    model, x, plan = planned(name, method, share)
+def test_the_pruned_network_is_what_the_plan_foretold(name, share):
+    model, x, plan = planned(name, "intra-fusion", share)
     small = plan.apply(model)
     shapes = plan.shapes()
     for key, tensor in tensors(small).items():
@@ -87,13 +86,11 @@ def test_the_pruned_network_compiles(name):
     torch.testing.assert_close(outputs(compiled, x), outputs(small, x), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_removing_nothing_changes_nothing(name, method):
+def test_removing_nothing_changes_nothing(name):
     model, x = build(name)
-    budgets = [{"channels": 0}, {"params": 0.0}, {"macs": 0.0, "scope": "global"}]
-    for budget in budgets if method == "intra-fusion" else budgets[:1]:
-        pruned = intrafuse.prune(model, x, method=method, **budget)
+    for budget in {"channels": 0}, {"macs": 0.0, "scope": "global"}:
+        pruned = intrafuse.prune(model, x, **budget)
         assert pruned.model is not model and same_state(pruned.model, model.state_dict())
         assert pruned.report.before == pruned.report.after
         assert set(pruned.report.reached.values()) == {0}
