@@ -76,7 +76,7 @@ class Saying(Method):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_small_network_at_every_width(name, source):
     model, x = build(name)
-    for share in (0.1, 0.5, 0.9) if source == "analytic" else (0.6,):
+    for share in (0.1, 0.6) if source == "analytic" else (0.6,):
         pruned = intrafuse.prune(model, x, channels=share, method=Auto(source=source), data=[x])
         made = pruned.plan
         assert set(made.notes) == {step.group for step in made.maps}

