@@ -112,7 +112,7 @@ def analytic_restore(fused: Weights, members: Sequence[Member], *, rescale: bool
             gain = torch.where(found > 0, target / found.clamp_min(1e-300), 1.0)
             fused.rescale(name, gain, (1 - gain) * mean)
             found = target
-        fused.statistics[name] = mean.float(), found.float()
+        fused.note(name, mean.float(), found.float())
 
 
 def _statistics(weights: Weights, name: str) -> Tensor:
@@ -131,14 +131,10 @@ def _correction(
 def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> None:
     if point.is_layer:
         weights.rescale(point.weight, gain, shift)
-        mean, spread = weights.statistics.pop(point.weight, (gain[:0], gain[:0]))
-        if len(mean) == len(gain):  # those of a grouped transposed convolution follow no merge
-            moved = mean * gain.to(mean) + shift.to(mean)
-            weights.statistics[point.weight] = moved, spread * gain.to(spread).abs()
         return
     scale, offset = weights.state[point.weight], weights.state[point.bias]
-    weights.state[point.weight] = scale * gain.to(scale)
-    weights.state[point.bias] = offset * gain.to(offset) + shift.to(offset)
+    moved = offset * gain.to(offset) + shift.to(offset)
+    weights.put({point.weight: scale * gain.to(scale), point.bias: moved})
 
 
 def _finite(point: Point, output: Tensor) -> Tensor:

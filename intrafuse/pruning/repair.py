@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.graph.axes import Tree, locate
-from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
+from intrafuse.graph.blocks import put_channels
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.moments.readout import with_readout
@@ -20,9 +20,10 @@ from intrafuse.pruning.plan import Plan
 from intrafuse.support.batches import batches, fitting
 from intrafuse.support.calls import apart, as_library
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.modules import place
 from intrafuse.surgery.context import Context
+from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Repair", "analytic_repair", "merged_output", "reestimate_batchnorm"]
 
@@ -99,10 +100,8 @@ def reestimate_batchnorm(
     if not inplace:
         return pruned
     state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-    state = {name: tensor.detach() for name, tensor in state.items()}
-    attributes = plan.graph.attribute_values(plan.graph.resized(plan.widths))
-    place(original, state, attributes, aliases=plan.graph.aliases)
-    return original
+    weights = Weights(plan.graph, state, widths=plan.widths)
+    return install(original, weights, inplace=True, like=pruned)
 
 
 def _aim(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -205,10 +204,8 @@ def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> 
     for step in plan.maps:
         group = plan.graph.by_name[step.group]
         blocks = locate(tree, group.id, sizes)
-        if blocks and step.keep is not None:
-            output = select_channels(output, 1, blocks, group.size, step.keep)
-        elif blocks:
-            output = merge_channels(output, 1, blocks, group.size, step.encode)
+        if blocks:
+            output = step.encoding.apply(output, 1, blocks, group.size)
         sizes[group.id] = step.width
         gain, shift = step.writer_gain.get(layer or ""), step.writer_shift.get(layer or "")
         if blocks and not (gain is None and shift is None):

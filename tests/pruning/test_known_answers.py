@@ -189,7 +189,7 @@ def test_restored_spread_follows_the_cosine_of_the_weights(angle, spread):
         fold_norms(weights)
         members.append(Member(model, weights, (), 0.5))
     fused = members[0].weights.snapshot()
-    fused.state["0.weight"] = torch.tensor([[1.0, 0.0]])
+    fused.put({"0.weight": torch.tensor([[1.0, 0.0]])})
     analytic_restore(fused, members, rescale=False)
     torch.testing.assert_close(fused.statistics["0.weight"][1], torch.tensor([spread]))
     analytic_restore(fused, members)

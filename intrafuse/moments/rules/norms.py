@@ -35,8 +35,8 @@ def batch_norm(self: Propagation, node: Node) -> Moments | None:
     shift = -running.double() * scale + (0 if beta is None else beta.double())
     if before is not None and before.tree != tree:
         before = None
-    if bool((running == 0).all()):  # folded into the layer before: an affine map
-        if before is None:
+    if self.program.parameters.get(args["running_mean"]) in self.weights.folded:
+        if before is None:  # it passes what it reads
             return None
         covariance = before.covariance * scale * scale[:, None]
         return Moments(self.axes(node)[1], before.mean * scale + shift, covariance)
