@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.calibrate import FIT, LAYERS
-from intrafuse.support.batches import batches, fitting, map_tensors
-from intrafuse.support.calls import as_library
+from intrafuse.moments.calibrate import LAYERS
+from intrafuse.support.batches import batches, map_tensors
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.watch import run, watching
 
-__all__ = ["Point", "activations", "observing", "points", "run", "take"]
+__all__ = ["Point", "activations", "observing", "points", "take"]
 
 POSITIONS = 8_192  # samples times positions that are kept of each call of a layer
 
@@ -96,33 +96,14 @@ def _lengths(inputs: Any) -> list[int]:
     return found
 
 
-def run(model: nn.Module, inputs: Iterable) -> None:
-    """Run a network in evaluation mode on batches, for what its hooks see."""
-    with evaluating(model), torch.no_grad():
-        for seen, batch in enumerate(inputs):
-            args, kwargs = as_arguments(batch)
-            with fitting(f"batch {seen + 1} of the data", FIT):
-                model(*args, **kwargs)
-
-
 @contextmanager
 def observing(
     model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
-
-    def hook(point: Point) -> Callable[..., Any]:
-        return as_library()(lambda _module, _args, output: see(point, output))
-
-    handles = []
-    try:
-        for point in watched:
-            module = model.get_submodule(point.name)
-            handles.append(module.register_forward_hook(hook(point)))
+    pairs = ((model.get_submodule(point.name), partial(see, point)) for point in watched)
+    with watching(pairs):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def activations(
