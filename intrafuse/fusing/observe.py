@@ -15,7 +15,7 @@ from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.moments.calibrate import LAYERS
-from intrafuse.support.batches import batches, map_tensors
+from intrafuse.support.batches import batches, map_tensors, tensors_of
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.watch import run, watching
 
@@ -75,24 +75,13 @@ def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     """
     found, left = [], samples
     for inputs, _ in batches(data, model, purpose='features="activations"'):
-        sizes = _lengths(inputs)
+        sizes = [len(tensor) if tensor.dim() else 0 for tensor in tensors_of(inputs)]
         if len(set(sizes)) == 1 and sizes[0] > left:
             inputs = map_tensors(lambda t, n=left: t[:n], inputs)
         found.append(inputs)
         left -= sizes[0] if sizes else 1
         if left <= 0:
             break
-    return found
-
-
-def _lengths(inputs: Any) -> list[int]:
-    found: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(len(tensor) if tensor.dim() else 0)
-        return tensor
-
-    map_tensors(note, inputs)
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from intrafuse.graph.blocks import channel_rows
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.support.batches import batches
+from intrafuse.support.batches import batches, tensors_of
 from intrafuse.support.calls import as_called
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
@@ -136,12 +136,7 @@ def scored(
 
 def floating(value: Any) -> Iterator[Tensor]:
     """Iterate over the floating tensors of a model's output."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from floating(item)
+    return (tensor for tensor in tensors_of(value) if tensor.is_floating_point())
 
 
 @contextmanager
