@@ -35,7 +35,7 @@ from zoo_methods import METHODS, SHARE, compare_methods, findings
 
 import intrafuse
 from intrafuse.graph.trace import as_arguments
-from intrafuse.pruning.verification import tensors_of
+from intrafuse.support.batches import tensors_of
 
 HALF = 0.5  # of every group, for `select`
 

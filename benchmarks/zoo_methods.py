@@ -23,8 +23,7 @@ from intrafuse.importance.metrics import score
 from intrafuse.methods import resolve_method
 from intrafuse.pruning.each_group import merge_groups
 from intrafuse.pruning.plan import Plan
-from intrafuse.pruning.verification import tensors_of
-from intrafuse.support.batches import map_tensors
+from intrafuse.support.batches import map_tensors, tensors_of
 from intrafuse.surgery.batchnorm import fold_norms
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.weights import Weights

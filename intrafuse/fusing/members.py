@@ -43,14 +43,14 @@ def combine(members: Sequence[Member], reference: Weights) -> Weights:
 
     What the trace does not know, and what is no floating-point number, is the reference's.
     """
-    fused = reference.snapshot()
+    averaged: dict[str, Tensor] = {}
     parts: list[tuple[float, Mapping[str, Tensor]]] = [
         (member.share, member.aligned().state) for member in members
     ]
-    for name in sorted(fused.graph.axes):
+    for name in sorted(reference.graph.axes):
         present = [(share, state[name]) for share, state in parts if name in state]
-        if not present and name in fused.state:  # a bias that only the reference has
-            fused.state[name] = torch.zeros_like(fused.state[name])
+        if not present and name in reference.state:  # a bias that only the reference has
+            averaged[name] = torch.zeros_like(reference.state[name])
         if not present:
             continue
         tensor = present[0][1]
@@ -60,5 +60,7 @@ def combine(members: Sequence[Member], reference: Weights) -> Weights:
         device = reference.state.get(name, tensor).device
         total = sum(share * t.to(device, exact) for share, t in present)
         assert isinstance(total, Tensor)
-        fused.state[name] = total.to(tensor.dtype)
+        averaged[name] = total.to(tensor.dtype)
+    fused = reference.snapshot()
+    fused.put(averaged)
     return fused

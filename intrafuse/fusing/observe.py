@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.calibrate import FIT, LAYERS
-from intrafuse.support.batches import batches, fitting, map_tensors
-from intrafuse.support.calls import as_library
+from intrafuse.moments.calibrate import LAYERS
+from intrafuse.support.batches import batches, map_tensors, tensors_of
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.watch import run, watching
 
-__all__ = ["Point", "activations", "observing", "points", "run", "take"]
+__all__ = ["Point", "activations", "observing", "points", "take"]
 
 POSITIONS = 8_192  # samples times positions that are kept of each call of a layer
 
@@ -75,7 +75,7 @@ def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     """
     found, left = [], samples
     for inputs, _ in batches(data, model, purpose='features="activations"'):
-        sizes = _lengths(inputs)
+        sizes = [len(tensor) if tensor.dim() else 0 for tensor in tensors_of(inputs)]
         if len(set(sizes)) == 1 and sizes[0] > left:
             inputs = map_tensors(lambda t, n=left: t[:n], inputs)
         found.append(inputs)
@@ -85,44 +85,14 @@ def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     return found
 
 
-def _lengths(inputs: Any) -> list[int]:
-    found: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(len(tensor) if tensor.dim() else 0)
-        return tensor
-
-    map_tensors(note, inputs)
-    return found
-
-
-def run(model: nn.Module, inputs: Iterable) -> None:
-    """Run a network in evaluation mode on batches, for what its hooks see."""
-    with evaluating(model), torch.no_grad():
-        for seen, batch in enumerate(inputs):
-            args, kwargs = as_arguments(batch)
-            with fitting(f"batch {seen + 1} of the data", FIT):
-                model(*args, **kwargs)
-
-
 @contextmanager
 def observing(
     model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
-
-    def hook(point: Point) -> Callable[..., Any]:
-        return as_library()(lambda _module, _args, output: see(point, output))
-
-    handles = []
-    try:
-        for point in watched:
-            module = model.get_submodule(point.name)
-            handles.append(module.register_forward_hook(hook(point)))
+    pairs = ((model.get_submodule(point.name), partial(see, point)) for point in watched)
+    with watching(pairs):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def activations(

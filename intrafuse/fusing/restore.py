@@ -10,17 +10,20 @@ outputs are brought to the mean of the networks' own means and deviations. Lette
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafuse.fusing.members import Member
-from intrafuse.fusing.observe import Point, observing, points, run
+from intrafuse.fusing.observe import Point, observing, points
 from intrafuse.support.batches import batches
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.sums import Sums
 from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.watch import measure, run
 from intrafuse.surgery.weights import Weights
 
 __all__ = ["analytic_restore", "reestimate"]
@@ -54,23 +57,18 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
         for point in points(fused.graph, model, norms=True)
         if point.bias in targets and point.weight not in tied and point.bias not in tied
     ]
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Sums] = {}
 
     def correct(point: Point, output: Tensor) -> Tensor:
-        lines = _finite(point, output).movedim(point.axis, -1)
-        count = lines.numel() // lines.shape[-1]
-        if count < 2:
+        rows = _rows(point, output)
+        if len(rows) < 2:
             raise IntrafuseError(
-                "repair needs several samples in every batch", value=count, layer=point.name
+                "repair needs several samples in every batch", value=len(rows), layer=point.name
             )
-        flat = lines.flatten(0, -2).double()
-        mean, variance = flat.mean(0).cpu(), flat.var(0, correction=0).cpu()
-        parts = [torch.ones(()).to(mean), mean, variance]
-        old = sums.get(point.bias)
-        sums[point.bias] = (
-            parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
-        )
+        mean, variance = rows.mean(0).cpu(), rows.var(0, correction=0).cpu()
+        sums.setdefault(point.bias, Sums()).add(mean[None], variance[None])
         gain, shift = _correction(mean, variance, *targets[point.bias])
+        lines = output.movedim(point.axis, -1)
         return (lines * gain.to(lines) + shift.to(lines)).movedim(-1, point.axis)
 
     network = install(model, fused)
@@ -78,8 +76,8 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
         run(network, _inputs(data, network))
     for point in watched:
         if point.bias in sums:
-            count, mean, variance = sums[point.bias]
-            gain, shift = _correction(mean / count, variance / count, *targets[point.bias])
+            known = sums[point.bias]
+            gain, shift = _correction(known.mean(0), known.mean(1), *targets[point.bias])
             _rescale(fused, point, gain, shift)
 
 
@@ -112,7 +110,7 @@ def analytic_restore(fused: Weights, members: Sequence[Member], *, rescale: bool
             gain = torch.where(found > 0, target / found.clamp_min(1e-300), 1.0)
             fused.rescale(name, gain, (1 - gain) * mean)
             found = target
-        fused.statistics[name] = mean.float(), found.float()
+        fused.note(name, mean.float(), found.float())
 
 
 def _statistics(weights: Weights, name: str) -> Tensor:
@@ -131,20 +129,17 @@ def _correction(
 def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> None:
     if point.is_layer:
         weights.rescale(point.weight, gain, shift)
-        mean, spread = weights.statistics.pop(point.weight, (gain[:0], gain[:0]))
-        if len(mean) == len(gain):  # those of a grouped transposed convolution follow no merge
-            moved = mean * gain.to(mean) + shift.to(mean)
-            weights.statistics[point.weight] = moved, spread * gain.to(spread).abs()
         return
     scale, offset = weights.state[point.weight], weights.state[point.bias]
-    weights.state[point.weight] = scale * gain.to(scale)
-    weights.state[point.bias] = offset * gain.to(offset) + shift.to(offset)
+    moved = offset * gain.to(offset) + shift.to(offset)
+    weights.put({point.weight: scale * gain.to(scale), point.bias: moved})
 
 
-def _finite(point: Point, output: Tensor) -> Tensor:
+def _rows(point: Point, output: Tensor) -> Tensor:
+    """Order what a point puts out as (samples, channels), in float64."""
     if not torch.isfinite(output).all():
         raise IntrafuseError("activations must be finite on the data", layer=point.name)
-    return output
+    return output.movedim(point.axis, -1).flatten(0, -2).double()
 
 
 def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
@@ -172,35 +167,12 @@ def _moved(member: Member, bias: str, line: Tensor) -> Tensor:
 
 
 def _measured(member: Member, data: Iterable) -> Told:
-    """Measure mean and deviation (outputs,) of what each point of a network puts out."""
-    graph = member.weights.graph
+    """Measure mean and deviation (outputs,) of each point that a network calls once."""
     network = install(member.model, member.weights)
-    watched = points(graph, network, norms=True)
-    calls: dict[str, int] = {}
-    sums: dict[str, list[Tensor]] = {}
-
-    def add(point: Point, output: Tensor) -> None:
-        flat = _finite(point, output).movedim(point.axis, -1).flatten(0, -2).double()
-        calls[point.bias] = calls.get(point.bias, 0) + 1
-        parts = [torch.tensor(float(len(flat))), flat.sum(0).cpu(), flat.square().sum(0).cpu()]
-        old = sums.get(point.bias)
-        sums[point.bias] = (
-            parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
-        )
-
-    seen = 0
-
-    def counted() -> Iterator[Any]:
-        nonlocal seen
-        for batch in _inputs(data, network):
-            seen += 1
-            yield batch
-
-    with observing(network, watched, add):
-        run(network, counted())
-    return {name: _moments(*sums[name]) for name in sums if calls[name] == seen}
-
-
-def _moments(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    mean = first / count
-    return mean, (second / count - mean.square()).clamp_min(0).sqrt()
+    watched = [
+        (point.bias, network.get_submodule(point.name), partial(_rows, point))
+        for point in points(member.weights.graph, network, norms=True)
+    ]
+    sums, batches = measure(network, watched, _inputs(data, network))
+    once = {name: known for name, known in sums.items() if known.additions == batches}
+    return {name: (known.mean(), known.variance().sqrt()) for name, known in once.items()}

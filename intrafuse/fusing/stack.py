@@ -47,28 +47,27 @@ def stack(graph: ChannelGraph, networks: Sequence[Weights], shares: Sequence[flo
     names = [group.name for group in graph.groups]
     widths = [{n: net.graph.by_name[n].size for n in names} for net in networks]
     total = {name: sum(width[name] for width in widths) for name in names}
-    union = Weights(graph, {})
-    union.sizes = graph.resized(total)
+    sizes_of_all, tensors = graph.resized(total), {}
     written = _written(graph)
     for name in sorted(graph.axes):
         present = [(k, net.state[name]) for k, net in enumerate(networks) if name in net.state]
         if not present or not present[0][1].is_floating_point():
             continue
-        tensor = present[0][1].new_zeros(graph.shape(name, union.sizes))
+        tensor = present[0][1].new_zeros(graph.shape(name, sizes_of_all))
         for k, part in present:
             before = {n: sum(width[n] for width in widths[:k]) for n in names}
             offsets = {graph.by_name[n].id: start for n, start in before.items()}
             sizes = graph.resized(widths[k])
             trees = graph.axes[name]
-            where = [torch.from_numpy(_places(t, sizes, union.sizes, offsets)) for t in trees]
+            where = [torch.from_numpy(_places(t, sizes, sizes_of_all, offsets)) for t in trees]
             scaled = _scaled(part.to(tensor), trees, written.get(name), sizes, offsets, shares[k])
             if where:
                 index = torch.meshgrid(*where, indexing="ij")
                 tensor.index_put_(tuple(i.to(tensor.device) for i in index), scaled, True)
             else:
                 tensor += scaled
-        union.state[name] = tensor
-    return union
+        tensors[name] = tensor
+    return Weights(graph, tensors, widths=total)
 
 
 def shrink(

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from intrafuse.graph.blocks import channel_rows
 from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.support.batches import batches
-from intrafuse.support.calls import as_called, as_library
+from intrafuse.support.batches import batches, tensors_of
+from intrafuse.support.calls import as_called
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.sums import Sums
 from intrafuse.surgery.context import Context
+from intrafuse.surgery.watch import watching
 from intrafuse.surgery.weights import Weights
 
 __all__ = [
@@ -134,12 +136,7 @@ def scored(
 
 def floating(value: Any) -> Iterator[Tensor]:
     """Iterate over the floating tensors of a model's output."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from floating(item)
+    return (tensor for tensor in tensors_of(value) if tensor.is_floating_point())
 
 
 @contextmanager
@@ -177,24 +174,17 @@ def _watching(context: Context, visit: Visit) -> Iterator[None]:
         if isinstance(module, READERS):
             owners.setdefault(id(module.weight), []).append(module)
     tensors = {**dict(context.model.named_buffers()), **dict(context.model.named_parameters())}
-    handles = []
-    try:
-        for group in context.original.graph.groups:
-            for slot in group.readers:
-                for module in owners.get(id(tensors.get(slot.parameter)), []):
-                    hook = partial(_report, visit, group, slot)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    watched = [
+        (module, partial(_report, visit, group, slot, module))
+        for group in context.original.graph.groups
+        for slot in group.readers
+        for module in owners.get(id(tensors.get(slot.parameter)), [])
+    ]
+    with watching(watched, inputs=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@as_library()
-def _report(
-    visit: Visit, group: ChannelGroup, slot: Slot, module: nn.Module, args: tuple, kwargs: dict
-) -> None:
-    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def _report(visit: Visit, group: ChannelGroup, slot: Slot, module: nn.Module, x: Tensor) -> None:
     if not torch.isfinite(x).all():
         raise IntrafuseError(
             "activations must be finite, but NaN or infinity was found",
@@ -220,23 +210,20 @@ def _averages(
 ) -> Scores:
     """Average over inputs what a measure (inputs, channels, positions) -> (inputs, channels) says
     of all that the readers of each group are given, or only the first reader that is called."""
-    total: Scores = {}
-    count: dict[int, int] = {}
+    sums: dict[int, Sums] = {}
     first: dict[int, Slot] = {}
 
     def visit(group: ChannelGroup, slot: Slot, features: Tensor) -> None:
         if first_reader and first.setdefault(group.id, slot) != slot:
             return
-        measured = measure(features)
-        total[group.id] = total.get(group.id, 0) + measured.sum(0)
-        count[group.id] = count.get(group.id, 0) + len(measured)
+        sums.setdefault(group.id, Sums()).add(measure(features))
 
     with torch.no_grad(), evaluating(context.model), _watching(context, visit):
         for inputs, _ in _batches(context, metric, limit):
             args, kwargs = as_arguments(inputs)
             with refusing(metric):
                 context.model(*args, **kwargs)
-    return {group: total[group] / count[group] for group in total}
+    return {group: known.mean() for group, known in sums.items() if known.count}
 
 
 # -- one pass for each metric --------------------------------------------------------------------
@@ -278,8 +265,7 @@ def _first_order(context: Context) -> Scores:
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         leaves = {name: p.detach() for name, p in given.items()}
         leaves.update({name: given[name].detach().requires_grad_() for name in wanted})
-        total: Scores = {}
-        count = 0
+        sums: dict[int, Sums] = {group.id: Sums() for group in groups}
         for inputs, labels in _batches(context, "taylor"):
             with refusing("taylor"):
                 loss = _loss(model, leaves, inputs, labels)
@@ -287,9 +273,8 @@ def _first_order(context: Context) -> Scores:
             gradients = dict(zip(wanted, found, strict=True))
             for group in groups:
                 change = products(group, slots[group.id], leaves, gradients).sum(1)
-                total[group.id] = total.get(group.id, 0) + change.square()
-            count += 1
-    return {group: sums / count for group, sums in total.items()}
+                sums[group.id].add(change.square()[None])
+    return {group: known.mean() for group, known in sums.items()}
 
 
 def _loss(model: nn.Module, leaves: dict[str, Tensor], inputs: Any, labels: Any) -> Tensor:

@@ -23,6 +23,7 @@ from torch.fx import Node
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules.registry import CASTS, DROPOUTS, PERMUTATIONS, SHAPES
 from intrafuse.moments.readers import Reading
 from intrafuse.moments.sources import MomentSource
 from intrafuse.surgery.context import Context
@@ -31,10 +32,7 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["place_encode", "with_products"]
 
-MOVES = frozenset(
-    ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "transpose", "permute", "swapaxes",
-     "contiguous", "clone", "unsqueeze", "squeeze", "dropout", "to", "_to_copy")
-)  # fmt: skip
+MOVES = PERMUTATIONS | CASTS | SHAPES | DROPOUTS
 
 
 def with_products(

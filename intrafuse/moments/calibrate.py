@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from intrafuse.graph.groups import ChannelGroup, Slot
 from intrafuse.graph.trace import as_arguments, evaluating
 from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
 from intrafuse.support.batches import batches, fitting
-from intrafuse.support.calls import as_library
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.sums import Sums
 from intrafuse.surgery.install import install
+from intrafuse.surgery.watch import FIT, watching
 from intrafuse.surgery.weights import Weights
 
-__all__ = ["FIT", "LAYERS", "Calibration"]
+__all__ = ["LAYERS", "Calibration"]
 
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
@@ -28,7 +29,7 @@ LAYERS = (
 )  # fmt: skip
 BATCHES = 64  # of the data that are used
 SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
-FIT = "check that the batches fit the model, as its example inputs do"
+PAIRS = (0, 0), (1, 1), (0, 1)  # of the old and the new activations
 Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
 
 
@@ -77,7 +78,7 @@ class Calibration:
         known = self._original(weights)
         current = install(self.model, weights)
         calls = {s.layer: len(known[0].get(s.layer, ())) for s in slots}
-        sums: dict[Slot, _Sums] = {slot: _Sums() for slot in slots if calls[slot.layer]}
+        sums = {slot: Sums(*PAIRS) for slot in slots if calls[slot.layer]}
         new = self._capture(current, [slot.layer for slot in sums], calls) if sums else ()
         for before, after in zip(known, new, strict=bool(sums)):
             for slot, total in sums.items():
@@ -94,7 +95,7 @@ class Calibration:
                 taps = place_taps(group, slot, weights)
                 assert taps is not None
                 kernel = torch.ones(1, 1).double()
-            reading = total.reading(slot.layer, taps, kernel, calls[slot.layer])
+            reading = _reading(total, slot.layer, taps, kernel, calls[slot.layer])
             found[slot.parameter] = _doubted(reading, total.count) if places else reading
         return found
 
@@ -106,7 +107,7 @@ class Calibration:
         found: list[Written] = []
         for name in names:
             layer, weight = weights.graph.layers[name], weights.state[name].cpu().double()
-            total = _Sums()
+            total = Sums(*PAIRS)
             for batch in self._original(weights):
                 for x in batch.get(layer.name, ()):
                     total.add(x.cpu(), x.cpu()[:, :0])
@@ -115,7 +116,7 @@ class Calibration:
                 continue
             matrix = weight.movedim(layer.output_axis, 0)
             taps = matrix[:, :, None]
-            read = total.reading(layer.name, taps, torch.ones(1, 1).double(), 1)
+            read = _reading(total, layer.name, taps, torch.ones(1, 1).double(), 1)
             if len(read.old) != matrix.shape[1]:
                 found.append(None)
                 continue
@@ -150,48 +151,16 @@ class Calibration:
                 yield found
 
 
-class _Sums:
-    """Streaming second moments of old and new activations, in float64.
-
-    They are taken about the means of the first samples: products are of float32, and those of
-    activations far from zero would drown the covariance.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.origin: list[Tensor] = []
-        self.first: list[Tensor] = []
-        self.second: list[Tensor] = []
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add samples: x (samples, n) of the old and y (samples, m) of the new activations."""
-        if not len(x):
-            return
-        self.count += len(x)
-        self.origin = self.origin or [x.mean(0), y.mean(0)]
-        x, y = x - self.origin[0], y - self.origin[1]
-        first = [x.sum(0).double(), y.sum(0).double()]
-        second = [(x.T @ x).double(), (y.T @ y).double(), (x.T @ y).double()]
-        if not self.first:
-            self.first, self.second = first, second
-        else:
-            self.first = [a + b for a, b in zip(self.first, first, strict=True)]
-            self.second = [a + b for a, b in zip(self.second, second, strict=True)]
-
-    def reading(self, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
-        if not self.count:
-            raise IntrafuseError("the data holds no sample", layer=layer)
-        old, new = (total / self.count for total in self.first)
-        pairs = ((old, old), (new, new), (old, new))
-        of_old, of_new, cross = (
-            total / self.count - torch.outer(a, b)
-            for total, (a, b) in zip(self.second, pairs, strict=True)
-        )
-        if not (torch.isfinite(of_old).all() and torch.isfinite(of_new).all()):
-            raise IntrafuseError("activations must be finite on the data", layer=layer)
-        old, new = (mean + o.double() for mean, o in zip((old, new), self.origin, strict=True))
-        zero = torch.zeros(len(taps)).double()
-        return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, calls)
+def _reading(total: Sums, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
+    """Make a reading of the moments of old and new activations."""
+    if not total.count:
+        raise IntrafuseError("the data holds no sample", layer=layer)
+    of_old, of_new, cross = (total.covariance(*pair) for pair in PAIRS)
+    if not (torch.isfinite(of_old).all() and torch.isfinite(of_new).all()):
+        raise IntrafuseError("activations must be finite on the data", layer=layer)
+    zero = torch.zeros(len(taps)).double()
+    old, new = total.mean(0), total.mean(1)
+    return Reading(layer, taps, kernel, old, of_old, new, of_new, cross, zero, zero, calls)
 
 
 def _plain(model: nn.Module, layer: str) -> bool:
@@ -235,10 +204,8 @@ def _watching(
     model: nn.Module, layers: list[str], found: Captured, each: int, left: int | None
 ) -> Iterator[None]:
     """Put at most `each` samples of what enters each call of some layers into `found`."""
-    handles = []
 
-    @as_library()
-    def hook(layer: str, x: Tensor, axis: int) -> None:
+    def keep(layer: str, axis: int, x: Tensor) -> None:
         nonlocal left
         lines = x.movedim(axis, -1).reshape(-1, x.shape[axis])
         if len(lines) > each:
@@ -250,19 +217,14 @@ def _watching(
         if left == 0:
             raise _Enough
 
-    def watch(layer: str, module: nn.Module) -> Any:
-        axis = -1 - len(getattr(module, "kernel_size", ()))  # from behind: there may be no batch
-
-        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hook(layer, (*args, *kwargs.values())[0], axis)
-
-        return module.register_forward_pre_hook(enter, with_kwargs=True)
+    def watched() -> Iterator[tuple[nn.Module, Callable[[Tensor], None]]]:
+        for layer in layers:
+            module = model.get_submodule(layer)
+            axis = -1 - len(getattr(module, "kernel_size", ()))  # from behind: without a batch too
+            yield module, partial(keep, layer, axis)
 
     try:
-        handles += [watch(layer, model.get_submodule(layer)) for layer in layers]
-        yield
+        with watching(watched(), inputs=True):
+            yield
     except _Enough:
         pass
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -187,33 +187,33 @@ class Propagation:
         return tree_size(tree, self.weights.graph.sizes) == 1
 
 
-def _sources(self: Propagation, node: Node) -> list[Node]:
+def _sources(propagation: Propagation, node: Node) -> list[Node]:
     """List the activations that a node is computed from."""
     if node.op != "call_function":
         return []
-    known = self.program.parameters
+    known = propagation.program.parameters
     return [n for n in node.all_input_nodes if n not in known and CONSTANT not in n.meta]
 
 
-def _input(self: Propagation, node: Node) -> Moments | None:
+def _input(propagation: Propagation, node: Node) -> Moments | None:
     """Assume inputs of mean 0 and variance 1, without correlation."""
-    axes = self.program.values.get(node)
-    if not axes or node in self.program.parameters or len(axes) < 2:
+    axes = propagation.program.values.get(node)
+    if not axes or node in propagation.program.parameters or len(axes) < 2:
         return None
     if not node.meta["val"].is_floating_point():
         return None
     readers = [operator_name(user) for user in node.users if user.op == "call_function"]
     tree = axes[-1 if any(name in CHANNELS_LAST for name in readers) else 1]
-    n = self.size(tree)
+    n = propagation.size(tree)
     return Moments(tree, torch.zeros(n).double(), torch.eye(n).double())
 
 
-def _parameter(self: Propagation, node: Node, tree: Tree | None) -> Moments | None:
-    value, axes = self.tensor(node), self.axes(node)
+def _parameter(propagation: Propagation, node: Node, tree: Tree | None) -> Moments | None:
+    value, axes = propagation.tensor(node), propagation.axes(node)
     if value is None or not value.is_floating_point():
         return None
     if tree is None or value.numel() == 1:
-        wide = [dim for dim, t in enumerate(axes) if not self.is_single(t)]
+        wide = [dim for dim, t in enumerate(axes) if not propagation.is_single(t)]
     else:
         wide = [dim for dim, t in enumerate(axes) if t == tree]
     if len(wide) > 1 or (not wide and value.numel() != 1):

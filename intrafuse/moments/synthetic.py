@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.batches import fitting
-from intrafuse.support.calls import apart, as_library
+from intrafuse.support.calls import apart
 from intrafuse.support.device import require_numbers
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.watch import watching
 
 __all__ = ["synthesise"]
 
@@ -257,18 +259,8 @@ def _watched(norms: Mapping[str, _BatchNorm]) -> Iterator[Seen]:
     """Give the moments of what entered each norm since it was last cleared, by name and call."""
     seen: Seen = {}
 
-    def keep(name: str) -> Callable:
-        @as_library()
-        def hook(_module: nn.Module, received: tuple) -> None:
-            seen.setdefault(name, []).append(_moments(norms[name], received[0]))
+    def keep(name: str, received: Tensor) -> None:
+        seen.setdefault(name, []).append(_moments(norms[name], received))
 
-        return hook
-
-    handles = []
-    try:
-        for name, norm in norms.items():
-            handles.append(norm.register_forward_pre_hook(keep(name)))
+    with watching(((norm, partial(keep, name)) for name, norm in norms.items()), inputs=True):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

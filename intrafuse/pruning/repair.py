@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.graph.axes import Tree, locate
-from intrafuse.graph.blocks import merge_channels, put_channels, select_channels
+from intrafuse.graph.blocks import put_channels
 from intrafuse.graph.groups import ChannelGroup
-from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.graph.trace import evaluating
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource
 from intrafuse.pruning.plan import Plan
-from intrafuse.support.batches import batches, fitting
-from intrafuse.support.calls import apart, as_library
+from intrafuse.support.batches import batches
+from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.modules import place
 from intrafuse.surgery.context import Context
+from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.watch import feed, measure
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm"]
 
@@ -97,10 +101,8 @@ def reestimate_batchnorm(
     if not inplace:
         return pruned
     state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-    state = {name: tensor.detach() for name, tensor in state.items()}
-    attributes = plan.graph.attribute_values(plan.graph.resized(plan.widths))
-    place(original, state, attributes, aliases=plan.graph.aliases)
-    return original
+    weights = Weights(plan.graph, state, widths=plan.widths)
+    return install(original, weights, inplace=True, like=pruned)
 
 
 def _aim(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -129,8 +131,7 @@ def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable)
             norm.reset_running_stats()
             norm.momentum = None
             norm.training = True
-        for _ in _outputs(model, data):
-            pass
+        feed(model, _inputs(data, model), advice=ADVICE)
         found = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
     for (name, norm), state in zip(norms.items(), found, strict=True):
         if not all(t.isfinite().all() for t in state.values()):
@@ -142,49 +143,26 @@ def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable)
         norm.load_state_dict(state)
 
 
-def _outputs(model: nn.Module, data: Iterable) -> Iterator[Tensor]:
-    with torch.no_grad():
-        for seen, (inputs, _) in enumerate(batches(data, model, purpose="repair of batch norm")):
-            args, kwargs = as_arguments(inputs)
-            what = f"batch {seen + 1} of the data"
-            with fitting(what, ADVICE):
-                outputs = model(*args, **kwargs)
-            yield outputs
+def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
+    for inputs, _ in batches(data, model, purpose="repair of batch norm"):
+        yield inputs
 
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure mean and variance (channels,) of each norm's output, merged as the plan says."""
-    sums: dict[str, list[Tensor]] = {}
     layers = {norm.mean: norm.layer for norm in plan.graph.norms}
-    handles = []
 
-    def measure(mean: str):
-        @as_library()
-        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            layer = layers[mean]
-            merged = merged_output(plan, plan.graph.axes[mean][0], layer, output.double())
-            dims = [d for d in range(merged.dim()) if d != 1]
-            count = torch.tensor(float(merged.numel() // merged.shape[1]))
-            parts = [count, merged.sum(dims), (merged * merged).sum(dims)]
-            old = sums.get(mean)
-            sums[mean] = parts if old is None else [a + b for a, b in zip(old, parts, strict=True)]
+    def merged(mean: str, output: Tensor) -> Tensor:
+        tree = plan.graph.axes[mean][0]
+        found = merged_output(plan, tree, layers[mean], output.double())
+        return found.movedim(1, -1).flatten(0, -2)
 
-        return hook
-
-    with evaluating(original):
-        try:
-            for norm in plan.graph.norms:
-                module = original.get_submodule(norm.name)
-                handles.append(module.register_forward_hook(measure(norm.mean)))
-            for _ in _outputs(original, data):
-                pass
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {
-        name: (first / count, (second / count - (first / count) ** 2).clamp_min(0))
-        for name, (count, first, second) in sums.items()
-    }
+    watched = [
+        (norm.mean, original.get_submodule(norm.name), partial(merged, norm.mean))
+        for norm in plan.graph.norms
+    ]
+    sums, _ = measure(original, watched, _inputs(data, original), advice=ADVICE)
+    return {name: (known.mean(), known.variance()) for name, known in sums.items()}
 
 
 def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:
@@ -203,10 +181,8 @@ def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> 
     for step in plan.maps:
         group = plan.graph.by_name[step.group]
         blocks = locate(tree, group.id, sizes)
-        if blocks and step.keep is not None:
-            output = select_channels(output, 1, blocks, group.size, step.keep)
-        elif blocks:
-            output = merge_channels(output, 1, blocks, group.size, step.encode)
+        if blocks:
+            output = step.encoding.apply(output, 1, blocks, group.size)
         sizes[group.id] = step.width
         gain, shift = step.writer_gain.get(layer or ""), step.writer_shift.get(layer or "")
         if blocks and not (gain is None and shift is None):

@@ -10,29 +10,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map
 
 from intrafuse.support.calls import as_called
 from intrafuse.support.errors import IntrafuseError
 
-__all__ = ["batches", "fitting", "map_tensors", "require_finite", "require_rereadable"]
+__all__ = [
+    "batches",
+    "fitting",
+    "map_tensors",
+    "require_finite",
+    "require_rereadable",
+    "tensors_of",
+]
 
 ADVICE = "give data=, batches of inputs or of (inputs, labels), or --data SPEC"
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Change every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: map_tensors(change, item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [map_tensors(change, item) for item in value]
-        named = hasattr(value, "_make")
-        return value._make(items) if named else type(value)(items)  # type: ignore[attr-defined]
-    if is_dataclass(value) and not isinstance(value, type):
-        found = ((field.name, getattr(value, field.name)) for field in fields(value) if field.init)
-        return replace(value, **{name: map_tensors(change, item) for name, item in found})
-    return value
+    """Change every tensor in a tree: what PyTorch's `_pytree` opens, and what it does not.
+
+    The latter are mappings and sequences of other types, such as the batches of transformers, and
+    dataclasses that are not registered.
+    """
+
+    def at(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        if isinstance(leaf, Mapping):
+            return {name: map_tensors(change, item) for name, item in leaf.items()}
+        if isinstance(leaf, tuple | list):
+            return type(leaf)(map_tensors(change, [*leaf]))
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            names = [field.name for field in fields(leaf) if field.init]
+            return replace(leaf, **{n: map_tensors(change, getattr(leaf, n)) for n in names})
+        return leaf
+
+    return tree_map(at, value)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of a tree, of which `map_tensors` says what it may be."""
+    for leaf in tree_iter(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_of([*leaf.values()])
+        elif isinstance(leaf, tuple | list):
+            yield from tensors_of([*leaf])
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_of([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 def batches(
@@ -86,8 +113,7 @@ def require_finite(value: Any, what: str) -> None:
     Raises:
         IntrafuseError: names `what` and the number.
     """
-
-    def check(tensor: Tensor) -> Tensor:
+    for tensor in tensors_of(value):
         if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
             found = "nan" if bool(tensor.isnan().any()) else "inf"
             raise IntrafuseError(
@@ -95,9 +121,6 @@ def require_finite(value: Any, what: str) -> None:
                 value=found,
                 remedy="leave out these samples, or repair them",
             )
-        return tensor
-
-    map_tensors(check, value)
 
 
 def require_rereadable(data: object) -> None:

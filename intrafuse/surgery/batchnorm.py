@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from intrafuse.graph.groups import Norm
 from intrafuse.graph.trace import ExampleInputs, trace
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
@@ -35,6 +33,7 @@ def fold_batchnorm(
     Raises:
         IntrafuseError: the model cannot be traced, or holds numbers that are not finite.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
     >>> fold_batchnorm(net, torch.zeros(2, 2), remove=True)[1]
     Identity()
@@ -55,31 +54,4 @@ def fold_norms(weights: Weights) -> None:
     `weights.statistics` holds mean and standard deviation of its layer's output.
     """
     for norm in weights.graph.own_norms:
-        scale, shift = _affine(weights, norm)
-        mean, variance = weights.state[norm.mean], weights.state[norm.variance]
-        if norm.layer is not None:
-            gamma = weights.state[norm.weight] if norm.weight else torch.ones_like(mean)
-            beta = weights.state[norm.bias] if norm.bias else torch.zeros_like(mean)
-            spread = gamma.abs() * (variance / (variance + norm.eps)).sqrt()
-            weights.rescale(norm.layer, scale, shift)
-            weights.statistics[norm.layer] = (beta, spread)
-            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
-        elif norm.weight is None or norm.bias is None:
-            continue  # nothing can hold the scale and the shift: the statistics stay
-        if norm.weight is not None:
-            weights.state[norm.weight] = scale.to(mean)
-        if norm.bias is not None:
-            weights.state[norm.bias] = shift.to(mean)
-        weights.state[norm.mean] = torch.zeros_like(mean)
-        weights.state[norm.variance] = torch.full_like(variance, 1 - norm.eps)
-
-
-def _affine(weights: Weights, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Return the scale and the shift (channels,) that a norm applies, in float64."""
-    scale = (weights.state[norm.variance].double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * weights.state[norm.weight].double()
-    shift = -weights.state[norm.mean].double() * scale
-    if norm.bias is not None:
-        shift = shift + weights.state[norm.bias].double()
-    return scale, shift
+        weights.fold(norm)

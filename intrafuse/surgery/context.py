@@ -15,12 +15,13 @@ from intrafuse.surgery.weights import Weights
 __all__ = ["Context"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Context:
-    """The state of planning.
+    """The state of planning. It changes as groups are merged, and so is not frozen.
 
     Attributes:
         weights: the tensors as merged so far, batch norm folded where the method asks for it.
+            `merge_groups` merges them; metrics and methods read them, and change a `snapshot`.
         original: the tensors before any group was merged, batch norm folded alike.
         model: the module that was passed in; read it, never change it.
         example_inputs: what the model was traced with.

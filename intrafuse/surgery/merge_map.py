@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from intrafuse.graph.axes import Block
+from intrafuse.graph.blocks import merge_channels, select_channels
+from intrafuse.graph.groups import Slot
 from intrafuse.support.errors import IntrafuseError
 
-__all__ = ["PARTS", "MergeMap"]
+__all__ = ["PARTS", "Change", "MergeMap"]
 
 # Tensors by the name of a parameter.
 PARTS = ("readers", "writers", "gain", "shift", "writer_gain", "writer_shift")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """What a merge map does to the channels along one axis.
+
+    Attributes:
+        kind: `select` indexes the channels by `tensor` (m,). `combine` multiplies them by `tensor`
+            (m, n), or by one matrix for each of r places, (r, m, n). `mix` multiplies all of an
+            axis that holds nothing but the r places of each channel by `tensor` (m r, n r).
+        tensor: indices or matrix.
+    """
+
+    kind: Literal["select", "combine", "mix"]
+    tensor: Tensor
+
+    def apply(self, tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int) -> Tensor:
+        """Return a tensor with changed channels.
+
+        Args:
+            tensor: holds n channels along an axis; it stays as it is.
+            axis: the dimension of the tensor.
+            blocks: where the channels lie along it.
+            channels: n.
+        """
+        if self.kind == "select":
+            return select_channels(tensor, axis, blocks, channels, self.tensor)
+        if self.kind == "mix":
+            return merge_channels(tensor, axis, (Block(0),), self.tensor.shape[-1], self.tensor)
+        return merge_channels(tensor, axis, blocks, channels, self.tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +133,30 @@ class MergeMap:
         """Return Q (n, m) for the reader with this weight."""
         return self.readers.get(weight, self.decode)
 
+    @property
+    def encoding(self) -> Change:
+        """What becomes of the channels themselves: of activations, or of a line of statistics."""
+        if self.keep is not None:
+            return Change("select", self.keep)
+        return Change("combine", self.encode)
+
+    def change(self, slot: Slot) -> Change:
+        """Say how one slot of the group follows."""
+        if slot.role == "reader":
+            if self.keep is not None and slot.parameter not in self.readers:
+                return self.encoding
+            matrix = self.decoder(slot.parameter)
+            return Change("mix" if self._places(matrix) > 1 else "combine", matrix.T)
+        if slot.role == "writer" and slot.parameter in self.writers:
+            return Change("combine", self.writers[slot.parameter])
+        if self.keep is None and slot.kind in ("scale", "variance"):
+            return Change("combine", self.carry)
+        return self.encoding
+
+    def _places(self, matrix: Tensor) -> int:
+        """Count the places r of each channel that a reader's Q (n r, m r) reads one by one."""
+        return max(1, len(matrix) // self.size)
+
     def tensors(self) -> dict[str, Tensor]:
         """List every tensor of the map under a name that `from_tensors` understands."""
         found = {"encode": self.encode, "decode": self.decode, "carry": self.carry}
@@ -129,7 +186,7 @@ class MergeMap:
         n, m = self.size, self.width
         shapes = {"encode": (m, n), "decode": (n, m), "carry": (m, n), "keep": (m,)}
         for name, matrix in self.readers.items():
-            places = max(1, len(matrix) // n)
+            places = self._places(matrix)
             shapes[f"readers:{name}"] = (n * places, m * places)
         shapes |= {f"writers:{name}": (*p.shape[:1], m, n) for name, p in self.writers.items()}
         for name, tensor in self.tensors().items():

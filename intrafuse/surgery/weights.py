@@ -2,47 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from intrafuse.graph.axes import Block, leaves, tree_size
-from intrafuse.graph.blocks import channel_rows, merge_channels, put_channels, select_channels
-from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
+from intrafuse.graph.axes import leaves, tree_size
+from intrafuse.graph.blocks import channel_rows, put_channels
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm, Slot
 from intrafuse.support.device import require_numbers
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["Weights"]
+__all__ = ["Statistics", "Weights"]
+
+Statistics = tuple[Tensor, Tensor]  # mean and standard deviation (outputs,) of a layer's output
 
 
 class Weights:
-    """A state dict together with the graph that says what its axes mean.
+    """The one owner of a network's tensors while it is planned, merged and repaired.
 
-    Planning and surgery both work on this: tensors are replaced, never written into, so the
-    model that they came from stays as it is.
+    What is held is read through views that cannot be written to. It is changed by the operations
+    below and by nothing else: `merge`, `rescale`, `fold`, `put`, `note` and `forget`. Each lets
+    tensors, sizes and statistics follow together, and replaces tensors instead of writing into
+    them, so the model that they came from stays as it is.
 
-    Attributes:
+    The owner itself changes, instead of giving a new one for each merge, because planner, methods
+    and moments look at one network as it shrinks (`Context.weights`): a tensor that was replaced
+    is free at once, and nobody can go on with yesterday's. Who wants to keep a state takes a
+    `snapshot`, which shares the tensors and costs as much as a copy of the dictionaries.
+
+    Args:
         graph: the channel graph of the traced network.
-        state: parameters and buffers by name; shared parameters under one name.
-        sizes: the current size of every atom; a merged group has its new width.
-        statistics: mean and standard deviation (outputs,) of a layer's output, by the name of its
-            weight, where a batch norm that was folded into the layer told them.
+        state: its tensors; other names of shared parameters are left out.
+        buffers: which of them are buffers.
+        widths: channels of the groups that have other sizes than the traced ones, by name.
+
+    >>> from intrafuse.graph.trace import trace
+    >>> layer = nn.Linear(1, 1)
+    >>> Weights.of(trace(layer, torch.zeros(1, 1)), layer).state["weight"] = torch.ones(1, 1)
+    Traceback (most recent call last):
+    TypeError: 'mappingproxy' object does not support item assignment
     """
 
     def __init__(
-        self, graph: ChannelGraph, state: Mapping[str, Tensor], buffers: Iterable[str] = ()
+        self,
+        graph: ChannelGraph,
+        state: Mapping[str, Tensor],
+        buffers: Iterable[str] = (),
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         self.graph = graph
         self.buffers = frozenset(buffers)
-        self.state = {k: v.detach() for k, v in state.items() if k not in graph.aliases}
-        self.sizes = dict(graph.sizes)
-        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self._state = {k: v.detach() for k, v in state.items() if k not in graph.aliases}
+        self._sizes = graph.resized(widths or {})
+        self._statistics: dict[str, Statistics] = {}
+        self._folded: frozenset[str] = frozenset()
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name; shared parameters under one name."""
+        return MappingProxyType(self._state)
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        """The current size of every atom; a merged group has its new width."""
+        return MappingProxyType(self._sizes)
+
+    @property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Mean and standard deviation of layers' outputs, by the names of their weights.
+
+        Known where a batch norm that was folded into the layer told them.
+        """
+        return MappingProxyType(self._statistics)
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """The batch norms that were folded, by the names of their running means.
+
+        They pass what they read, but for a scale and a shift, and tell nothing of it.
+        """
+        return self._folded
 
     @classmethod
     def of(cls, graph: ChannelGraph, model: nn.Module) -> Weights:
         """Take the tensors of a model, without copying them.
+
+        A module has no place to record that a batch norm was folded before: one that holds
+        exactly the statistics that `fold` leaves counts as folded.
 
         Raises:
             IntrafuseError: a tensor of the graph is absent, of another shape, or not finite.
@@ -84,6 +133,9 @@ class Weights:
                     layer=name,
                     remedy="repair or reload the weights",
                 )
+        known = weights._state
+        passing = (norm.mean for norm in graph.norms if _was_folded(norm, known))
+        weights._folded = frozenset(passing)
         return weights
 
     def rows(self, group: ChannelGroup, slot: Slot) -> Tensor:
@@ -95,63 +147,130 @@ class Weights:
         """Drop slots of biases that layers could have but do not."""
         return [slot for slot in slots if slot.parameter in self.state]
 
+    def counted(self) -> dict[str, int]:
+        """Count the elements of every parameter, by name; buffers do not count."""
+        return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}
+
+    # -- copies ----------------------------------------------------------------------------------
+
     def snapshot(self) -> Weights:
-        """Return the same tensors under a name of their own: later merges do not reach it."""
-        copy = Weights(self.graph, self.state, self.buffers)
-        copy.sizes, copy.statistics = dict(self.sizes), dict(self.statistics)
-        return copy
+        """Return an owner of its own of the same tensors: later changes do not reach it."""
+        return self.moved(lambda tensor: tensor)
 
     def on_cpu(self) -> Weights:
         """Return the same tensors in the CPU's memory; where they lie there already, itself."""
         if all(tensor.device.type == "cpu" for tensor in self.state.values()):
             return self
-        copy = self.snapshot()
-        copy.state = {name: tensor.cpu() for name, tensor in copy.state.items()}
-        copy.statistics = {k: (mean.cpu(), std.cpu()) for k, (mean, std) in copy.statistics.items()}
+        return self.moved(lambda tensor: tensor.cpu())
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Weights:
+        """Return a copy whose tensors and statistics are `move(tensor)` of these."""
+        copy = Weights(self.graph, {}, self.buffers)
+        copy._state = {name: move(tensor) for name, tensor in self._state.items()}
+        copy._statistics = {
+            k: (move(mean), move(std)) for k, (mean, std) in self._statistics.items()
+        }
+        copy._sizes, copy._folded = dict(self._sizes), self._folded
         return copy
 
-    def counted(self) -> dict[str, int]:
-        """Count the elements of every parameter, by name; buffers do not count."""
-        return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}
+    # -- changes ---------------------------------------------------------------------------------
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give parameters and buffers other values, at the sizes that they have now.
+
+        Norms that were folded count as folded, and statistics as true, afterwards too.
+
+        Raises:
+            ValueError: a tensor of the graph has another shape.
+        """
+        for name, tensor in tensors.items():
+            if name in self.graph.axes:
+                wanted = self.graph.shape(name, self.sizes)
+                if tuple(tensor.shape) != wanted:
+                    raise ValueError(f"{name} must have the shape {wanted}: {tuple(tensor.shape)}")
+        self._state.update(tensors)
+
+    def note(self, weight: str, mean: Tensor, std: Tensor) -> None:
+        """Note mean and standard deviation (outputs,) of what a layer puts out now."""
+        self._statistics[weight] = mean, std
+
+    def forget(self) -> None:
+        """Forget the statistics of all layers, where what comes next would not keep them true."""
+        self._statistics.clear()
+
+    def fold(self, norm: Norm) -> None:
+        """Fold a batch norm into the layer before it, and note the statistics that it told.
+
+        The norm then has mean 0 and variance 1 - eps, and, where a layer feeds it, weight 1 and
+        bias 0. Without a layer its weight and bias hold all that it does; without these, too, it
+        stays as it is.
+
+        Args:
+            norm: a batch norm of the graph, which shares no tensor with another.
+        """
+        scale, shift = self._affine(norm)
+        mean, variance = self.state[norm.mean], self.state[norm.variance]
+        if norm.layer is not None:
+            gamma = self.state[norm.weight] if norm.weight else torch.ones_like(mean)
+            beta = self.state[norm.bias] if norm.bias else torch.zeros_like(mean)
+            spread = gamma.abs() * (variance / (variance + norm.eps)).sqrt()
+            self.rescale(norm.layer, scale, shift)
+            self.note(norm.layer, beta, spread)
+            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
+        elif norm.weight is None or norm.bias is None:
+            return
+        if norm.weight is not None:
+            self._state[norm.weight] = scale.to(mean)
+        if norm.bias is not None:
+            self._state[norm.bias] = shift.to(mean)
+        self._state[norm.mean] = torch.zeros_like(mean)
+        self._state[norm.variance] = torch.full_like(variance, 1 - norm.eps)
+        self._folded |= {norm.mean}
+
+    def _affine(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Return the scale and the shift (channels,) that a norm applies, in float64."""
+        scale = (self.state[norm.variance].double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * self.state[norm.weight].double()
+        shift = -self.state[norm.mean].double() * scale
+        if norm.bias is not None:
+            shift = shift + self.state[norm.bias].double()
+        return scale, shift
 
     def merge(self, step: MergeMap) -> None:
-        """Apply one merge map."""
+        """Apply one merge map.
+
+        The gains and shifts of readers restore what their outputs were: statistics stay. Those of
+        writers change what the outputs are: statistics follow.
+        """
         group = self.graph.by_name[step.group]
         n = self.sizes[group.id]
-        before = dict(self.state)
+        before = dict(self._state)
         for slot in self.present(group.slots):
-            tensor = self.state[slot.parameter]
             blocks = self.graph.blocks(slot, group.id, self.sizes)
-            named = {"reader": step.readers, "writer": step.writers}.get(slot.role, {})
-            if step.keep is not None and slot.parameter not in named:
-                new = select_channels(tensor, slot.axis, blocks, n, step.keep)
-            else:
-                matrix = _matrix(step, slot)
-                if matrix.shape[-1] > n:  # of all places at once
-                    blocks, length = (Block(0),), matrix.shape[-1]
-                else:
-                    length = n
-                new = merge_channels(tensor, slot.axis, blocks, length, matrix)
-            self.state[slot.parameter] = new
+            old = self._state[slot.parameter]
+            self._state[slot.parameter] = step.change(slot).apply(old, slot.axis, blocks, n)
         self._merge_statistics(step, group, before)
-        self.sizes[group.id] = step.width
-        self._rescale_with(group, n)
+        self._sizes[group.id] = step.width
+        self._follow_size(group, n)
         for weight in sorted({*step.writer_gain, *step.writer_shift}):
-            at = next(s for s in group.writers + group.carriers if s.parameter == weight)
-            blocks = self.graph.blocks(at, group.id, self.sizes)
-            size = self.state[weight].shape[at.axis]
-            gain, shift = torch.ones(size), torch.zeros(size)
-            put_channels(gain, blocks, step.writer_gain.get(weight), step.width)
-            put_channels(shift, blocks, step.writer_shift.get(weight), step.width)
-            self.rescale(weight, gain, shift)
-            if weight in self.statistics:
-                mean, std = self.statistics[weight]
-                gain, shift = gain.to(mean), shift.to(mean)
-                self.statistics[weight] = mean * gain + shift, std * gain.abs()
+            self.rescale(weight, *self._writer_lines(step, group, weight))
         for weight in sorted({*step.gain, *step.shift}):
-            self.rescale(weight, step.gain.get(weight), step.shift.get(weight))
+            self._rescale_layer(weight, step.gain.get(weight), step.shift.get(weight))
 
-    def _rescale_with(self, group: ChannelGroup, old: int) -> None:
+    def _writer_lines(
+        self, step: MergeMap, group: ChannelGroup, weight: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return gain and shift (outputs,) of a writer, of which the group may be a part."""
+        at = next(s for s in group.writers + group.carriers if s.parameter == weight)
+        blocks = self.graph.blocks(at, group.id, self.sizes)
+        size = self.state[weight].shape[at.axis]
+        gain, shift = torch.ones(size), torch.zeros(size)
+        put_channels(gain, blocks, step.writer_gain.get(weight), step.width)
+        put_channels(shift, blocks, step.writer_shift.get(weight), step.width)
+        return gain, shift
+
+    def _follow_size(self, group: ChannelGroup, old: int) -> None:
         """Let the outputs of layers follow a size that has changed (`Rescale`)."""
         for item in self.graph.rescales:
             if group.id not in leaves(item.over):
@@ -160,12 +279,12 @@ class Weights:
             was = tree_size(item.over, {**self.sizes, group.id: old})
             start, length = (tree_size(tree, self.sizes) for tree in (item.before, item.part))
             for name, axis in ((item.weight, item.axis), (item.bias, 0)):
-                if name in self.state:
+                if name is not None and name in self.state:
                     tensor = self.state[name].clone()
                     ratio = (size / was) ** item.exponent
                     own = tensor.narrow(axis, start, length)
                     own.mul_(ratio).add_(item.offset * (ratio - 1))
-                    self.state[name] = tensor
+                    self._state[name] = tensor
 
     def _merge_statistics(
         self, step: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]
@@ -178,34 +297,45 @@ class Weights:
             layer = self.graph.layers.get(slot.parameter)
             if slot.parameter not in self.statistics or layer is None:
                 continue
-            if slot.axis != layer.output_axis:
+            if slot.axis != layer.output_axis:  # of a grouped transposed convolution
+                del self._statistics[slot.parameter]
                 continue
             n = self.sizes[group.id]
             blocks = self.graph.blocks(slot, group.id, self.sizes)
             mean, std = self.statistics[slot.parameter]
-            if step.keep is not None:
-                mean, std = (select_channels(t, 0, blocks, n, step.keep) for t in (mean, std))
-            else:
+            change = step.encoding
+            merged, deviation = (change.apply(line, 0, blocks, n) for line in (mean, std))
+            if change.kind != "select":
                 rows = channel_rows(before[slot.parameter], slot.axis, blocks, n).float()
                 relation = torch.nn.functional.normalize(rows, dim=1)
                 own = channel_rows(std, 0, blocks, n).float().mean(1, keepdim=True)
                 spread = (step.encode.to(own) @ (relation * own)).norm(dim=1)
-                mean = merge_channels(mean, 0, blocks, n, step.encode)
-                std = merge_channels(std, 0, blocks, n, step.encode)
                 after = self.graph.blocks(slot, group.id, {**self.sizes, group.id: step.width})
-                put_channels(std, after, spread, step.width)
-            self.statistics[slot.parameter] = mean, std
+                put_channels(deviation, after, spread, step.width)
+            self.note(slot.parameter, merged, deviation)
 
     def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).
 
+        Its statistics follow.
+
         Raises:
             IntrafuseError: the layer has no bias and its module cannot hold one.
         """
+        self._rescale_layer(weight, gain, shift)
+        if weight not in self.statistics:
+            return
+        mean, std = self._statistics.pop(weight)
+        if all(line is None or len(line) == len(mean) for line in (gain, shift)):
+            if gain is not None:
+                mean, std = mean * gain.to(mean), std * gain.to(std).abs()
+            self.note(weight, mean if shift is None else mean + shift.to(mean), std)
+
+    def _rescale_layer(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         layer = self.graph.layers[weight]
         tensor = self.state[weight]
         if gain is not None:
-            self.state[weight] = _scale_outputs(
+            self._state[weight] = _scale_outputs(
                 tensor, layer.output_axis, gain.to(tensor.device)
             ).to(tensor)
             gain = gain.to(tensor)
@@ -218,7 +348,7 @@ class Weights:
             bias = shift.to(tensor) if bias is None else bias + shift.to(tensor)
         if bias is not None:
             assert layer.bias is not None
-            self.state[layer.bias] = bias
+            self._state[layer.bias] = bias
 
 
 def _scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
@@ -237,10 +367,7 @@ def _finite(tensor: Tensor, infinite: bool) -> bool:
     return not bool((tensor.isnan() if infinite else ~torch.isfinite(tensor)).any())
 
 
-def _matrix(step: MergeMap, slot: Slot) -> Tensor:
-    """Choose what one slot is multiplied with: (m, n), or for its places as `MergeMap` says."""
-    if slot.role == "reader":
-        return step.decoder(slot.parameter).T
-    if slot.role == "writer" and slot.parameter in step.writers:
-        return step.writers[slot.parameter]
-    return step.carry if slot.kind in ("scale", "variance") else step.encode
+def _was_folded(norm: Norm, state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a norm of a model holds the statistics that folding leaves."""
+    mean, variance = state[norm.mean], state[norm.variance]
+    return not mean.any() and torch.equal(variance, torch.full_like(variance, 1 - norm.eps))

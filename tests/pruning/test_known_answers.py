@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from networks import build
 from torch import Tensor, nn
 
 import intrafuse
+from intrafuse import MergeMap
+from intrafuse.allocation.budget import Budget, choose_widths
 from intrafuse.fusing.align import align
 from intrafuse.fusing.members import Member
 from intrafuse.fusing.restore import analytic_restore
@@ -189,12 +193,42 @@ def test_restored_spread_follows_the_cosine_of_the_weights(angle, spread):
         fold_norms(weights)
         members.append(Member(model, weights, (), 0.5))
     fused = members[0].weights.snapshot()
-    fused.state["0.weight"] = torch.tensor([[1.0, 0.0]])
+    fused.put({"0.weight": torch.tensor([[1.0, 0.0]])})
     analytic_restore(fused, members, rescale=False)
     torch.testing.assert_close(fused.statistics["0.weight"][1], torch.tensor([spread]))
     analytic_restore(fused, members)
     torch.testing.assert_close(fused.state["0.weight"], torch.tensor([[1 / spread, 0.0]]))
     torch.testing.assert_close(fused.statistics["0.weight"][1], torch.ones(1))
+
+
+# --- merge maps and budgets -----------------------------------------------------------------
+
+
+def test_carriers_get_the_mean_weighted_by_what_counts_whatever_its_sign():
+    """Of P = (0.5, -1.5, 0) the first counts a quarter; a row of zeros gives nothing."""
+    step = MergeMap.linear("0", torch.tensor([[0.5, -1.5, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(step.carry, torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]]))
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).eval()
+    model[1].weight.data = torch.tensor([8.0, 4.0, 1.0])
+    model[1].running_var = torch.tensor([4.0, 16.0, 1.0])
+    weights = Weights.of(trace(model, torch.zeros(2, 2)), model)
+    weights.merge(step)
+    assert weights.state["1.weight"].tolist() == [5.0, 0.0]
+    assert weights.state["1.running_var"].tolist() == [13.0, 0.0]
+
+
+def test_a_budget_of_nothing_removes_nothing_though_the_first_steps_would_cost_more():
+    """Folding adds biases: 7 of 8 channels have more parameters than all, and 2 have as many."""
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    graph = trace(model, torch.zeros(2, 2))
+
+    def amount(widths: Mapping[str, int]) -> float:
+        gone = 8 - widths.get("0", 8)
+        return 130 - 5 * gone if gone else 100
+
+    for share, width in ((0.0, 8), (0.04, 1)):
+        budget = Budget(kind="params", share=share)
+        assert choose_widths(graph, [*graph.groups], {}, budget, amount) == {"0": width}
 
 
 # --- numbers in the code --------------------------------------------------------------------

@@ -204,6 +204,42 @@ def test_in_place_is_the_same_as_on_a_copy(method):
     torch.testing.assert_close(outputs(model, x), outputs(copied, x), atol=0, rtol=0)
 
 
+class Configured(nn.Module):
+    """A network that is built from a configuration, as those of transformers are."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layer, self.norm = nn.Linear(6, config.width), nn.BatchNorm1d(config.width)
+        self.head = nn.Linear(config.width, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.layer(x)).relu())
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
+class Config:
+    def __init__(self, width):
+        self.width = width
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+@pytest.mark.parametrize("repair", ["batchnorm", "synthetic", "analytic", None])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_configuration_follows_the_sizes_whatever_is_repaired(inplace, repair):
+    torch.manual_seed(0)
+    model, data = Configured(Config(16)).eval(), batches("mlp")
+    settings = {"channels": 0.5, "data": data, "repair": repair, "inplace": inplace}
+    small = intrafuse.prune(model, data[0], **settings).model
+    assert (small is model) == inplace
+    assert small.layer.out_features == small.config.width == 8
+    assert model.config.width == (8 if inplace else 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_type_of_numbers_stays(dtype):
     model, x = build("mlp")

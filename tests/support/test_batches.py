@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, UserDict, deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from intrafuse import IntrafuseError
-from intrafuse.support.batches import batches, map_tensors
+from intrafuse.support.batches import batches, map_tensors, tensors_of
 
 MODEL = nn.Linear(3, 1)
 X, LABELS = torch.arange(12.0).reshape(4, 3), torch.arange(4)
@@ -95,6 +99,40 @@ def test_tensors_in_nested_values():
     found = map_tensors(lambda t: t + 1, {"a": [X, ("b", X)], "c": None})
     assert found["c"] is None and found["a"][1][0] == "b"
     assert torch.equal(found["a"][0], X + 1) and torch.equal(found["a"][1][1], X + 1)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@dataclass
+class Record:
+    first: object
+    second: object
+
+
+class Numbered(list):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *parts: Pair(*parts),
+        lambda *parts: Record(*parts),
+        lambda *parts: Numbered(parts),
+        lambda *parts: deque(parts),
+        lambda *parts: OrderedDict(zip("ab", parts, strict=True)),
+        lambda *parts: UserDict(zip("ab", parts, strict=True)),
+    ],
+)
+def test_tensors_in_trees_of_every_type(make):
+    tree = make(X, {"inner": make("text", X + 1)})
+    assert [t.tolist() for t in tensors_of(tree)] == [X.tolist(), (X + 1).tolist()]
+    found = map_tensors(lambda t: -t, tree)
+    assert [t.tolist() for t in tensors_of(found)] == [(-X).tolist(), (-X - 1).tolist()]
+    assert type(found) is (dict if isinstance(tree, UserDict) else type(tree))
 
 
 def test_a_model_without_parameters_takes_data_as_it_is():

@@ -82,9 +82,7 @@ def planned(name, method, *, away):
     if method.folds_batchnorm:
         fold_norms(weights)
     if away:
-        weights.state = {k: Away(t.clone()) for k, t in weights.state.items()}
-        for k, pair in weights.statistics.items():
-            weights.statistics[k] = tuple(Away(t.clone()) for t in pair)
+        weights = weights.moved(lambda tensor: Away(tensor.clone()))
     context = Context(weights, weights.snapshot(), model, x)
     with Pretending() if away else contextlib.nullcontext():
         damage = damage_by_width(graph.groups, weights)

@@ -28,7 +28,7 @@ from intrafuse.graph.rules.registry import (
 )
 from intrafuse.graph.rules.views import parameter_view
 
-__all__ = ["CASTS", "norm_after", "other_uses"]
+__all__ = ["norm_after", "other_uses"]
 
 
 @register("layer_norm", "rms_norm")

@@ -8,18 +8,24 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT
 from intrafuse.graph.groups import Kind
-from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+from intrafuse.graph.rules.registry import (
+    CASTS,
+    DROPOUTS,
+    LIFTS,
+    Axes,
+    Scope,
+    operator_name,
+    register,
+)
 
 UNARY = (
-    "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid "
+    *"relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid "
     "log_sigmoid tanh softplus softsign softshrink hardshrink tanhshrink threshold rrelu "
     "exp log log1p expm1 sqrt rsqrt square abs neg sign sin cos tan atan erf reciprocal floor "
     "ceil round clamp clamp_min clamp_max pow logical_not bitwise_not isnan isinf nan_to_num "
-    "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout "
-    "clone contiguous detach alias to _to_copy float half bfloat16 double "
-    "zeros_like ones_like full_like rand_like randn_like empty_like fill lift_fresh_copy "
-    "lift_fresh positive logit"
-).split()
+    "zeros_like ones_like full_like rand_like randn_like empty_like fill logit".split(),
+    *sorted(CASTS - {"type_as"} | LIFTS | DROPOUTS),
+)
 BINARY = (
     "add sub rsub mul div floor_divide remainder fmod maximum minimum atan2 where lerp addcmul "
     "addcdiv eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or "

@@ -37,16 +37,30 @@ __all__ = [
 ]
 
 Axes = list[Tree]
-PERMUTATIONS = frozenset(
+
+# Operators that move values and change none, by what they do. Who asks whether an operator only
+# moves values takes the answer from this table.
+PERMUTATIONS = frozenset(  # order dimensions anew
     "permute transpose t swapaxes swapdims numpy_T mT mH matrix_H adjoint movedim moveaxis".split()
 )
-CASTS = frozenset(  # operators that change nothing but the type
-    "to _to_copy float double half bfloat16 type_as contiguous clone alias detach".split()
+SAME = frozenset("contiguous alias detach".split())  # an export may write them or not
+CASTS = SAME | frozenset(  # change nothing but the type
+    "to _to_copy float double half bfloat16 type_as clone positive".split()
 )
-RESHAPES = frozenset(
-    "unsqueeze squeeze view reshape _unsafe_view flatten unflatten expand expand_as repeat".split()
+LIFTS = frozenset(("lift_fresh_copy", "lift_fresh"))  # make a tensor of numbers in the code
+SHAPES = frozenset(  # give the same elements, in the same order, other dimensions
+    "unsqueeze squeeze view view_as reshape reshape_as _unsafe_view flatten unflatten".split()
 )
-VIEWS = PERMUTATIONS | CASTS | RESHAPES | {"slice", "narrow", "select"}
+REPEATS = frozenset("expand expand_as broadcast_to repeat".split())  # give elements several times
+CUTS = frozenset(("slice", "narrow", "select"))  # give a part
+SPLITS = frozenset("chunk split split_with_sizes unsafe_split tensor_split".split())  # all parts
+JOINS = frozenset(("cat", "concat", "concatenate"))  # put parts one after the other
+DROPOUTS = frozenset(  # give what they take, in evaluation mode
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout".split()
+)
+RESHAPES = SHAPES | REPEATS
+VIEWS = PERMUTATIONS | CASTS | RESHAPES | CUTS
+
 CHECKS = frozenset(("_assert_tensor_metadata",))  # operators that give nothing
 START = -1  # ends `Literal.at` of a slice where the number is how many positions lie before it
 Rule = Callable[["Scope", Node], Any]

@@ -15,17 +15,22 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves
 from intrafuse.graph.groups import Rescale
-from intrafuse.graph.rules.registry import CHECKS, Scope, operator_name
+from intrafuse.graph.rules.registry import (
+    CHECKS,
+    CUTS,
+    DROPOUTS,
+    JOINS,
+    SPLITS,
+    VIEWS,
+    Scope,
+    operator_name,
+)
 from intrafuse.graph.rules.views import parameter_pieces, parameter_view
 
 __all__ = ["follow_size"]
 
-MOVES = frozenset(
-    "view reshape _unsafe_view unflatten flatten permute transpose t unsqueeze squeeze expand "
-    "contiguous clone to alias detach neg slice select chunk split split_with_sizes unbind "
-    "getitem dropout _to_copy type_as float movedim".split()
-)
-PARTS = frozenset(("slice", "select", "getitem"))
+MOVES = VIEWS | SPLITS | DROPOUTS | {"unbind", "getitem"}
+PARTS = CUTS | {"getitem"}
 LAYERS = frozenset(("linear", "addmm", "matmul", "mm", "conv1d", "conv2d"))
 
 
@@ -179,9 +184,9 @@ def _is_linear(node: Node, scaled: set[Node]) -> bool:
     """Tell whether an operator's result is multiplied by whatever the scaled tensors are."""
     name = operator_name(node)
     tensors = node.all_input_nodes
-    if name in MOVES:
+    if name in MOVES or name == "neg":
         return tensors[0] in scaled
-    if name in ("add", "sub", "cat", "stack"):
+    if name in JOINS | {"add", "sub", "stack"}:
         constant = name in ("add", "sub") and len(tensors) < 2
         return all(tensor in scaled for tensor in tensors) and not constant
     if name == "mul":
@@ -200,7 +205,7 @@ def _rows(scope: Scope, chain: list[Node], dim: int) -> tuple[int, int] | None:
     line = torch.arange(count).view([-1 if i == dim % len(shape) else 1 for i in range(len(shape))])
     value: Any = line.expand(shape)
     for node in reversed(chain[:-1]):
-        if operator_name(node) not in MOVES - {"neg"} or len(node.all_input_nodes) != 1:
+        if operator_name(node) not in MOVES or len(node.all_input_nodes) != 1:
             return None
         if operator_name(node) == "getitem":
             value = value[node.args[1]]

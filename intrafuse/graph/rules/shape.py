@@ -10,7 +10,9 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Product, Sum, Tree
 from intrafuse.graph.rules.registry import (
+    JOINS,
     PERMUTATIONS,
+    SPLITS,
     Axes,
     LockError,
     Scope,
@@ -21,7 +23,7 @@ from intrafuse.graph.rules.registry import (
 from intrafuse.graph.rules.views import permutation
 
 
-@register("cat", "concat", "concatenate")
+@register(*sorted(JOINS))
 def cat(scope: Scope, node: Node) -> Axes:
     """Lay tensors one after the other along a dimension."""
     args = scope.arguments(node)
@@ -77,7 +79,7 @@ def _split(scope: Scope, node: Node, x: Axes, dim: int, sizes: Sequence[int]) ->
     return parts
 
 
-@register("split", "split_with_sizes", "unsafe_split", "tensor_split")
+@register(*sorted(SPLITS - {"chunk"}))
 def split(scope: Scope, node: Node) -> list[Axes]:
     """Divide a dimension at positions that the code holds as numbers."""
     args = scope.arguments(node)

@@ -16,24 +16,34 @@ from torch.fx import Node
 from intrafuse.graph.axes import leaves
 from intrafuse.graph.rules.pointwise import UNARY
 from intrafuse.graph.rules.reduce import POOLS, UPSAMPLE
-from intrafuse.graph.rules.registry import CASTS, VIEWS, Scope, arguments, entering, operator_name
+from intrafuse.graph.rules.registry import (
+    CASTS,
+    JOINS,
+    REPEATS,
+    SPLITS,
+    VIEWS,
+    Scope,
+    arguments,
+    entering,
+    operator_name,
+)
 from intrafuse.graph.rules.views import parameter_view
 
 __all__ = ["is_silent"]
 
 MOVES = (
-    VIEWS | CASTS | frozenset(POOLS) | frozenset(UPSAMPLE)
+    VIEWS | SPLITS | JOINS | frozenset(POOLS) | frozenset(UPSAMPLE)
     | frozenset(f"max_pool{n}d_with_indices" for n in (1, 2, 3))
     | frozenset(
-        "getitem chunk split split_with_sizes unsafe_split tensor_split unbind sum mean amax amin "
-        "max min var std prod linalg_vector_norm cat concat concatenate stack index _unsafe_index "
+        "getitem unbind sum mean amax amin "
+        "max min var std prod linalg_vector_norm stack index _unsafe_index "
         "gather take_along_dim index_select roll tile repeat_interleave flip sort topk kthvalue "
-        "cumsum index_add scatter_add broadcast_to reshape_as view_as pixel_shuffle "
+        "cumsum index_add scatter_add pixel_shuffle "
         "pixel_unshuffle channel_shuffle im2col col2im unfold grid_sampler grid_sampler_2d "
         "grid_sampler_3d real imag conj resolve_conj view_as_complex view_as_real prelu".split()
     )
 )  # fmt: skip
-REPEATS = CASTS | {"expand", "expand_as", "broadcast_to", "repeat"}
+SPREADS = CASTS | REPEATS
 FOURIER = "fft_"  # begins the names of transforms, which are linear
 LAYERS = (
     *("linear", "conv1d", "conv2d", "conv3d"),
@@ -193,7 +203,7 @@ def _added_product(search: _Search, node: Node, args: dict[str, Any]) -> bool:
 @_register("div", "divide", "true_divide")
 def _quotient(search: _Search, node: Node, args: dict[str, Any]) -> bool:
     first, other = node.args[:2]
-    while isinstance(other, Node) and search.has(other) and operator_name(other) in REPEATS:
+    while isinstance(other, Node) and search.has(other) and operator_name(other) in SPREADS:
         other = other.all_input_nodes[0]
     return search.silent(first) and not (isinstance(other, Node) and search.has(other))
 

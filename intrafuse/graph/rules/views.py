@@ -12,16 +12,16 @@ from torch.fx import Node
 
 from intrafuse.graph.rules.registry import (
     CASTS,
+    CUTS,
+    JOINS,
     PERMUTATIONS,
     RESHAPES,
+    SPLITS,
     Scope,
     operator_name,
 )
 
 __all__ = ["Piece", "parameter_pieces", "parameter_view", "permutation"]
-
-PARTS = frozenset(("chunk", "split", "split_with_sizes"))
-JOINS = frozenset(("cat", "concat", "concatenate"))
 
 
 def permutation(node: Node) -> list[int]:
@@ -44,7 +44,7 @@ def parameter_view(scope: Scope, node: Node) -> tuple[str, list[int | None]] | N
     name = operator_name(node) if node.op == "call_function" else ""
     source: Any = node.args[0] if node.args else None
     if name == "getitem":  # a part of it
-        source = source.args[0] if operator_name(source) in PARTS else None
+        source = source.args[0] if operator_name(source) in SPLITS else None
     known = parameter_view(scope, source) if isinstance(source, Node) else None
     if known is None:
         return None
@@ -57,7 +57,7 @@ def parameter_view(scope: Scope, node: Node) -> tuple[str, list[int | None]] | N
     if name == "select":
         dim = scope.arguments(node)["dim"] % len(axes)
         return parameter, [*axes[:dim], *axes[dim + 1 :]]
-    return known if name in CASTS or name in ("slice", "narrow", "getitem") else None
+    return known if name in CASTS | CUTS | {"getitem"} else None
 
 
 def _reshaped(
@@ -128,7 +128,7 @@ def _elements(scope: Scope, node: Node, names: list[str]) -> torch.Tensor | None
     sources = node.all_input_nodes
     if name in CASTS:
         return _elements(scope, sources[0], names)
-    if name == "getitem" and operator_name(sources[0]) in PARTS:
+    if name == "getitem" and operator_name(sources[0]) in SPLITS:
         whole = _elements(scope, sources[0].all_input_nodes[0], names)
         sizes = [int(part.shape[0]) for part in sources[0].meta["val"]]
         return None if whole is None else whole.split(sizes)[node.args[1]]  # type: ignore[index]

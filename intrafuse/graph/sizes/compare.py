@@ -14,6 +14,7 @@ from intrafuse.graph.axes import Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.graph.rules.pointwise import BINARY, UNARY
+from intrafuse.graph.rules.registry import CHECKS, LIFTS, SAME
 from intrafuse.graph.rules.shape import slice_range
 
 __all__ = ["Difference", "Expected", "calls", "first_difference", "numbers"]
@@ -21,11 +22,7 @@ __all__ = ["Difference", "Expected", "calls", "first_difference", "numbers"]
 NUMERIC = frozenset(
     (*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm", "full", "scalar_tensor")
 )
-LIFTED = frozenset(("lift_fresh_copy", "lift_fresh"))  # tensors that the code made out of numbers
-COPIES = frozenset(
-    "contiguous alias detach _assert_tensor_metadata _set_grad_enabled _enter_autocast "
-    "_exit_autocast".split()
-)
+IDLE = SAME | CHECKS | {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,12 @@ class Expected:
 
 def calls(nodes: Iterable[Node]) -> list[Node]:
     """List the operators among the nodes of a graph, but for copies, which may be left out."""
-    return [n for n in nodes if n.op == "call_function" and operator_name(n) not in COPIES]
+    return [n for n in nodes if n.op == "call_function" and operator_name(n) not in IDLE]
 
 
 def numbers(node: Node) -> tuple[float, ...]:
     """List the numbers that an operator was given, also those of a constant tensor."""
-    if operator_name(node) in LIFTED:
+    if operator_name(node) in LIFTS:
         constant = node.all_input_nodes[0].meta.get(CONSTANT)
         if constant is None or constant.is_meta or constant.is_complex():
             return ()

@@ -30,7 +30,7 @@ from intrafuse.moments.rules.shape import kept
 
 
 @register("scaled_dot_product_attention")
-def attention(self: Propagation, node: Node) -> Moments | None:
+def attention(propagation: Propagation, node: Node) -> Moments | None:
     """Average the values over as many positions as the spread of the logits leaves.
 
     Exact for keys that do not differ. Masks and what positions of one sequence have in common are
@@ -39,14 +39,15 @@ def attention(self: Propagation, node: Node) -> Moments | None:
     """
     args = arguments(node)
     names = ("query", "key", "value")
-    query, key, value = (self.operand(args[name]) for name in names)
-    found = None if value is None else kept(self, value, self.axes(node))
+    query, key, value = (propagation.operand(args[name]) for name in names)
+    found = None if value is None else kept(propagation, value, propagation.axes(node))
     if found is None:
         return None
     heads = [
-        _heads(self, args[name], m) for name, m in zip(names, (query, key, value), strict=True)
+        _heads(propagation, args[name], m)
+        for name, m in zip(names, (query, key, value), strict=True)
     ]
-    positions = self.size(self.axes(args["key"])[-2])
+    positions = propagation.size(propagation.axes(args["key"])[-2])
     if args["is_causal"]:
         positions = (positions + 1) // 2
     if query is None or key is None or value is None or positions == 1:
@@ -58,19 +59,19 @@ def attention(self: Propagation, node: Node) -> Moments | None:
     if scale is None:
         scale = (len(query.mean) // count) ** -0.5
     else:
-        scale = self.number(node, scale)
-    cross = cross_covariance(self, value, key)
+        scale = propagation.number(node, scale)
+    cross = cross_covariance(propagation, value, key)
     mean, covariance = _averaged(query, key, value, cross, count, scale, positions)
     return Moments(found.tree, mean, covariance)
 
 
-def _heads(self: Propagation, node: Node, moments: Moments | None) -> int | None:
+def _heads(propagation: Propagation, node: Node, moments: Moments | None) -> int | None:
     """Count the heads where moments describe heads x width, else None."""
-    axes = self.axes(node)
+    axes = propagation.axes(node)
     if moments is None or len(axes) < 3:
         return None
     layout = (*leaves(axes[-3]), *leaves(axes[-1]))
-    return self.size(axes[-3]) if tuple(leaves(moments.tree)) == layout else None
+    return propagation.size(axes[-3]) if tuple(leaves(moments.tree)) == layout else None
 
 
 def _averaged(

@@ -25,30 +25,32 @@ __all__ = ["relation"]
 
 @register("conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d",
           "conv_transpose3d")  # fmt: skip
-def layer(self: Propagation, node: Node) -> Moments | None:
+def layer(propagation: Propagation, node: Node) -> Moments | None:
     """Infer correlations from the weights and from a part of those of the inputs.
 
     Channels of different groups of a grouped (or depthwise) convolution share no input: they are
     as correlated as their inputs, so there the whole covariance of the input counts. Where the
     input is unknown, it has mean 0 and variance 1. Padding is left out of account.
     """
-    name = self.program.parameters.get(node.args[1])
-    found = self.weights.graph.layers.get(name)
+    name = propagation.program.parameters.get(node.args[1])
+    found = propagation.weights.graph.layers.get(name)
     if found is None:
         return None
-    tree = self.axes(node)[_channel_dim(self, node, found)]
-    before = self.operand(node.args[0])
-    told = self.weights.statistics.get(name)
-    if told is not None and len(told[0]) != self.size(tree):
+    tree = propagation.axes(node)[_channel_dim(propagation, node, found)]
+    before = propagation.operand(node.args[0])
+    told = propagation.weights.statistics.get(name)
+    if told is not None and len(told[0]) != propagation.size(tree):
         told = None  # they do not follow the merged groups of a transposed convolution
-    if _groups(self, node, found, tree) == 1:
-        taps, kernel, before = _dense(self, node, found, before)
+    if _groups(propagation, node, found, tree) == 1:
+        taps, kernel, before = _dense(propagation, node, found, before)
         _, mean = _input_scale(taps, before)
-        covariance = weight_covariance(taps, kernel, _inputs(self, before, found.weight, taps))
+        covariance = weight_covariance(
+            taps, kernel, _inputs(propagation, before, found.weight, taps)
+        )
         mean = _tap_sum(node, found, taps) @ mean
     else:
-        mean, covariance = _grouped(self, node, found, tree, before)
-    bias = self.weights.state.get(found.bias) if found.bias is not None else None
+        mean, covariance = _grouped(propagation, node, found, tree, before)
+    bias = propagation.weights.state.get(found.bias) if found.bias is not None else None
     mean = mean + bias.double() if bias is not None else mean
     if told is not None:
         mean, std = told[0].double(), told[1].double()
@@ -57,31 +59,31 @@ def layer(self: Propagation, node: Node) -> Moments | None:
     return Moments(tree, mean, covariance)
 
 
-def _channel_dim(self: Propagation, node: Node, found: Layer) -> int:
-    return -1 if found.operator == "linear" else 1 - self.weights.state[found.weight].dim()
+def _channel_dim(propagation: Propagation, node: Node, found: Layer) -> int:
+    return -1 if found.operator == "linear" else 1 - propagation.weights.state[found.weight].dim()
 
 
 def _transposed(found: Layer) -> bool:
     return found.operator.startswith("conv_transpose")
 
 
-def _groups(self: Propagation, node: Node, found: Layer, tree: Tree) -> int:
+def _groups(propagation: Propagation, node: Node, found: Layer, tree: Tree) -> int:
     """Count the groups at the current sizes: whole groups may have gone, or come."""
     if found.operator == "linear":
         return 1
-    weight = self.weights.state[found.weight]
+    weight = propagation.weights.state[found.weight]
     if _transposed(found):
-        return self.size(tree) // weight.shape[1]
-    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
-    return self.size(read) // weight.shape[1]
+        return propagation.size(tree) // weight.shape[1]
+    read = propagation.axes(node.args[0])[_channel_dim(propagation, node, found)]
+    return propagation.size(read) // weight.shape[1]
 
 
-def _kernel(self: Propagation, node: Node, found: Layer) -> Tensor:
-    kernel = tuple(self.weights.state[found.weight].shape[2:])
+def _kernel(propagation: Propagation, node: Node, found: Layer) -> Tensor:
+    kernel = tuple(propagation.weights.state[found.weight].shape[2:])
     stride = _stride(node, found)
     if max(stride, default=1) == 1:
-        return tap_correlation(kernel, self.length)
-    return phase_correlation(kernel, stride, self.length)
+        return tap_correlation(kernel, propagation.length)
+    return phase_correlation(kernel, stride, propagation.length)
 
 
 def _stride(node: Node, found: Layer) -> tuple[int, ...]:
@@ -98,23 +100,26 @@ def _tap_sum(node: Node, found: Layer, taps: Tensor) -> Tensor:
 
 
 def _dense(
-    self: Propagation, node: Node, found: Layer, before: Moments | None
+    propagation: Propagation, node: Node, found: Layer, before: Moments | None
 ) -> tuple[Tensor, Tensor, Moments | None]:
     """Return W (outputs, inputs, taps), K (taps, taps), and the input's moments where they fit.
 
     The positions of a flattened map behind a channel are the taps of a linear layer.
     """
-    weight = self.weights.state[found.weight]
-    taps, kernel = as_taps(weight, found.output_axis, found.input_axis), _kernel(self, node, found)
+    weight = propagation.weights.state[found.weight]
+    taps, kernel = (
+        as_taps(weight, found.output_axis, found.input_axis),
+        _kernel(propagation, node, found),
+    )
     if before is None:
         return taps, kernel, None
-    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
+    read = propagation.axes(node.args[0])[_channel_dim(propagation, node, found)]
     behind = _behind(read, before.tree)
     if behind is None or (behind and weight.dim() > 2):
         return taps, kernel, None
     if behind:
         taps = taps.reshape(len(taps), len(before.mean), -1)
-        kernel = tap_correlation(tuple(map(self.size, behind)), self.length)
+        kernel = tap_correlation(tuple(map(propagation.size, behind)), propagation.length)
     return taps, kernel, before
 
 
@@ -141,7 +146,9 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
     return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
 
 
-def _inputs(self: Propagation, before: Moments | None, name: str, taps: Tensor) -> Tensor | None:
+def _inputs(
+    propagation: Propagation, before: Moments | None, name: str, taps: Tensor
+) -> Tensor | None:
     """Return the covariance (inputs, inputs) that a dense layer counts with.
 
     Inferred correlations are right in part only, and a part of them serves better than all or
@@ -152,38 +159,40 @@ def _inputs(self: Propagation, before: Moments | None, name: str, taps: Tensor) 
     if before is None:
         return None
     own = before.covariance.diagonal().clamp_min(0)
-    normed = any(norm.layer == name for norm in self.weights.graph.norms)
+    normed = any(norm.layer == name for norm in propagation.weights.graph.norms)
     read = (taps != 0).any(2).any(0)
     base = torch.full_like(own, float(own[read].mean())) if normed and read.any() else own
-    part = self.correlated * before.covariance
-    return part.diagonal_scatter(base + self.correlated * (own - base))
+    part = propagation.correlated * before.covariance
+    return part.diagonal_scatter(base + propagation.correlated * (own - base))
 
 
 def _grouped(
-    self: Propagation, node: Node, found: Layer, tree: Tree, before: Moments | None
+    propagation: Propagation, node: Node, found: Layer, tree: Tree, before: Moments | None
 ) -> tuple[Tensor, Tensor]:
-    read = self.axes(node.args[0])[_channel_dim(self, node, found)]
-    inputs, groups = self.size(read), _groups(self, node, found, tree)
+    read = propagation.axes(node.args[0])[_channel_dim(propagation, node, found)]
+    inputs, groups = propagation.size(read), _groups(propagation, node, found, tree)
     if before is None or before.tree != read:
         before = Moments(read, torch.zeros(inputs).double(), torch.eye(inputs).double())
-    taps = grouped_taps(self.weights.state[found.weight], groups, transposed=_transposed(found))
+    taps = grouped_taps(
+        propagation.weights.state[found.weight], groups, transposed=_transposed(found)
+    )
     total = _tap_sum(node, found, taps).unflatten(0, (groups, -1))
     mean = (total @ before.mean.reshape(groups, -1, 1)).flatten()
-    kernel = _kernel(self, node, found)
+    kernel = _kernel(propagation, node, found)
     return mean, grouped_covariance(taps, kernel, before.covariance)
 
 
-def relation(self: Propagation, x: Origin, y: Origin) -> Tensor | None:
+def relation(propagation: Propagation, x: Origin, y: Origin) -> Tensor | None:
     """Correlate the Gaussian variables behind two activations.
 
     Returns:
         (n, m); None where nothing is known, which counts as independence.
     """
     if x.node is y.node:
-        known = self.of(x.node)
+        known = propagation.of(x.node)
         found = None if known is None else correlation(known.covariance)[0]
     else:
-        found = _between_layers(self, x.node, y.node)
+        found = _between_layers(propagation, x.node, y.node)
     if found is not None and x.rows is not None:
         found = found[x.rows]
     if found is not None and y.rows is not None:
@@ -191,26 +200,31 @@ def relation(self: Propagation, x: Origin, y: Origin) -> Tensor | None:
     return found
 
 
-def _between_layers(self: Propagation, x: Node, y: Node) -> Tensor | None:
+def _between_layers(propagation: Propagation, x: Node, y: Node) -> Tensor | None:
     """Correlate the outputs of two layers of the same kind that read the same activation."""
     alike = operator_name(x) == operator_name(y) and x.args[3:] == y.args[3:]
     if not alike or x.args[:1] != y.args[:1]:
         return None
-    first, second = _rows(self, x), _rows(self, y)
+    first, second = _rows(propagation, x), _rows(propagation, y)
     if first is None or second is None or first.shape[1] != second.shape[1]:
         return None
     return first @ second.T
 
 
-def _rows(self: Propagation, node: Node) -> Tensor | None:
+def _rows(propagation: Propagation, node: Node) -> Tensor | None:
     """Write the outputs of a layer as unit vectors whose products are their correlations."""
-    name = self.program.parameters.get((*node.args, None, None)[1])
-    found = None if name is None else self.weights.graph.layers.get(name)
+    name = propagation.program.parameters.get((*node.args, None, None)[1])
+    found = None if name is None else propagation.weights.graph.layers.get(name)
     if found is None:
         return None
-    if _groups(self, node, found, self.axes(node)[_channel_dim(self, node, found)]) != 1:
+    if (
+        _groups(
+            propagation, node, found, propagation.axes(node)[_channel_dim(propagation, node, found)]
+        )
+        != 1
+    ):
         return None
-    taps, kernel, before = _dense(self, node, found, self.operand(node.args[0]))
+    taps, kernel, before = _dense(propagation, node, found, propagation.operand(node.args[0]))
     scale, _ = _input_scale(taps, before)
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
     lines = (taps * scale[:, None] @ half).flatten(1)
@@ -218,9 +232,9 @@ def _rows(self: Propagation, node: Node) -> Tensor | None:
 
 
 @register("embedding")
-def embedding(self: Propagation, node: Node) -> Moments | None:
+def embedding(propagation: Propagation, node: Node) -> Moments | None:
     """Take mean and covariance over the rows of the weight: every word counts alike."""
-    weight = self.tensor(node.args[0])
+    weight = propagation.tensor(node.args[0])
     if weight is None:
         return None
     mean = weight.double().mean(0)
@@ -228,4 +242,4 @@ def embedding(self: Propagation, node: Node) -> Moments | None:
     for words in weight.split(4096):  # a vocabulary in float64 would fill the memory
         centred = words.double() - mean
         squares += centred.T @ centred
-    return Moments(self.axes(node)[-1], mean, squares / len(weight))
+    return Moments(propagation.axes(node)[-1], mean, squares / len(weight))

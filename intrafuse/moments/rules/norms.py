@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.graph.rules.normed import CASTS, norm_after
+from intrafuse.graph.rules.normed import norm_after
+from intrafuse.graph.rules.registry import CASTS
 from intrafuse.moments.gaussian import correlation
 from intrafuse.moments.propagate import Moments, Propagation, register
 
@@ -19,46 +20,46 @@ UNDER = CASTS | {"add", "sqrt", "rsqrt", "reciprocal", "pow"}
 
 
 @register("batch_norm", "instance_norm")
-def batch_norm(self: Propagation, node: Node) -> Moments | None:
+def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
     """Take mean and spread from the norm, and correlations from what enters it.
 
     Without running statistics each channel is normalised by its own: mean beta, spread gamma.
     """
     args = arguments(node)
-    before, tree = self.operand(args["input"]), self.axes(args["input"])[1]
+    before, tree = propagation.operand(args["input"]), propagation.axes(args["input"])[1]
     gamma, beta, running, spread = (
-        self.tensor(args[name]) for name in ("weight", "bias", "running_mean", "running_var")
+        propagation.tensor(args[name]) for name in ("weight", "bias", "running_mean", "running_var")
     )
     if running is None or spread is None or args.get("use_input_stats", False):
-        return _normalised(self, before, tree, gamma, beta, self.axes(node)[1])
+        return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
     scale = (spread.double() + args["eps"]).rsqrt() * (1 if gamma is None else gamma.double())
     shift = -running.double() * scale + (0 if beta is None else beta.double())
     if before is not None and before.tree != tree:
         before = None
-    if bool((running == 0).all()):  # folded into the layer before: an affine map
-        if before is None:
+    if propagation.program.parameters.get(args["running_mean"]) in propagation.weights.folded:
+        if before is None:  # it passes what it reads
             return None
         covariance = before.covariance * scale * scale[:, None]
-        return Moments(self.axes(node)[1], before.mean * scale + shift, covariance)
+        return Moments(propagation.axes(node)[1], before.mean * scale + shift, covariance)
     among = torch.eye(len(scale)).double() if before is None else correlation(before.covariance)[0]
     std = scale.abs() * spread.double().sqrt()
     signs = torch.sign(scale)
     among = among.fill_diagonal_(1.0) * signs * signs[:, None]
     mean = scale * running.double() + shift
-    return Moments(self.axes(node)[1], mean, among * std * std[:, None])
+    return Moments(propagation.axes(node)[1], mean, among * std * std[:, None])
 
 
 @register("group_norm")
-def group_norm(self: Propagation, node: Node) -> Moments | None:
+def group_norm(propagation: Propagation, node: Node) -> Moments | None:
     """Share mean and spread of a group out evenly among its channels: mean beta, spread gamma."""
     args = arguments(node)
-    before, tree = self.operand(args["input"]), self.axes(args["input"])[1]
-    gamma, beta = self.tensor(args["weight"]), self.tensor(args["bias"])
-    return _normalised(self, before, tree, gamma, beta, self.axes(node)[1])
+    before, tree = propagation.operand(args["input"]), propagation.axes(args["input"])[1]
+    gamma, beta = propagation.tensor(args["weight"]), propagation.tensor(args["bias"])
+    return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
 
 
 @register("layer_norm", "rms_norm")
-def layer_norm(self: Propagation, node: Node) -> Moments | None:
+def layer_norm(propagation: Propagation, node: Node) -> Moments | None:
     """Describe the first normalised axis; over the others, gamma and beta are averaged.
 
     Layer norm leaves channels that sum to zero before gamma, of mean square one over all of them.
@@ -69,17 +70,21 @@ def layer_norm(self: Propagation, node: Node) -> Moments | None:
     """
     args = arguments(node)
     rank = len(args["normalized_shape"])
-    before, tree = self.operand(args["input"]), self.axes(args["input"])[-rank]
-    gamma, beta = self.tensor(args["weight"]), self.tensor(args.get("bias"))
+    before, tree = propagation.operand(args["input"]), propagation.axes(args["input"])[-rank]
+    gamma, beta = propagation.tensor(args["weight"]), propagation.tensor(args.get("bias"))
     if operator_name(node) == "layer_norm":
         if rank == 1 and before is not None and before.tree == tree:
-            return _shared(_centred(before), gamma, beta, float(args["eps"]), self.axes(node)[-1])
-        return _normalised(self, before, tree, gamma, beta, self.axes(node)[-rank])
+            return _shared(
+                _centred(before), gamma, beta, float(args["eps"]), propagation.axes(node)[-1]
+            )
+        return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[-rank])
     eps = torch.finfo(torch.float32).eps if args["eps"] is None else args["eps"]
-    return _root_mean_square(self, before, tree, gamma, float(eps), self.axes(node)[-rank])
+    return _root_mean_square(
+        propagation, before, tree, gamma, float(eps), propagation.axes(node)[-rank]
+    )
 
 
-def norm_by_hand(self: Propagation, node: Node) -> Moments | None:
+def norm_by_hand(propagation: Propagation, node: Node) -> Moments | None:
     """Describe an RMS norm that is written by hand, before its weight; None for anything else.
 
     Args:
@@ -93,14 +98,16 @@ def norm_by_hand(self: Propagation, node: Node) -> Moments | None:
             at = at.all_input_nodes[0]
         if isinstance(at, Node) and operator_name(at) == "mean" and norm_after(at) is node:
             (dim,) = arguments(at)["dim"]
-            tree = self.axes(other)[dim]
-            before = self.operand(other)
-            return _root_mean_square(self, before, tree, None, eps, self.axes(node)[dim])
+            tree = propagation.axes(other)[dim]
+            before = propagation.operand(other)
+            return _root_mean_square(
+                propagation, before, tree, None, eps, propagation.axes(node)[dim]
+            )
     return None
 
 
 def _root_mean_square(
-    self: Propagation,
+    propagation: Propagation,
     before: Moments | None,
     tree: Tree,
     gamma: Tensor | None,
@@ -108,7 +115,7 @@ def _root_mean_square(
     result: Tree,
 ) -> Moments:
     """Give each channel the second moment gamma squared, less what eps takes of small ones."""
-    found = _normalised(self, before, tree, gamma, None, result)
+    found = _normalised(propagation, before, tree, gamma, None, result)
     if before is None or before.tree != tree:
         return found
     power = before.mean.square() + before.covariance.diagonal().clamp_min(0)
@@ -120,7 +127,7 @@ def _root_mean_square(
 
 
 def _normalised(
-    self: Propagation,
+    propagation: Propagation,
     before: Moments | None,
     tree: Tree,
     gamma: Tensor | None,
@@ -131,7 +138,7 @@ def _normalised(
 
     Correlations come from what enters, where that is described along the same axis.
     """
-    n = self.size(tree)
+    n = propagation.size(tree)
     if before is None or before.tree != tree:
         among = torch.eye(n).double()
     else:

@@ -38,13 +38,13 @@ __all__ = [
           "expm1", "sqrt", "rsqrt", "log", "log1p", "nan_to_num", "maximum", "minimum", "fmax",
           "fmin", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
           "logical_or", "logical_not")  # fmt: skip
-def pointwise(self: Propagation, node: Node) -> Moments | None:
+def pointwise(propagation: Propagation, node: Node) -> Moments | None:
     """Expand the function in Hermite polynomials of the Gaussian variable behind its input.
 
     Of several inputs, all must be functions of the same variables, or constants. The function
     must be defined on all that a Gaussian variable reaches.
     """
-    given = {n: self.operand(n) for n in node.all_input_nodes}
+    given = {n: propagation.operand(n) for n in node.all_input_nodes}
     known = {n: moments for n, moments in given.items() if moments is not None}
     if len(known) < len(given):
         return None
@@ -56,11 +56,11 @@ def pointwise(self: Propagation, node: Node) -> Moments | None:
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         return function(*args, **kwargs).double()
 
-    return _together(self, known, applied)
+    return _together(propagation, known, applied)
 
 
 def _together(
-    self: Propagation,
+    propagation: Propagation,
     given: Mapping[Node, Moments],
     function: Callable[[Mapping[Node, Tensor]], Tensor],
 ) -> Moments | None:
@@ -70,23 +70,23 @@ def _together(
     base = varying[0] if varying else max(moments, key=lambda m: len(m.mean))
     if not all(same_variables(base, other) for other in varying[1:]):
         return None
-    if any(m.tree != base.tree and not self.is_single(m.tree) for m in moments):
+    if any(m.tree != base.tree and not propagation.is_single(m.tree) for m in moments):
         return None
     values = function({n: values_of(m) for n, m in given.items()})
-    return of_values(self, base, values) if bool(values.isfinite().all()) else None
+    return of_values(propagation, base, values) if bool(values.isfinite().all()) else None
 
 
 @register("pow")
-def power(self: Propagation, node: Node) -> Moments | None:
+def power(propagation: Propagation, node: Node) -> Moments | None:
     """As `pointwise`, for an exponent that is a number."""
-    before, exponent = self.operand(node.args[0]), node.args[1]
+    before, exponent = propagation.operand(node.args[0]), node.args[1]
     if before is None or not isinstance(exponent, int | float):
         return None
     values = values_of(before)
     if exponent < 0 and not has_one_sign(values):
         return None
     values = values**exponent
-    return of_values(self, before, values) if bool(values.isfinite().all()) else None
+    return of_values(propagation, before, values) if bool(values.isfinite().all()) else None
 
 
 def has_one_sign(values: Tensor) -> bool:
@@ -95,23 +95,23 @@ def has_one_sign(values: Tensor) -> bool:
 
 
 @register("prelu")
-def prelu(self: Propagation, node: Node) -> Moments | None:
+def prelu(propagation: Propagation, node: Node) -> Moments | None:
     """As `pointwise`, with a slope for each channel."""
-    before, slope = self.operand(node.args[0]), self.tensor(node.args[1])
+    before, slope = propagation.operand(node.args[0]), propagation.tensor(node.args[1])
     if before is None or slope is None:
         return None
-    axes = self.axes(node.args[0])
+    axes = propagation.axes(node.args[0])
     if slope.numel() > 1 and axes[min(1, len(axes) - 1)] != before.tree:
         return None
     slope = slope.double().reshape(-1, 1)
-    return transformed(self, before, lambda z: torch.where(z > 0, z, slope * z))
+    return transformed(propagation, before, lambda z: torch.where(z > 0, z, slope * z))
 
 
 def transformed(
-    self: Propagation, before: Moments, function: Callable[[Tensor], Tensor]
+    propagation: Propagation, before: Moments, function: Callable[[Tensor], Tensor]
 ) -> Moments:
     """Apply a function of each element, (channels, nodes) to (channels, nodes)."""
-    return of_values(self, before, function(values_of(before)))
+    return of_values(propagation, before, function(values_of(before)))
 
 
 def values_of(moments: Moments) -> Tensor:
@@ -122,13 +122,13 @@ def values_of(moments: Moments) -> Tensor:
     return quadrature_values(moments.mean, std)
 
 
-def of_values(self: Propagation, before: Moments, values: Tensor) -> Moments:
+def of_values(propagation: Propagation, before: Moments, values: Tensor) -> Moments:
     """Return the moments of another function of the variables behind an activation.
 
     A parameter has no variables behind it but its own positions.
     """
     origin = None if before.origin is None else replace(before.origin, values=values)
-    among = relation(self, origin, origin) if origin else correlation(before.covariance)[0]
+    among = relation(propagation, origin, origin) if origin else correlation(before.covariance)[0]
     assert among is not None
     c = expanded(values)
     return Moments(before.tree, c[:, 0], transformed_covariance(c, c, among), origin)
@@ -147,11 +147,11 @@ def same_variables(x: Moments, y: Moments) -> bool:
     return x.origin.node is y.origin.node and same_rows
 
 
-def cross_covariance(self: Propagation, x: Moments, y: Moments) -> Tensor | None:
+def cross_covariance(propagation: Propagation, x: Moments, y: Moments) -> Tensor | None:
     """Covariance (n, m) of two activations; None where nothing is known of it."""
     if x.origin is None or y.origin is None:
         return None
-    among = relation(self, x.origin, y.origin)
+    among = relation(propagation, x.origin, y.origin)
     if among is None:
         return None
     return transformed_covariance(expanded(values_of(x)), expanded(values_of(y)), among)

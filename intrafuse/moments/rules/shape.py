@@ -12,6 +12,14 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, tree_size
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules.registry import (
+    CASTS,
+    DROPOUTS,
+    LIFTS,
+    PERMUTATIONS,
+    RESHAPES,
+    SPLITS,
+)
 from intrafuse.moments.propagate import Moments, Origin, Propagation, register
 
 __all__ = ["elsewhere", "kept", "part"]
@@ -21,17 +29,12 @@ POOLS = ("adaptive_max_pool{}d", "fractional_max_pool{}d", "max_pool{}d_with_ind
 EXTREMES = frozenset(("max", "min", *(pool.format(n) for pool in POOLS for n in (1, 2, 3))))
 
 
-@register("flatten", "view", "reshape", "_unsafe_view", "unflatten", "permute", "transpose", "t",
-          "swapaxes", "numpy_T", "mT", "unsqueeze", "squeeze", "expand", "expand_as",
-          "broadcast_to", "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone",
-          "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16",
-          "double", "movedim", "moveaxis", "reshape_as", "view_as", "feature_alpha_dropout",
-          "lift_fresh", "lift_fresh_copy", "positive", "pixel_unshuffle",
-          "channel_shuffle")  # fmt: skip
-def moved(self: Propagation, node: Node) -> Moments | None:
+@register(*sorted(PERMUTATIONS | CASTS | LIFTS | RESHAPES | DROPOUTS - {"native_dropout"}))
+@register("pixel_unshuffle", "channel_shuffle")
+def moved(propagation: Propagation, node: Node) -> Moments | None:
     """Keep the moments of channels that are moved or copied, wherever their axis goes."""
-    before = self.operand(node.args[0])
-    return None if before is None else kept(self, before, self.axes(node))
+    before = propagation.operand(node.args[0])
+    return None if before is None else kept(propagation, before, propagation.axes(node))
 
 
 @register("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -39,37 +42,39 @@ def moved(self: Propagation, node: Node) -> Moments | None:
           "amin", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
           "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
           "upsample_trilinear3d")  # fmt: skip
-def resampled(self: Propagation, node: Node) -> Moments | None:
+def resampled(propagation: Propagation, node: Node) -> Moments | None:
     """Keep the moments: what changes all channels alike cancels in every readout."""
-    before = self.operand(node.args[0])
-    return None if before is None else elsewhere(self, before, node)
+    before = propagation.operand(node.args[0])
+    return None if before is None else elsewhere(propagation, before, node)
 
 
 @register("pixel_shuffle")
-def pixel_shuffle(self: Propagation, node: Node) -> Moments | None:
+def pixel_shuffle(propagation: Propagation, node: Node) -> Moments | None:
     """Keep the moments of the places of each channel, which become positions."""
-    before = self.operand(node.args[0])
-    return before if before is not None and before.tree == self.axes(node.args[0])[-3] else None
+    before = propagation.operand(node.args[0])
+    return (
+        before if before is not None and before.tree == propagation.axes(node.args[0])[-3] else None
+    )
 
 
-def kept(self: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
+def kept(propagation: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
     """Follow channels into a tensor with other axes; None where some of them are not in it."""
     if before.tree in axes:
         return before
     atoms = Counter(leaves(before.tree))
     for tree in axes:
         if Counter(leaves(tree)) == atoms:
-            return _reordered(self, before, tree)
+            return _reordered(propagation, before, tree)
     return before if atoms <= Counter(atom for tree in axes for atom in leaves(tree)) else None
 
 
-def elsewhere(self: Propagation, before: Moments, node: Node) -> Moments | None:
+def elsewhere(propagation: Propagation, before: Moments, node: Node) -> Moments | None:
     """Keep moments at other positions, where the same variables have other values."""
-    found = kept(self, before, self.axes(node))
+    found = kept(propagation, before, propagation.axes(node))
     return None if found is None else replace(found, origin=None)
 
 
-def _reordered(self: Propagation, before: Moments, tree: Tree) -> Moments | None:
+def _reordered(propagation: Propagation, before: Moments, tree: Tree) -> Moments | None:
     """Follow a channel shuffle: the same factors in another order."""
     if not (isinstance(tree, Product) and isinstance(before.tree, Product)):
         return None
@@ -77,7 +82,7 @@ def _reordered(self: Propagation, before: Moments, tree: Tree) -> Moments | None
     if sorted(map(repr, old)) != sorted(map(repr, tree.factors)):
         return None
     order = [old.index(factor) for factor in tree.factors]
-    places = torch.arange(len(before.mean)).reshape([self.size(f) for f in old])
+    places = torch.arange(len(before.mean)).reshape([propagation.size(f) for f in old])
     return _taken(before, places.permute(order).flatten(), tree)
 
 
@@ -91,7 +96,7 @@ def _taken(before: Moments, rows: Tensor, tree: Tree) -> Moments:
 
 
 def part(
-    self: Propagation, before: Moments, whole: Tree, start: int, piece: Tree | None
+    propagation: Propagation, before: Moments, whole: Tree, start: int, piece: Tree | None
 ) -> Moments | None:
     """Take a range of the channel axis, or of one of its factors.
 
@@ -107,8 +112,8 @@ def part(
     if factors.count(whole) != 1:
         return None
     at = factors.index(whole)
-    places = torch.arange(len(before.mean)).reshape([self.size(f) for f in factors])
-    rows = places.narrow(at, start, 1 if piece is None else self.size(piece)).flatten()
+    places = torch.arange(len(before.mean)).reshape([propagation.size(f) for f in factors])
+    rows = places.narrow(at, start, 1 if piece is None else propagation.size(piece)).flatten()
     left = (*factors[:at], *(() if piece is None else (piece,)), *factors[at + 1 :])
     if not left:
         return None  # no channel axis is left
@@ -116,23 +121,23 @@ def part(
 
 
 @register("slice", "narrow")
-def slice_(self: Propagation, node: Node) -> Moments | None:
+def slice_(propagation: Propagation, node: Node) -> Moments | None:
     """Take a range of channels, or of anything else, which leaves them as they are."""
     args = arguments(node)
-    before, axes = self.operand(node.args[0]), self.axes(node.args[0])
+    before, axes = propagation.operand(node.args[0]), propagation.axes(node.args[0])
     if before is None:
         return None
-    whole, piece = axes[args["dim"]], self.axes(node)[args["dim"]]
+    whole, piece = axes[args["dim"]], propagation.axes(node)[args["dim"]]
     if whole == piece:
         return before
     if not _shares(whole, before.tree):
-        return elsewhere(self, before, node)
+        return elsewhere(propagation, before, node)
     if args.get("step", 1) != 1:
         return None
-    old = self.weights.graph.sizes
+    old = propagation.weights.graph.sizes
     start, _, _ = slice(args["start"], None).indices(tree_size(whole, old))
-    border = _border(whole, start, old, self.weights.sizes)
-    return None if border is None else part(self, before, whole, border, piece)
+    border = _border(whole, start, old, propagation.weights.sizes)
+    return None if border is None else part(propagation, before, whole, border, piece)
 
 
 def _border(tree: Tree, at: int, old: Mapping[int, int], new: Mapping[int, int]) -> int | None:
@@ -161,47 +166,47 @@ def _border(tree: Tree, at: int, old: Mapping[int, int], new: Mapping[int, int])
 
 
 @register("select")
-def select(self: Propagation, node: Node) -> Moments | None:
+def select(propagation: Propagation, node: Node) -> Moments | None:
     """Take one position of a factor of the channel axis, or of anything else."""
     args = arguments(node)
-    return _selected(self, node.args[0], node, args["dim"], args["index"])
+    return _selected(propagation, node.args[0], node, args["dim"], args["index"])
 
 
 @register("getitem")
-def getitem(self: Propagation, node: Node) -> Moments | None:
+def getitem(propagation: Propagation, node: Node) -> Moments | None:
     """Take one result of chunk, split or unbind, or the values of a maximum."""
     source, index = node.args
     if not isinstance(source, Node) or not isinstance(index, int):
         return None
     name = operator_name(source)
     if name in EXTREMES:
-        before = self.operand(source.args[0]) if index == 0 else None
-        return None if before is None else elsewhere(self, before, node)
+        before = propagation.operand(source.args[0]) if index == 0 else None
+        return None if before is None else elsewhere(propagation, before, node)
     if name == "unbind":
-        return _selected(self, source.args[0], node, arguments(source)["dim"], index)
-    if name not in ("chunk", "split", "split_with_sizes", "unsafe_split", "tensor_split"):
+        return _selected(propagation, source.args[0], node, arguments(source)["dim"], index)
+    if name not in SPLITS:
         return None
     dim = arguments(source)["dim"]
-    before, axes = self.operand(source.args[0]), self.axes(source.args[0])
+    before, axes = propagation.operand(source.args[0]), propagation.axes(source.args[0])
     if before is None:
         return None
     if not _shares(axes[dim], before.tree):
-        return elsewhere(self, before, node)
-    pieces = [result[dim] for result in self.program.values[source]]
-    start = sum(map(self.size, pieces[:index]))
-    return part(self, before, axes[dim], start, pieces[index])
+        return elsewhere(propagation, before, node)
+    pieces = [result[dim] for result in propagation.program.values[source]]
+    start = sum(map(propagation.size, pieces[:index]))
+    return part(propagation, before, axes[dim], start, pieces[index])
 
 
 def _selected(
-    self: Propagation, source: object, node: Node, dim: int, index: int
+    propagation: Propagation, source: object, node: Node, dim: int, index: int
 ) -> Moments | None:
-    before = self.operand(source)
+    before = propagation.operand(source)
     if before is None or not isinstance(source, Node):
         return None
-    whole = self.axes(source)[dim]
+    whole = propagation.axes(source)[dim]
     if not _shares(whole, before.tree):
-        return elsewhere(self, before, node)
-    return part(self, before, whole, index % self.size(whole), None)
+        return elsewhere(propagation, before, node)
+    return part(propagation, before, whole, index % propagation.size(whole), None)
 
 
 def _shares(tree: Tree, channels: Tree) -> bool:
@@ -210,10 +215,10 @@ def _shares(tree: Tree, channels: Tree) -> bool:
 
 
 @register("pad", "constant_pad_nd")
-def pad(self: Propagation, node: Node) -> Moments | None:
+def pad(propagation: Propagation, node: Node) -> Moments | None:
     """Put channels of one value around the channels; padded positions are left out of account."""
     args = arguments(node)
-    before, axes = self.operand(node.args[0]), self.axes(node.args[0])
+    before, axes = propagation.operand(node.args[0]), propagation.axes(node.args[0])
     if before is None:
         return None
     for back in range(1, len(args["pad"]) // 2 + 1):
@@ -224,5 +229,5 @@ def pad(self: Propagation, node: Node) -> Moments | None:
             return None
         mean = torch.nn.functional.pad(before.mean, sides, value=float(args["value"] or 0))
         covariance = torch.nn.functional.pad(before.covariance, (*sides, *sides))
-        return Moments(self.axes(node)[-back], mean, covariance)
-    return elsewhere(self, before, node)
+        return Moments(propagation.axes(node)[-back], mean, covariance)
+    return elsewhere(propagation, before, node)

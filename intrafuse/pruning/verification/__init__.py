@@ -1,7 +1,6 @@
 """Prove a pruned network: its code against the plan, its outputs against a masked original."""
 
-from intrafuse.pruning.verification.outputs import tensors_of
 from intrafuse.pruning.verification.proof import Check, check
 from intrafuse.pruning.verification.verify import Verification, verify
 
-__all__ = ["Check", "Verification", "check", "tensors_of", "verify"]
+__all__ = ["Check", "Verification", "check", "verify"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,11 +10,11 @@ from torch import Tensor, nn
 
 from intrafuse.graph.export import failing_line, plainly
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
-from intrafuse.support.batches import map_tensors
+from intrafuse.support.batches import map_tensors, tensors_of
 from intrafuse.support.calls import as_called
 from intrafuse.support.errors import IntrafuseError
 
-__all__ = ["distance", "floating", "largest", "lively", "outputs", "tensors_of"]
+__all__ = ["distance", "floating", "largest", "lively", "outputs"]
 
 
 def outputs(
@@ -53,21 +51,6 @@ def floating(value: Any) -> list[Tensor]:
     wide = {True: torch.complex128, False: torch.float64}
     found = (t for t in tensors_of(value) if t.is_floating_point() or t.is_complex())
     return [t.to(wide[t.is_complex()]) for t in found]
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors of nested sequences, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors_of(getattr(value, field.name))
 
 
 def lively(inputs: ExampleInputs) -> ExampleInputs:

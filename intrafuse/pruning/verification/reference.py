@@ -21,7 +21,7 @@ from intrafuse.graph.axes import Tree, locate, tree_size
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.graph.rules.normed import CASTS
+from intrafuse.graph.rules.registry import CASTS
 from intrafuse.graph.sizes.compare import calls
 from intrafuse.graph.trace import ExampleInputs, as_arguments, export_program, trace
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.catalog.data import Images
-from intrafuse.fusing.observe import Point, observing, points, run
+from intrafuse.fusing.observe import Point, observing, points
 from intrafuse.graph.trace import evaluating
 from intrafuse.pruning.plan import Plan
 from intrafuse.pruning.repair import merged_output
 from intrafuse.support.arguments import check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.watch import run
 
 __all__ = ["KINDS", "LayerDivergence", "divergence", "layer_divergence"]
 

@@ -35,7 +35,7 @@ def embed(plan: Plan, model: nn.Module) -> Weights:
     weights = plan.weights(model)
     if not plan.fold:
         fold_norms(weights)
-    weights.statistics.clear()
+    weights.forget()
     for step in reversed(plan.maps):
         places = torch.zeros(step.size, step.width)
         places[_positions(step), torch.arange(step.width)] = 1.0
@@ -43,7 +43,7 @@ def embed(plan: Plan, model: nn.Module) -> Weights:
     whole = folded(plan, model)
     for norm in plan.graph.own_norms:
         if norm.layer is not None:  # it is the identity in both
-            weights.state.update({name: whole.state[name] for name in norm.tensors})
+            weights.put({name: whole.state[name] for name in norm.tensors})
     return weights
 
 
