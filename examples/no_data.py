@@ -34,6 +34,6 @@ print(free.plan)
 
 inputs = intrafuse.synthesise(model, x, images=64, steps=20)
 repaired = intrafuse.prune(
-    model, x, params=0.6, method="moment", scope="predicted", repair="batchnorm", data=[inputs]
+    model, x, params=0.6, method="moment", scope="predicted", repair="batchnorm", data=inputs
 )
 print(f"repaired on synthetic inputs: {accuracy(repaired.model, test):.1f} %")
