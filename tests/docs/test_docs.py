@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import intrafuse
 from intrafuse.catalog.zoo import resolve_model
 from intrafuse.cli import app
 from intrafuse.graph.rules import registry
@@ -156,3 +157,15 @@ def test_a_file_that_a_page_names_exists(page):
     assert [path for path in named if not any((base / path).exists() for base in bases)] == []
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_reference_names_every_public_name():
+    text = (ROOT / "docs" / "reference" / "index.md").read_text()
+    named = set(re.findall(r"^::: intrafuse\.(?:\w+\.)*(\w+)$", text, re.MULTILINE))
+    named |= set(re.findall(r"`(\w+)`", text))
+    assert sorted(set(intrafuse.__all__) - named) == ["__version__"]
+
+
+def test_every_page_stands_in_the_navigation():
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES if "docs" in page.parts}
