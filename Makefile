@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs wheel bench clean
 
 demo: $(STAMP)
 	$(BIN)/intrafuse demo
@@ -18,6 +18,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/planning.py
 
@@ -27,4 +33,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build dist site *.egg-info

@@ -20,7 +20,7 @@ def demo(
     ] = Path("runs/demo"),
     common: Common = Common(),
 ) -> None:
-    """Train a network on the embedded digits, prune it, and show what is left: about a minute."""
+    """Train a network on the embedded digits, prune it, and show what is left: half a minute."""
     common.start()
     from intrafuse.study.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""The demonstration: train on the embedded digits, prune by two methods, save, reload, report."""
+"""The demonstration: train on the embedded digits, prune by four methods, save, reload, report."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from intrafuse.support.files import folder_target
 
 __all__ = ["Demo", "run_demo"]
 
-NETWORK, SHARES, METHODS = "digits_resnet", (0.3, 0.5, 0.7), ("select", "intra-fusion")
-POINTS = 11  # of the landscape's grid, in each direction
+NETWORK, SHARES = "digits_resnet", (0.3, 0.5, 0.7)
+METHODS = ("select", "intra-fusion", "folding", "moment")
+PAIR = ("select", "moment")  # what landscape and sensitivity set against each other
+POINTS = 7  # of the landscape's grid, in each direction
 ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
 TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64})
 Progress = Callable[[str, int, int], None]
@@ -66,7 +68,7 @@ def run_demo(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Demo:
-    """Train a small network on the digits, prune it by selection and by fusion, and save all.
+    """Train a small network on the digits, prune it by four methods, and save all.
 
     Args:
         out: folder for one folder of each network.
@@ -154,9 +156,7 @@ class _Study:
         common: Any = {"device": self.device}
         network = (self.model, self.example_inputs, self.test)
         networks = {f"{method}-{middle:g}": kept[f"{method}-{middle:g}"] for method in METHODS}
-        plans = {
-            pruned.plan.settings["method"]["name"]: pruned.plan for pruned in networks.values()
-        }
+        plans = {method: networks[f"{method}-{middle:g}"].plan for method in PAIR}
         apart = divergences(
             *network,
             channels=shares,
@@ -178,8 +178,8 @@ class _Study:
         )
         alone = sensitivity(
             *network,
-            shares=shares,
-            methods=METHODS,
+            shares=(middle,),
+            methods=PAIR,
             progress=partial(self.report, "sensitivity"),
             **common,
         )

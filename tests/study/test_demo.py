@@ -8,12 +8,11 @@ import torch
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-import intrafuse.study.demo
 from intrafuse import load
 from intrafuse.catalog.data import load_data
 from intrafuse.checkpoint.folder import MANIFEST
 from intrafuse.cli import app
-from intrafuse.study.demo import run_demo
+from intrafuse.study.demo import METHODS, run_demo
 from intrafuse.study.evaluate import accuracy
 
 
@@ -31,8 +30,8 @@ def test_a_short_demo_finds_saves_and_reloads(tmp_path):
     )
     assert torch.equal(torch.get_rng_state(), random)
     assert found.identical and found.comparison.accuracy > 90
-    assert [row.method for row in found.comparison.rows] == ["select", "intra-fusion"] * 2
-    names = ["original", "select-0.3", "intra-fusion-0.3", "select-0.6", "intra-fusion-0.6"]
+    assert [row.method for row in found.comparison.rows] == [*METHODS] * 2
+    names = ["original", *(f"{method}-{share}" for share in (0.3, 0.6) for method in METHODS)]
     assert [folder.name for folder in found.folders] == names
     test = load_data("digits")
     assert accuracy(load(found.folders[0]), test) == found.comparison.accuracy
@@ -43,10 +42,10 @@ def test_a_short_demo_finds_saves_and_reloads(tmp_path):
         assert json.loads((folder / MANIFEST).read_text())["figures"] == {"accuracy": row.accuracy}
     assert [call for call in calls if call[1] == call[2]] == [
         ("training", 44, 44),
-        ("pruning", 5, 5),
-        ("divergence", 4, 4),
+        ("pruning", 9, 9),
+        ("divergence", 8, 8),
         ("landscape", 7, 7),
-        ("sensitivity", 25, 25),
+        ("sensitivity", 13, 13),
     ]
     assert found.report == tmp_path / "report.html"
     told = json.loads((tmp_path / "comparison.json").read_text())
@@ -65,14 +64,15 @@ def test_a_seed_repeats_the_demo(tmp_path):
 
 def test_the_command_prints_a_table_and_json(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        intrafuse.demo.run_demo,
+        run_demo,
         "__kwdefaults__",
-        {**intrafuse.demo.run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,), "points": 2},
+        {**run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,), "points": 2},
     )
     arguments = ["demo", "--out", str(tmp_path / "d"), "--json", str(tmp_path / "x.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "intra-fusion" in result.stdout and "agree bit for bit" in result.stderr
+    assert all(method in result.stdout for method in METHODS)
+    assert "agree bit for bit" in result.stderr
     data = json.loads((tmp_path / "x.json").read_text())
-    assert data["identical"] and len(data["saved"]) == 3 and len(data["rows"]) == 2
+    assert data["identical"] and len(data["saved"]) == 5 and len(data["rows"]) == 4
     assert data["kind"] == "comparison" and data["report"] in result.stderr
