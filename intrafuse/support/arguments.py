@@ -25,7 +25,7 @@ def check_arguments(**given: object) -> None:
 
     >>> check_arguments(seed="x")
     Traceback (most recent call last):
-    intrafuse.errors.IntrafuseError: seed must be a whole number; got 'x'
+    intrafuse.support.errors.IntrafuseError: seed must be a whole number; got 'x'
     """
     for name, value in given.items():
         kind, fits = KINDS[name]

@@ -162,7 +162,10 @@ def test_a_norm_is_left_whole_unless_it_is_named_and_then_selected(method):
 
 @pytest.mark.parametrize(
     ("pattern", "why"),
-    [("write", "it stays unless it is named"), ("read#normed", "matches no channel group")],
+    [
+        ("write", "it is locked unless `include` names it"),
+        ("read#normed", "matches no channel group"),
+    ],
 )
 def test_another_name_than_its_group_has_does_not_free_a_norm(pattern, why):
     model, x = Normed("layer"), torch.randn(5, 3)
