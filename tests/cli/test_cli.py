@@ -279,7 +279,7 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch):
     again = figures("evaluate", "out", "--model", "mynet:build", "--data", "digits")
     assert again["accuracy"] == found["figures"]["accuracy"] and again["params"] == 760
     refused = run("evaluate", "out", "--data", "digits")
-    assert refused.exit_code == 1 and "give it as model=" in refused.stderr
+    assert refused.exit_code == 1 and "pass it as model=" in refused.stderr
     sys.modules.pop("mynet")
 
 
