@@ -1,1 +1,1 @@
-"""How many channels each group keeps: budgets, patterns of names, predicted latency."""
+"""Choose how many channels each group keeps: budgets, name patterns, predicted latency."""

@@ -1,4 +1,4 @@
-"""Scores and a budget -> how many channels each group keeps."""
+"""Choose how many channels each group keeps, from scores and a budget."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["Budget", "Figures", "choose_widths", "measure"]
 
 Kind = Literal["channels", "params", "macs", "latency"]
 BudgetScope = Literal["uniform", "global", "predicted"]
-KINDS: tuple[Kind, ...] = ("channels", "params", "macs")  # that are counted, not timed
+KINDS: tuple[Kind, ...] = ("channels", "params", "macs")  # kinds that are counted, not timed
 SCOPES: tuple[BudgetScope, ...] = ("uniform", "global", "predicted")
-STEPS = 64  # widths of a group that `predicted` looks at
-UNKNOWN = 1e12  # damage of a step in a group without moments
+STEPS = 64  # most widths of a group that `predicted` considers
+UNKNOWN = 1e12  # damage of shrinking a group without moments
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Size of a network.
+    """The size of a network.
 
     Attributes:
-        channels: channels of all prunable groups.
-        params: elements of all parameters (buffers do not count).
+        channels: number of channels of all prunable groups.
+        params: number of elements of all parameters, without buffers.
         macs: multiply-accumulates for one sample of the traced size.
     """
 
@@ -42,24 +42,24 @@ class Figures:
     macs: int
 
     def removed(self, before: Figures) -> dict[str, float]:
-        """Return the share that is gone, in [0, 1], of channels, params and macs."""
+        """Return the removed share, in [0, 1], of channels, params and macs."""
         return {kind: 1 - getattr(self, kind) / max(getattr(before, kind), 1) for kind in KINDS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much to remove, and where.
+    """The share to remove, and its distribution over groups.
 
     Attributes:
-        kind: what the share is of: `channels`, `params`, `macs`, or `latency` as it is predicted.
+        kind: the unit of the share: `channels`, `params`, `macs`, or predicted `latency`.
         share: the fraction to remove, in [0, 1).
-        scope: `uniform` removes the same share of channels in every group; `global` ranks the
-            channels of all groups together, each score divided by the mean of its group;
-            `predicted` removes, step by step, what costs least predicted damage for what it saves.
-        floor: but for `uniform`, the share of its channels that every group keeps at least.
-        round_to: widths are multiples of this (where a group has that many channels).
-        overrides: share of channels to remove by pattern of group or layer names; the first
-            pattern that matches decides.
+        scope: `uniform` removes the same share of channels in every group. `global` ranks the
+            channels of all groups together, with scores divided by the mean of their group.
+            `predicted` repeatedly shrinks the group with the least predicted damage per saving.
+        floor: the least share of its channels that every group keeps; ignored by `uniform`.
+        round_to: widths are multiples of this number, if a group has that many channels.
+        overrides: share of channels to remove, by pattern of group or layer names. The first
+            matching pattern applies.
     """
 
     SHARES: ClassVar[tuple[Kind, ...]] = (*KINDS, "latency")
@@ -100,10 +100,10 @@ class Budget:
 
     @classmethod
     def of(cls, shares: Mapping[Kind, float | None], **settings) -> Budget:
-        """Make the budget from exactly one share that is not None.
+        """Make a budget from the only share that is not None.
 
         Raises:
-            IntrafuseError: no share, more than one, or one outside [0, 1).
+            IntrafuseError: there is no share or more than one, or it lies outside [0, 1).
 
         >>> Budget.of({"channels": 0.5, "params": None, "macs": None}).kind
         'channels'
@@ -154,15 +154,16 @@ def choose_widths(
         groups: the groups that may shrink.
         scores: importance (channels,) by group name, for `scope="global"`.
         budget: what to remove.
-        amount: what the budget counts, of the network when the named groups have given widths.
-        damage: for `scope="predicted"`: damage (channels + 1,) by width, by group name.
+        amount: maps widths by group name to the quantity that the budget counts.
+        damage: predicted damage at each width, (channels + 1,), by group name, for
+            `scope="predicted"`.
 
     Returns:
-        Widths by group name, at least 1 each. Of all widths that the budget's scope can
-        produce, these remove least among those that remove what was asked.
+        Widths by group name, at least 1 each. They remove at least the budget's share. Among such
+        widths that the scope can produce, they remove least.
 
     Raises:
-        IntrafuseError: the groups cannot shed as much, or an override matches nothing.
+        IntrafuseError: the groups cannot lose that share, or an override matches no group.
     """
     require_matches(list(budget.overrides), graph, "overrides")
     fixed = {g.name: share for g in groups if (share := _override(g, budget)) is not None}
@@ -192,23 +193,23 @@ def choose_widths(
 
 
 def _locked(graph: ChannelGraph) -> str:
-    """Word what must stay, and why: three groups, and how many more.
+    """Write a sentence that names up to three locked groups with reasons, and counts the rest.
 
-    First what the code does not allow, then what no network could do without.
+    Groups that the code locks come first, then groups that are locked in every network.
     """
     own = {"model input", "model output", "a single channel"}
-    found = sorted(graph.locked, key=lambda group: bool(own.intersection(group.locked)))
-    if not found:
+    locked = sorted(graph.locked, key=lambda group: bool(own.intersection(group.locked)))
+    if not locked:
         return "" if graph.groups else ". No layer of the network writes channels"
-    named = "; ".join(f"{group.name} ({group.locked[0]})" for group in found[:3])
-    more = f", and {len(found) - 3} more (intrafuse inspect)" if len(found) > 3 else ""
+    named = "; ".join(f"{group.name} ({group.locked[0]})" for group in locked[:3])
+    more = f", and {len(locked) - 3} more (intrafuse inspect)" if len(locked) > 3 else ""
     return f". These must keep their size: {named}{more}"
 
 
 def _first_enough(
     steps: Sequence[float], removed: Callable[[float], float], budget: Budget, graph: ChannelGraph
 ) -> float:
-    """Find the first step that removes what was asked."""
+    """Find the first step that removes at least the budget's share."""
     most = removed(steps[-1])
     if most < budget.share - 1e-12:
         raise IntrafuseError(
@@ -217,7 +218,7 @@ def _first_enough(
             remedy=f"at most {floor(max(most, 0) * 1e4) / 1e4:.4f} can be removed; lower the "
             "budget, the floor or round_to, or exclude less" + _locked(graph),
         )
-    # Folding may add biases, so that the first step removes less than none: look at zero apart.
+    # Folding may add biases, so the first step may remove a negative share: check it separately.
     low, high = 0, 0 if removed(steps[0]) >= budget.share - 1e-12 else len(steps) - 1
     while low < high:
         middle = (low + high) // 2
@@ -232,7 +233,7 @@ def _override(group: ChannelGroup, budget: Budget) -> float | None:
 
 
 def _round(size: int, width: float, budget: Budget, least: int = 1) -> int:
-    """Round a width down to a multiple, but keep at least one multiple and `least` channels."""
+    """Round a width down to a multiple of round_to; keep one multiple and `least` channels."""
     whole = floor(width + 1e-9)
     if whole >= size:
         return size
@@ -246,7 +247,7 @@ def _least(group: ChannelGroup, budget: Budget) -> int:
 
 
 def _uniform_ladder(groups, scores, budget: Budget):
-    """Every distinct share at which some width changes, and the widths at a share."""
+    """Return every share at which a width changes, and a function from share to widths."""
 
     def widths_at(share: float) -> dict[str, int]:
         return {g.name: _round(g.size, g.size * (1 - share), budget) for g in groups}
@@ -257,7 +258,7 @@ def _uniform_ladder(groups, scores, budget: Budget):
 
 
 def _global_ladder(groups, scores: Mapping[str, Tensor], budget: Budget):
-    """Every number of channels that a common ranking can remove, and the widths at it."""
+    """Return every removable number of channels, and a function from number to widths."""
     rows, owner, floors = [], [], []
     for i, group in enumerate(groups):
         score = scores[group.name].double().cpu()
@@ -288,7 +289,7 @@ def _predicted_ladder(
     budget: Budget,
     amount: Callable[[Mapping[str, int]], float],
 ):
-    """Every step of a greedy descent: always the group that costs least for what it saves."""
+    """Return all steps of a greedy descent that shrinks the group with least damage per saving."""
     widths = {group.name: group.size for group in groups}
     offers = {g.name: _offers(g, damage.get(g.name), budget) for g in groups}
     path = [dict(widths)]
@@ -309,11 +310,11 @@ def _predicted_ladder(
 def _offers(
     group: ChannelGroup, damage: np.ndarray | None, budget: Budget
 ) -> list[tuple[int, float]]:
-    """List ever smaller widths of a group, each with the damage that it adds to the one before."""
+    """List decreasing widths of a group, each with the damage added since the previous one."""
     stride = max(1, group.size // STEPS)
     least = _least(group, budget)
-    steps = (*range(group.size, least, -stride), least)  # down to the floor, whatever the stride
+    steps = (*range(group.size, least, -stride), least)  # always includes the floor
     widths = list(dict.fromkeys(_round(group.size, w, budget, least) for w in steps))
-    if damage is None:  # nothing is known of it: it shrinks last
+    if damage is None:  # its damage is unknown: it shrinks last
         return [(w, UNKNOWN) for w in widths[1:]]
     return [(b, float(damage[b] - damage[a])) for a, b in itertools.pairwise(widths)]

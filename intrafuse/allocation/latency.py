@@ -1,4 +1,4 @@
-"""Predict how long a network takes at other widths, from a few networks that are timed."""
+"""Predict the latency of a network at other widths from a few timed networks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["LatencyModel"]
 
-SHARES = (0.25, 0.5, 0.75, 0.9)  # of channels that the timed networks lack, in all groups
+SHARES = (0.25, 0.5, 0.75, 0.9)  # removed shares of channels in the timed networks
 RUNS = 15
 
 
 class LatencyModel:
-    """Milliseconds of a call at widths that were not timed.
+    """Predictor of the milliseconds of one call at any widths.
 
-    A sum of what each kind of work takes (one call, multiply-accumulates, elements of activations
-    and of parameters, with factors of 0 or more) gives the trend. Kernels have cliffs: what the
-    networks that were timed are off by is interpolated between them, by inverse squared distance.
-    Lower quartiles count, which other work on the machine disturbs least.
+    The trend is a sum over kinds of work (one call, multiply-accumulates, elements of activations,
+    elements of parameters) with nonnegative factors. Kernel times also jump between sizes. So the
+    ratio of measured time to trend is interpolated between the timed networks, weighted by inverse
+    squared distance. Times are lower quartiles, which other work on the machine disturbs least.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class LatencyModel:
         groups: Sequence[ChannelGroup],
         example_inputs: ExampleInputs,
     ) -> None:
-        """Time a network and some smaller ones in turns, on the device where it is.
+        """Time a network and some smaller ones in turns, on the network's device.
 
         Args:
-            model: the network; left as it was.
-            graph: its channel graph, as traced.
+            model: the network; it is not changed.
+            graph: its channel graph, with the traced operators.
             groups: the groups that may shrink.
-            example_inputs: of a call; their batch counts.
+            example_inputs: the inputs of a timed call, including their batch size.
         """
         self.model, self.graph, self.example_inputs = model, graph, example_inputs
         self.work: list[np.ndarray] = []
@@ -58,13 +58,13 @@ class LatencyModel:
             self._add(widths, took[name].lower)
 
     def observe(self, widths: Mapping[str, int]) -> None:
-        """Time one network more, in turns with the unpruned one; predictions near it improve."""
+        """Time one more network, in turns with the original, to improve predictions near it."""
         models = {"before": self.model, "after": _shrunk(self.model, self.graph, widths)}
         took = latencies(models, self.example_inputs, runs=RUNS)
         self._add(widths, took["after"].lower / took["before"].lower * self.times[0])
 
     def milliseconds(self, widths: Mapping[str, int]) -> float:
-        """Predict the time of a call at some widths of groups, by name."""
+        """Predict the milliseconds of a call at the given widths by group name."""
         work = self._work(widths)
         distances = np.square(np.log(self.seen / work)).sum(1)
         nearest = distances.argmin()
@@ -78,7 +78,7 @@ class LatencyModel:
         self.times.append(time)
         self.seen = np.array(self.work)
         scale = self.seen.max(0)
-        # relative errors count: a small network's milliseconds matter as much as a large one's
+        # fit relative errors, so that small networks count as much as large ones
         rows = self.seen / scale / np.array(self.times)[:, None]
         factors, _ = nnls(rows, np.ones(len(self.times)))
         self.factors = factors / scale
@@ -94,9 +94,9 @@ class LatencyModel:
 
 
 def _candidates(groups: Sequence[ChannelGroup]) -> list[dict[str, int]]:
-    """Choose the widths to time: the network, even shares, and its front and its back halved.
+    """Choose the widths to time: the network, even shares, and halved front or back groups.
 
-    Halves tell apart what early layers take (activations) and late ones (parameters).
+    These separate the cost of early layers (activations) from that of late layers (parameters).
     """
     even = [{g.name: max(1, round(g.size * (1 - share))) for g in groups} for share in SHARES]
     middle = len(groups) // 2
@@ -107,7 +107,7 @@ def _candidates(groups: Sequence[ChannelGroup]) -> list[dict[str, int]]:
 
 
 def _shrunk(model: nn.Module, graph: ChannelGraph, widths: Mapping[str, int]) -> nn.Module:
-    """Build the network at some widths; which channels it keeps does not matter here."""
+    """Build the network at the given widths, with arbitrary channels."""
     weights = Weights.of(graph, model)
     for name, width in widths.items():
         size = graph.by_name[name].size

@@ -1,4 +1,4 @@
-"""Name patterns that choose channel groups: include, exclude, overrides."""
+"""Choose channel groups by name patterns: include, exclude, overrides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["choose_groups", "matches", "near_matches", "require_matches"]
 
 
 def matches(group: ChannelGroup, pattern: str) -> bool:
-    """Tell whether a pattern names a group, or a layer that writes its channels.
+    """Tell whether a pattern matches a group or a layer that writes its channels.
 
     A pattern is a name, the name of a module that contains it, or a glob (`layer?.*.conv1`).
     """
@@ -22,10 +22,10 @@ def matches(group: ChannelGroup, pattern: str) -> bool:
 
 
 def require_matches(patterns: Sequence[str], graph: ChannelGraph, argument: str) -> None:
-    """Refuse a pattern that names no group of the graph, prunable or locked.
+    """Refuse a pattern that matches no group of the graph, prunable or locked.
 
     Raises:
-        IntrafuseError: with the names that come near.
+        IntrafuseError: a pattern matches no group; the message lists near matches.
     """
     groups = (*graph.groups, *graph.locked)
     names = sorted({name for group in groups for name in (group.name, *group.layers)})
@@ -41,26 +41,26 @@ def require_matches(patterns: Sequence[str], graph: ChannelGraph, argument: str)
 
 
 def near_matches(name: str, names: Sequence[str]) -> str:
-    """Word the remedy for a name that is not among sorted names."""
+    """Write the remedy for an unknown name: the near matches among the sorted names."""
     near = get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return f"near matches: {', '.join(near)}"
 
 
 def _to_name(locked: Iterable[ChannelGroup]) -> str:
-    """Word the remedy for a name that was to free the width that a norm is taken over."""
+    """Write the remedy for a pattern that should unlock a group that a norm reduces over."""
     held = [group.name for group in locked if group.held]
     if not held:
-        return "in this network no group waits to be named so: see `intrafuse inspect`"
+        return "this network has no group that such a name unlocks: see `intrafuse inspect`"
     return f"include={held[:3]} (--include)"
 
 
 def choose_groups(
     graph: ChannelGraph, include: Sequence[str] | None, exclude: Sequence[str]
 ) -> list[ChannelGroup]:
-    """List the prunable groups that some include pattern and no exclude pattern names.
+    """List the prunable groups that an include pattern and no exclude pattern matches.
 
     Raises:
-        IntrafuseError: a pattern matches nothing, or includes only locked groups.
+        IntrafuseError: a pattern matches no group, or includes only locked groups.
     """
     require_matches(include or (), graph, "include")
     require_matches(exclude, graph, "exclude")

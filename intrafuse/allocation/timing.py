@@ -1,4 +1,4 @@
-"""How long calls of a network take: timed on the device where it is."""
+"""Measure the latency of a network on its device."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Latency:
 
     Attributes:
         median, lower, upper: the median and the quartiles.
-        runs: calls that were timed, after those that warmed up.
-        threads: of PyTorch on the CPU.
-        device: where it ran.
+        runs: number of timed calls, without warm-up calls.
+        threads: number of PyTorch's CPU threads.
+        device: device of the network.
     """
 
     median: float
@@ -43,17 +43,18 @@ class Latency:
 def latency(
     model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, warm: int = 5
 ) -> Latency:
-    """Time calls of a network on the device where it is.
+    """Time calls of a network on its device.
 
     Args:
-        model: the network; left as it was.
-        example_inputs: a tensor, a tuple of args or a mapping of kwargs; their batch counts.
-        runs: calls that are timed.
-        warm: calls before these.
+        model: the network; it is not changed.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs, with the batch size to
+            time.
+        runs: number of timed calls.
+        warm: number of warm-up calls before them.
 
     Raises:
-        IntrafuseError: fewer than four runs, which have no quartiles, or inputs that the network
-            cannot take.
+        IntrafuseError: `runs` is below four, which is too few for quartiles, or the network cannot
+            take the inputs.
 
     >>> latency(nn.Linear(4, 2), torch.zeros(1, 4), runs=8).runs
     8
@@ -68,10 +69,10 @@ def latencies(
     runs: int = 30,
     warm: int = 5,
 ) -> dict[str, Latency]:
-    """Time several networks in turns, so that whatever else the machine does slows all alike.
+    """Time several networks in turns, so that other load on the machine affects all equally.
 
     Args:
-        models: networks on one device, by name; left as they were.
+        models: networks on one device, by name; they are not changed.
         example_inputs, runs, warm: as for `latency`.
 
     Raises:
@@ -98,7 +99,7 @@ def latencies(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Tell where a network is."""
+    """Return the device of a network."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -118,6 +119,6 @@ def _call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], name: str) -
 
 
 def _wait(device: torch.device) -> None:
-    """Let the calls before end, where they run beside this program."""
+    """Wait until earlier calls on a GPU end, because they run asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

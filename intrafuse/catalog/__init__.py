@@ -1,1 +1,1 @@
-"""What MODEL and SPEC strings name."""
+"""Resolve MODEL strings to networks and SPEC strings to data sets."""

@@ -1,1 +1,1 @@
-"""Networks as folders: safetensors beside a JSON manifest."""
+"""Save networks as folders of safetensors and a JSON manifest, and load them."""

@@ -53,30 +53,31 @@ def save(
     plan: Plan | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save a network so that `load` gives it back bit for bit; nothing is pickled.
+    """Save a network so that `load` restores it bit for bit, without pickling.
 
-    The folder is written beside its place and put there as a whole: a full disk or a kill leaves
-    nothing half-written under its name. One that intrafuse saved before is replaced; until then
-    it stays, or is put back by the next `save` or `load`. The next `save` beside it removes what a
-    kill left.
+    The folder is written under a temporary name and then renamed as a whole, so that a full disk or
+    a kill leaves no partial folder. A folder that intrafuse saved before is replaced. It stays
+    valid until then; after a kill in between, the next `save` or `load` moves it back. The next
+    `save` in the same parent folder removes temporary files.
 
     Args:
-        folder: where to; new, empty, or saved by intrafuse.
-        pruned: what `prune` returned, or a module.
-        architecture: a name in the zoo, for `load(folder)` alone; or any other note.
-        arguments: what the architecture's factory was called with, as JSON data.
-        source_sha256: of the weights before pruning (`intrafuse.catalog.zoo.file_sha256`).
-        figures: what was measured, as JSON data, such as {"accuracy": 93.2}.
-        plan: of a module that was pruned and is now, say, fine-tuned. Without it a module must
-            have the shapes of its architecture.
-        recipe: settings that make the network again, as `Settings.as_data` gives them.
+        folder: the target: a new or empty folder, or one that intrafuse saved.
+        pruned: the result of `prune`, or a module.
+        architecture: a name in the zoo, so that `load(folder)` needs no model; or any other note.
+        arguments: the arguments of the architecture's factory, as JSON data.
+        source_sha256: SHA-256 of the weights file before pruning
+            (`intrafuse.catalog.zoo.file_sha256`).
+        figures: measured figures as JSON data, such as {"accuracy": 93.2}.
+        plan: the plan of a module that was pruned, and perhaps fine-tuned since. Without a plan, a
+            module must have the shapes of its architecture.
+        recipe: settings to make the network again, as `Settings.as_data` returns them.
 
     Returns:
         The folder.
 
     Raises:
-        IntrafuseError: the folder holds other files or cannot be written; the plan or the
-            architecture is that of another network; NaN or Inf in the weights.
+        IntrafuseError: the folder holds other files or cannot be written, the plan or the
+            architecture belongs to another network, or a weight is not finite.
 
     >>> import tempfile
     >>> from intrafuse import prune
@@ -123,13 +124,13 @@ def save(
     )
     _require_text(manifest)
     if architecture in ZOO:
-        check_fit(build_saved(manifest), tensors, manifest)  # refuse now what `load` would refuse
+        check_fit(build_saved(manifest), tensors, manifest)  # fail now rather than in `load`
     with replacing_folder(folder) as temporary:
         packed = {name: pack(tensor, manifest.tensors[name]) for name, tensor in tensors.items()}
         save_file(packed, temporary / WEIGHTS, {"format": "pt"})
         if plan is not None:
             plan.save(temporary / PLAN)
-        if recipe is not None:  # JSON is YAML
+        if recipe is not None:  # every JSON file is YAML
             text = json.dumps(as_json(dict(recipe), "recipe"), indent=2)
             (temporary / RECIPE).write_text(text + "\n", "utf-8")
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
@@ -140,20 +141,20 @@ def save(
 
 @apart
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a network that `save` wrote. No code that the folder names is imported.
+    """Load a network that `save` wrote, without importing any code that the folder names.
 
     Args:
-        folder: what `save` wrote.
+        folder: a folder that `save` wrote.
         model: the network before pruning, for an architecture outside the zoo. It is changed in
-            place, and only when everything in the folder fits it.
+            place, but only if everything in the folder fits it.
 
     Returns:
-        The network in evaluation mode: a new one of the zoo, or `model`.
+        The network in evaluation mode: a new network of the zoo, or `model`.
 
     Raises:
-        IntrafuseError: the folder is missing, truncated, corrupt or pickled, has an unknown
-            schema version, holds NaN or Inf; missing, unexpected or misshapen keys; an
-            architecture outside the zoo, and no `model`.
+        IntrafuseError: the folder is missing, truncated, corrupt or pickled, has an unknown schema
+            version, or holds NaN or infinity; keys are missing, unexpected or have the wrong shape;
+            or the architecture is outside the zoo and there is no `model`.
     """
     check_arguments(folder=folder)
     if model is not None:
@@ -164,7 +165,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise IntrafuseError(
             "a saved network is a folder, and nothing is unpickled",
             value=str(folder),
-            remedy=f"give the folder that holds {MANIFEST}",
+            remedy=f"name the folder that holds {MANIFEST}",
         )
     manifest = Manifest.read(folder / MANIFEST)
     tensors = read_saved(folder, manifest)
@@ -191,10 +192,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def usable(folder: str | Path) -> Path:
-    """Return a folder that `save` may write, and refuse one with files of somebody else.
+    """Return the path of a folder that `save` may write; refuse a folder with other files.
 
     Raises:
-        IntrafuseError: it would be replaced as a whole, and it holds other files, or is a file.
+        IntrafuseError: `folder` is a file, or holds files that `save` does not write. The whole
+            folder would be replaced.
     """
     folder = folder_target(folder)
     if folder.is_dir():
@@ -209,7 +211,7 @@ def usable(folder: str | Path) -> Path:
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """List every parameter and buffer under its first name, and the other names of tied ones."""
+    """List all parameters and buffers by their first name, and the other names of tied ones."""
     first: dict[int, str] = {}
     tensors, aliases = {}, {}
     named = [*model.named_parameters(remove_duplicate=False)]
@@ -225,15 +227,15 @@ def _require_same(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     for name, shape in plan.shapes().items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             raise IntrafuseError(
-                f"the network must have the shapes that its plan gives, here {shape}",
+                f"the network must have the shapes of its plan, here {shape}",
                 value=tuple(tensors[name].shape),
                 layer=name,
-                remedy="give the plan that the network was pruned with",
+                remedy="pass the plan that the network was pruned with",
             )
 
 
 def _describe(tensors: Mapping[str, Tensor], plan: Plan | None) -> dict[str, Stored]:
-    """Describe tensors; a group of one channel may have been pruned by an earlier plan."""
+    """Describe tensors. A group of one channel counts as pruned, perhaps by an earlier plan."""
     axes = {} if plan is None else plan.graph.axes
     free: set[int] = set()
     if plan is not None:
@@ -258,7 +260,7 @@ def _identities(model: nn.Module) -> tuple[str, ...]:
 
 
 def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
-    """Say what the pruning was asked for and did, in the manifest's fields."""
+    """Return the requested settings and achieved sizes, as fields of the manifest."""
     if plan is None:
         return {}
     keys = ("budget", "method", "importance", "include", "exclude", "seed")
@@ -272,14 +274,14 @@ def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
 
 
 def _require_text(manifest: Manifest) -> None:
-    """Refuse halves of characters: the files cannot hold them, or could not be read again."""
+    """Refuse lone surrogates in names, because the files cannot hold or restore them."""
     try:
         json.dumps(manifest.model_dump(), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise IntrafuseError(
-            "names must be whole characters, but a surrogate was found",
+            "names must be valid Unicode, but a lone surrogate was found",
             value=error.object[max(0, error.start - 20) : error.end + 20],
-            remedy="rename the layer, or what the arguments hold",
+            remedy="rename the layer, or change the arguments",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Read the files of a saved network, and check that they fit a model, before anything changes."""
+"""Read the files of a saved network, and check that they fit a model before changing it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from intrafuse.support.modules import held_sizes
 __all__ = ["WEIGHTS", "build_saved", "check_fit", "read_saved", "require_finite", "require_whole"]
 
 WEIGHTS = "model.safetensors"
-REMEDY = "build the network that was pruned, before pruning, and give it as model="
+REMEDY = "build the network as it was before pruning, and pass it as model="
 PLANLESS = (
-    ", or, if it was pruned, save what prune returned or give save its plan=: without a plan a "
-    "folder does not say what was pruned"
+    "; if the saved network was pruned, save the result of prune, or pass plan= to save, because a "
+    "folder without a plan does not record the pruned axes"
 )
 
 
 def read_saved(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the tensors, and check them against the manifest."""
+    """Read the tensors and check them against the manifest."""
     path = folder / WEIGHTS
     packed = read_tensors(path)
     require_whole(path, manifest)
@@ -47,7 +47,7 @@ def read_saved(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def require_whole(path: Path, manifest: Manifest) -> None:
-    """Refuse a file that is not the one that was saved."""
+    """Refuse a file whose SHA-256 differs from the manifest."""
     if manifest.files.get(path.name) != file_sha256(path):
         what = "weights are" if path.name == WEIGHTS else "plan is"
         raise IntrafuseError(
@@ -58,14 +58,14 @@ def require_whole(path: Path, manifest: Manifest) -> None:
 
 
 def build_saved(manifest: Manifest) -> nn.Module:
-    """Build an architecture of the zoo, and no other, on the meta device.
+    """Build an architecture of the zoo, and only of the zoo, on the meta device.
 
-    Its tensors all come from the folder: whatever sizes a manifest asks for, none is allocated.
+    All tensors come from the folder, so no size in a manifest makes this allocate memory.
     """
     name = manifest.architecture
     if name not in ZOO:
         raise IntrafuseError(
-            "only architectures of the zoo are built from a folder, which must not import code",
+            "only architectures of the zoo can be built from a folder, which must not import code",
             value=name,
             remedy=REMEDY,
         )
@@ -82,33 +82,33 @@ def build_saved(manifest: Manifest) -> nn.Module:
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
-    """Refuse tensors, names and attributes that do not fit a model; change nothing."""
+    """Refuse tensors, names and attributes that do not fit a model, without changing it."""
     owners = dict(model.named_modules(remove_duplicate=False))
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    wanted.update(buffers)  # type: ignore[arg-type]
+    own.update(buffers)  # type: ignore[arg-type]
     gone = tuple(f"{layer}." for layer in manifest.removed_layers)
     sources = {**{name: name for name in tensors}, **manifest.aliases}
-    missing = [name for name in wanted if name not in sources and not name.startswith(gone)]
+    missing = [name for name in own if name not in sources and not name.startswith(gone)]
     missing += [source for source in sources.values() if source not in tensors]
     unexpected = [name for name in sources if not _can_hold(owners, name)]
     misshapen = []
     for name, source in sources.items():
         if source in tensors and name not in unexpected:
-            why = _misfit(tensors[source], wanted.get(name), manifest.tensors[source])
+            why = _misfit(tensors[source], own.get(name), manifest.tensors[source])
             misshapen += [f"{name} ({why})"] if why else []
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
-    if found:
+    problems = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
+    if problems:
         raise IntrafuseError(
-            f"the saved network does not fit the model; {'; '.join(found)}",
+            f"the saved network does not fit the model; {'; '.join(problems)}",
             remedy=REMEDY if manifest.budget is not None else f"{REMEDY}{PLANLESS}",
         )
     both = sorted(set(manifest.aliases) & set(tensors))
     both += [name for name in sources if name.startswith(gone)]
     if both:
         raise IntrafuseError(
-            "the manifest contradicts itself: it lists tensors that are tied, or of removed layers",
+            "the manifest contradicts itself: it lists tensors that are tied or of removed layers",
             layer=", ".join(both),
             remedy="save the network again",
         )
@@ -117,7 +117,7 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifes
 
 
 def _check_layers(owners: Mapping[str, nn.Module], manifest: Manifest) -> None:
-    """Refuse attributes and removed layers that a model does not have."""
+    """Refuse attributes and removed layers that the model does not have."""
     gone = tuple(f"{layer}." for layer in manifest.removed_layers)
     for path, values in manifest.attributes.items():
         held = {name for name, _, _ in held_sizes(owners[path])} if path in owners else set()
@@ -136,8 +136,8 @@ def _can_hold(owners: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
-    """Say why a tensor cannot take the place of the model's own, or of an absent one."""
-    if old is None:  # a bias that folding gave to a layer without one
+    """Say why a tensor cannot replace the model's tensor, or add a missing one; None if it can."""
+    if old is None:  # a bias that folding added to a layer without bias
         fits = tensor.is_floating_point() or tensor.is_complex()
         return None if fits else f"file {dtype_name(tensor)}, model has none"
     same = (
@@ -157,7 +157,7 @@ def _misfit(tensor: Tensor, old: Tensor | None, stored: Stored) -> str | None:
 
 
 def require_finite(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Refuse NaN, and Inf but in buffers such as attention masks."""
+    """Refuse NaN, and infinity except in buffers such as attention masks."""
     for name, tensor in sorted(tensors.items()):
         mask = name in buffers and not name.rpartition(".")[2].startswith("running_")
         if not is_finite(tensor, infinite=mask):

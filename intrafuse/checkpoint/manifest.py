@@ -1,4 +1,4 @@
-"""The manifest of a saved network: `intrafuse.json`, what it says and how it is read."""
+"""The manifest of a saved network, `intrafuse.json`: its fields, reading and writing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from intrafuse.support.reading import parse_json, read_text
 
 __all__ = ["SCHEMA", "Manifest", "Stored", "as_json", "signed"]
 
-SCHEMA = 2  # 1, which is read as well, had no digest
+SCHEMA = 2  # version 1, which can still be read, has no digest
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -24,13 +24,13 @@ class _Data(BaseModel):
 
 
 class Stored(_Data):
-    """Describe one parameter or buffer.
+    """One parameter or buffer in a saved network.
 
     Attributes:
         shape: the sizes of its axes.
-        dtype: its type, such as `float32`.
-        pruned_axes: where it may be smaller than the architecture makes it.
-        order: its axes from the largest stride to the smallest, unless that is their own order.
+        dtype: the dtype, such as `float32`.
+        pruned_axes: the axes that may be smaller than in the architecture.
+        order: the axes from the largest to the smallest stride; None if they are in order.
     """
 
     shape: tuple[NonNegativeInt, ...]
@@ -40,24 +40,24 @@ class Stored(_Data):
 
 
 class Manifest(_Data):
-    """Say what a folder holds, and how it came to be.
+    """The contents of a folder, and the settings that made it.
 
     Attributes:
         schema_version: the version of this format.
-        architecture: a name in the zoo, or what the user calls the network; never imported.
-        arguments: what the architecture's factory was called with.
+        architecture: a name in the zoo, or the user's name of the network; never imported.
+        arguments: the arguments of the architecture's factory.
         tensors: every parameter and buffer; tied ones under their first name.
         aliases: the other names of tied parameters -> the name in `tensors`.
         attributes: sizes that modules hold as attributes: {module: {attribute: value}}.
-        removed_layers: modules that `nn.Identity` stands for.
-        budget, method, importance, include, exclude, seed: what the pruning was asked for.
+        removed_layers: modules that `nn.Identity` replaces.
+        budget, method, importance, include, exclude, seed: the requested settings of the pruning.
         before, after: channels, parameters and multiply-accumulates.
         seconds: time for planning and surgery.
-        figures: what was measured, such as accuracy.
-        source_sha256: of the file with the weights before pruning.
+        figures: measured figures, such as accuracy.
+        source_sha256: SHA-256 of the weights file before pruning.
         files: SHA-256 of the files beside the manifest.
-        versions: of Python and the packages that wrote the folder.
-        digest: SHA-256 of all the others, so that a change of any is found.
+        versions: versions of Python and of the packages that wrote the folder.
+        digest: SHA-256 of all other fields, so that any change is detected.
     """
 
     schema_version: int
@@ -96,7 +96,7 @@ class Manifest(_Data):
             raise IntrafuseError(
                 f"the manifest cannot be read ({error.strerror})",
                 value=str(path),
-                remedy="give a folder that intrafuse saved; weights alone go to load_weights",
+                remedy="name a folder that intrafuse saved; load_weights reads weights alone",
             ) from error
         except ValueError as error:
             raise _corrupt(path, str(error)) from error
@@ -111,38 +111,38 @@ class Manifest(_Data):
                 remedy="upgrade intrafuse" if version > SCHEMA else "save the network again",
             )
         try:
-            found = cls.model_validate_json(text)
+            manifest = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise _corrupt(path, f"{where}: {first['msg']}") from error
-        if found.digest != (signed(data)["digest"] if version > 1 else None):
+        if manifest.digest != (signed(data)["digest"] if version > 1 else None):
             raise _corrupt(path, "its digest differs: it was changed after it was written")
-        return found
+        return manifest
 
     def text(self) -> str:
-        """Write the manifest as JSON, without what is absent, and with its digest."""
+        """Write the manifest as JSON, without fields that are None, and with its digest."""
         return json.dumps(signed(self.model_dump(mode="json", exclude_none=True)), indent=1) + "\n"
 
 
 def signed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a manifest's data the digest of all that they say.
+    """Add the digest of all other fields to a manifest's data.
 
     >>> data = signed({"schema_version": 2})
     >>> len(data["digest"]), signed(data) == data, signed({**data, "seed": 1}) == data
     (64, True, False)
     """
-    told = {name: value for name, value in data.items() if name != "digest"}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return {**told, "digest": digest}
+    others = {name: value for name, value in data.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    return {**others, "digest": digest}
 
 
 def as_json(value: Any, argument: str) -> Any:
     """Turn a value into plain JSON data; tuples become lists.
 
     Raises:
-        IntrafuseError: it holds something that JSON cannot, such as NaN or a tensor, or that
-            `parse_json` would refuse.
+        IntrafuseError: the value holds something that JSON cannot hold, such as NaN or a tensor, or
+            that `parse_json` refuses.
 
     >>> as_json({"hidden": (4, 2)}, "arguments")
     {'hidden': [4, 2]}

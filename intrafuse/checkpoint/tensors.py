@@ -1,4 +1,4 @@
-"""How a tensor lies in a file of a saved network, and comes back bit for bit."""
+"""Pack tensors into the file of a saved network, and unpack them bit for bit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ __all__ = ["agrees", "dtype_name", "memory_order", "pack", "unpack"]
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Name a type as the manifest does, such as `float32`."""
+    """Return the name of a tensor's dtype in the manifest, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Find the order in which axes lie in memory: kernels, and so rounding, depend on it."""
+    """Return the order of axes in memory, because kernels, and thus rounding, depend on it.
+
+    None if the tensor is contiguous, or not dense.
+    """
     if tensor.is_contiguous():
         return None
     order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
@@ -24,7 +27,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def pack(tensor: Tensor, stored: Stored) -> Tensor:
-    """Make a tensor that safetensors can hold: plain memory of its own."""
+    """Copy a tensor into contiguous memory, as safetensors requires."""
     tensor = tensor.resolve_conj().resolve_neg()
     if stored.dtype in ("complex32", "complex128"):
         tensor = torch.view_as_real(tensor)
@@ -32,8 +35,8 @@ def pack(tensor: Tensor, stored: Stored) -> Tensor:
 
 
 def unpack(tensor: Tensor, stored: Stored) -> Tensor:
-    """Make the tensor that was packed, in its order in memory."""
-    tensor = tensor.clone()  # off the file, and aligned as any other tensor
+    """Restore a packed tensor, with its order in memory."""
+    tensor = tensor.clone()  # detached from the file, and aligned like any other tensor
     pairs = {"complex32": torch.float16, "complex128": torch.float64}
     if pairs.get(stored.dtype) == tensor.dtype and tensor.shape[-1:] == (2,):
         tensor = torch.view_as_complex(tensor)
@@ -45,5 +48,5 @@ def unpack(tensor: Tensor, stored: Stored) -> Tensor:
 
 
 def agrees(tensor: Tensor, stored: Stored) -> bool:
-    """Tell whether a tensor has the shape and the type that the manifest gives."""
+    """Tell whether a tensor has the shape and dtype in the manifest."""
     return tuple(tensor.shape) == stored.shape and dtype_name(tensor) == stored.dtype

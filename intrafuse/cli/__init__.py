@@ -1,7 +1,7 @@
 """The command line: the application and its entry point; one file for each command.
 
-A new command is one file with a function under `@command`, and an import in `_commands`.
-PyTorch is imported inside the commands, so that `--help` and `--version` answer at once.
+To add a command, write a file with a function and enter the function in `_COMMANDS`. Commands
+import PyTorch inside their function, so that `--help` and `--version` are fast.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ for _command in _COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; what its streams cannot take is an error of one line."""
-    if sys.stderr is None:  # closed: nothing can be said
+    """Run the command line. Failures of standard output and error become one-line errors."""
+    if sys.stderr is None:  # closed: no message is possible
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if sys.stdout is None:
         _fail("standard output is closed. Remedy: send it to /dev/null")
@@ -81,7 +81,7 @@ def main() -> None:
         app()
     except OSError as error:
         discard(sys.stdout)
-        what = error.filename or "the output cannot be written"  # standard output has no name
+        what = error.filename or "the output cannot be written"  # stdout has no filename
         _fail(f"{what}: {error.strerror or error}")
 
 

@@ -1,4 +1,4 @@
-"""`intrafuse ablation`: does a setting matter? Each group alone under several, and a test."""
+"""`intrafuse ablation`: test whether a setting matters, by pruning each group alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ablation"]
 def ablation(
     model: ModelOptions,
     setting: Annotated[
-        str, typer.Option(help="marginals, targets, orders, normalisations or metrics.")
+        str, typer.Option(help="Settings: marginals, targets, orders, normalisations or metrics.")
     ] = "marginals",
     channels: Annotated[
         str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
@@ -27,7 +27,7 @@ def ablation(
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Prune every group alone under several settings, and test whether these differ."""
+    """Prune each group alone with several settings, and test whether these differ."""
     shares = numbers("--channels", channels, float)
     common.start()
     from intrafuse.study.evaluate.ablation import SETTINGS
@@ -38,7 +38,7 @@ def ablation(
         raise IntrafuseError(f"--setting must be one of {known}", value=setting, usage=True)
     subject = Subject.of(model, data, common)
     with progress() as advance:
-        found = measure_settings(
+        result = measure_settings(
             subject.model,
             subject.example_inputs,
             subject.test,
@@ -49,5 +49,5 @@ def ablation(
             device=common.device,
             progress=partial(advance, "measuring"),
         )
-    record = {**subject.record, "setting": setting, **found.as_data()}
+    record = {**subject.record, "setting": setting, **result.as_data()}
     show_record(common, "ablation", record, f"{subject.title}, {setting}")

@@ -1,4 +1,4 @@
-"""`intrafuse compare`: several methods and amounts side by side, without fine-tuning."""
+"""`intrafuse compare`: compare methods and amounts without fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def compare(
         str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
     ] = "0.3,0.5,0.7",
     methods: Annotated[
-        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown name lists all.")
     ] = "select,intra-fusion",
     options: PruneOptions = PruneOptions(),
     data: DataOptions = DataOptions(),
@@ -34,7 +34,7 @@ def compare(
 
     subject = Subject.of(model, data, common)
     with progress() as advance:
-        found = compare_methods(
+        result = compare_methods(
             subject.model,
             subject.example_inputs,
             subject.test,
@@ -46,5 +46,5 @@ def compare(
             training=subject.training,
             progress=partial(advance, "comparing"),
         )
-    record = {**subject.record, "importance": settings.importance, **found.as_data()}
+    record = {**subject.record, "importance": settings.importance, **result.as_data()}
     show_record(common, "comparison", record, f"{subject.title}, {settings.importance}")

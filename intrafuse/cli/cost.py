@@ -1,4 +1,4 @@
-"""`intrafuse cost`: size, memory and latency of networks, before and after."""
+"""`intrafuse cost`: measure size, memory and latency of networks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def cost(
         list[str],
         typer.Argument(
             metavar="NETWORK...",
-            help="MODEL or DIR of a saved network; the first is what the others are compared with.",
+            help="MODEL, or DIR of a saved network; the first is the reference for the others.",
         ),
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The network before pruning, if not of the zoo."),
+        typer.Option(metavar="MODEL", help="The network before pruning, if not in the zoo."),
     ] = None,
     num_classes: NumClasses = None,
     input_shape: InputShape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 1,
-    runs: Annotated[int, typer.Option(min=4, help="Calls that are timed.")] = 30,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
+    runs: Annotated[int, typer.Option(min=4, help="Timed calls.")] = 30,
     common: Common = Common(),
 ) -> None:
-    """Measure parameters, MACs, bytes, peak memory and latency on the device at hand."""
+    """Measure parameters, MACs, bytes, peak memory and latency on a device."""
     if len(set(networks)) < len(networks):
-        raise IntrafuseError("each NETWORK is given once", value=" ".join(networks), usage=True)
+        raise IntrafuseError("name each NETWORK only once", value=" ".join(networks), usage=True)
     common.start()
     import torch
 
@@ -46,7 +46,7 @@ def cost(
     from intrafuse.study.evaluate.cost import costs, costs_record
 
     shape = None if input_shape is None else tuple(numbers("--input-shape", input_shape, int))
-    found: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     for name in networks:
         if Path(name).is_dir():
             network, known = load_saved(Path(name), model, num_classes)
@@ -55,14 +55,14 @@ def cost(
             resolved = resolve_model(name, input_shape=shape, **arguments)
             network, known = resolved.model, resolved.input_shape
         shape = shape or known
-        found[name] = network.to(common.device)
+        models[name] = network.to(common.device)
     if shape is None:
         raise IntrafuseError(
-            "the shape of an input is not known",
+            "the shape of the input is unknown",
             value=networks[0],
             usage=True,
             remedy="give --input-shape C,H,W",
         )
     example = torch.zeros(batch, *shape, device=common.device)
-    measured = costs(found, example, runs=runs)
+    measured = costs(models, example, runs=runs)
     show_record(common, "cost", costs_record(measured, example))

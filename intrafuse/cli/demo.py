@@ -1,4 +1,4 @@
-"""`intrafuse demo`: train on the embedded digits, prune, compare, save and reload."""
+"""`intrafuse demo`: train on the included digits, prune, compare, save and reload."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def demo(
     from intrafuse.study.demo import run_demo
 
     with progress() as advance:
-        found = run_demo(out, seed=common.seed, device=common.device, progress=advance)
+        demo_run = run_demo(out, seed=common.seed, device=common.device, progress=advance)
     record = {
-        **found.comparison.as_data(),
-        "saved": [str(folder) for folder in found.folders],
-        "reloaded": str(found.reloaded),
-        "identical": found.identical,
-        "report": None if found.report is None else str(found.report),
+        **demo_run.comparison.as_data(),
+        "saved": [str(folder) for folder in demo_run.folders],
+        "reloaded": str(demo_run.reloaded),
+        "identical": demo_run.identical,
+        "report": None if demo_run.report is None else str(demo_run.report),
     }
     show_record(common, "comparison", record, "digits_resnet on digits, before fine-tuning")
-    show_note(f"saved {len(found.folders)} networks in {out}")
-    if not found.identical:
-        raise IntrafuseError("a reloaded network must give the same outputs", value=str(out))
-    show_note(f"{found.reloaded}: the outputs of the reloaded network agree bit for bit")
-    missing = "none: pip install 'intrafuse[plots]' draws it"
-    show_note(f"report {found.report or missing}")
+    show_note(f"saved {len(demo_run.folders)} networks in {out}")
+    if not demo_run.identical:
+        raise IntrafuseError("a reloaded network must return the same outputs", value=str(out))
+    show_note(f"{demo_run.reloaded}: the outputs of the reloaded network agree bit for bit")
+    missing = "missing: pip install 'intrafuse[plots]' enables it"
+    show_note(f"report {demo_run.report or missing}")

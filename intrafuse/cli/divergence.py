@@ -1,4 +1,4 @@
-"""`intrafuse divergence`: how far the outputs of pruned networks are from the original's."""
+"""`intrafuse divergence`: distance of pruned networks' outputs from the original's."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ def divergence(
         str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
     ] = "0.1,0.2,0.3",
     methods: Annotated[
-        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown name lists all.")
     ] = "select,intra-fusion,moment",
     measure: Annotated[
-        str, typer.Option(help="L2 distance of logits or softmax, or cosine of the logits.")
+        str, typer.Option(help="logits or softmax (L2 distance), or cosine (of the logits).")
     ] = "logits",
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Also layer by layer: where the damage starts.")
-    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Measure layer by layer, too.")] = False,
     options: PruneOptions = PruneOptions(),
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Measure how far the outputs of pruned networks are from the original's."""
+    """Measure the distance of pruned networks' outputs from the original's."""
     shares = numbers("--channels", channels, float)
     settings = options.settings(common)
     common.start()
@@ -40,7 +38,7 @@ def divergence(
 
     subject = Subject.of(model, data, common)
     with progress() as advance:
-        found = divergences(
+        result = divergences(
             subject.model,
             subject.example_inputs,
             subject.test,
@@ -54,4 +52,4 @@ def divergence(
             training=subject.training,
             progress=partial(advance, "measuring"),
         )
-    show_record(common, "divergence", {**subject.record, **found.as_data()}, subject.title)
+    show_record(common, "divergence", {**subject.record, **result.as_data()}, subject.title)

@@ -1,4 +1,4 @@
-"""`intrafuse evaluate`: accuracy and size of a saved network."""
+"""`intrafuse evaluate`: measure accuracy and size of a saved network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `prune` or `fuse` saved.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The network before pruning, if not of the zoo."),
+        typer.Option(metavar="MODEL", help="The network before pruning, if not in the zoo."),
     ] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Outputs of the network of --model.")
@@ -63,7 +63,7 @@ def evaluate(
 def load_saved(
     folder: Path, name: str | None, num_classes: int | None
 ) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """Load a saved network, and tell the shape of its input where it is known."""
+    """Load a saved network; return it with the shape of its input, or None if unknown."""
     from intrafuse.catalog.zoo import ZOO, resolve_model
     from intrafuse.checkpoint.folder import MANIFEST, load
     from intrafuse.checkpoint.manifest import Manifest
@@ -75,13 +75,13 @@ def load_saved(
         network = load(folder)
         return network, ZOO[str(Manifest.read(folder / MANIFEST).architecture)].input_shape
     arguments = {} if num_classes is None else {"num_classes": num_classes}
-    # The shape of the input plays no part in building the network.
+    # The shape of the input does not affect the network.
     resolved = resolve_model(name, input_shape=None if name in ZOO else (1,), **arguments)
     return load(folder, resolved.model), ZOO[name].input_shape if name in ZOO else None
 
 
 def _count_macs(network: nn.Module, test: Images, device: str) -> int | None:
-    """Count multiply-accumulates for one image, or give up where the network cannot be traced."""
+    """Count multiply-accumulates for one image; None if the network cannot be traced."""
     import torch
 
     from intrafuse.graph import trace

@@ -1,4 +1,4 @@
-"""`intrafuse fuse`: several trained networks into one, and save it."""
+"""`intrafuse fuse`: fuse several trained networks into one and save it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["fuse"]
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """Name the architecture, and the files of the networks."""
+    """Options that name the architecture and the files of the networks."""
 
     model: ModelName
     weights: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Of one network, as safetensors, or DIR; repeatable."),
+        typer.Option(metavar="FILE", help="Safetensors or DIR of one network; repeatable."),
     ] = None
     num_classes: NumClasses = None
     input_shape: InputShape = None
@@ -46,7 +46,7 @@ class NetworkOptions:
         """Build the networks on a device."""
         if len(self.weights or ()) < 2:
             raise IntrafuseError(
-                "fusion needs the weights of two networks or more",
+                "fusing needs the weights of at least two networks",
                 value=[str(path) for path in self.weights or ()],
                 usage=True,
                 remedy="give --weights once for each network",
@@ -68,32 +68,33 @@ class NetworkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FuseOptions:
-    """Say how to fuse."""
+    """Settings of fusing."""
 
-    method: Annotated[str, typer.Option(help="ot, assignment or moment.")] = "ot"
+    method: Annotated[str, typer.Option(help="Method: ot, assignment or moment.")] = "ot"
     features: Annotated[
-        str, typer.Option(help="What is compared: weights, or activations on --data.")
+        str, typer.Option(help="Features to compare: weights, or activations on --data.")
     ] = "weights"
-    samples: Annotated[int, typer.Option(min=1, help="Inputs that activations are seen on.")] = 200
+    samples: Annotated[int, typer.Option(min=1, help="Number of inputs for activations.")] = 200
     shares: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="What each network counts, such as 2,1.")
+        str | None, typer.Option(metavar="NUMBERS", help="Weight of each network, such as 2,1.")
     ] = None
     reference: Annotated[
-        int, typer.Option(min=0, help="Which network gives order and widths; 0 is the first.")
+        int, typer.Option(min=0, help="Index of the network that sets order and widths.")
     ] = 0
     width: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of channels to remove at last.")
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of channels to remove afterwards."),
     ] = None
     regularisation: Annotated[
-        float | None, typer.Option(min=0, help="0 is exact, above 0 entropic; by default by size.")
+        float | None, typer.Option(min=0, help="0: exact; above 0: entropic; default: by size.")
     ] = None
     repair: Annotated[
         str | None,
-        typer.Option(help="Statistics: batchnorm (by --data), synthetic or analytic."),
+        typer.Option(help="Repair of statistics: batchnorm (needs --data), synthetic or analytic."),
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """Give the keyword arguments of `intrafuse.fuse`."""
+        """Return the keyword arguments of `intrafuse.fuse`."""
         return {
             "method": self.method,
             "features": self.features,
@@ -115,7 +116,7 @@ def fuse(
     ] = None,
     common: Common = Common(),
 ) -> None:
-    """Fuse networks that were trained apart into one, and save it."""
+    """Fuse separately trained networks into one, and save it."""
     settings = options.settings()
     common.start()
     import intrafuse
@@ -152,21 +153,22 @@ def _measure(
     device: str,
     advance: Advance,
 ) -> dict[str, Any]:
-    """Measure the accuracy of every network and of the fused one, where there is data."""
+    """Measure the accuracy of every network and of the fused one; empty without data."""
     from intrafuse.study.evaluate import accuracy
 
     if test is None:
         return {}
-    found = []
+    accuracies = []
     for number, network in enumerate([*(r.model for r in resolved), fused.model]):
         name = f"accuracy of network {number + 1}" if number < len(resolved) else "accuracy"
         bar = partial(advance, name)
-        found.append(accuracy(network, test, batch_size=batch_size, device=device, progress=bar))
+        percent = accuracy(network, test, batch_size=batch_size, device=device, progress=bar)
+        accuracies.append(percent)
     return {
         "data": test.name,
         "images": len(test),
-        "accuracy_of_networks": found[:-1],
-        "accuracy": found[-1],
+        "accuracy_of_networks": accuracies[:-1],
+        "accuracy": accuracies[-1],
     }
 
 
@@ -183,7 +185,7 @@ def _save(
     from intrafuse.pruning.plan import Plan
 
     source, plan = (networks.weights or ())[reference], fused.plan
-    if source.is_dir():  # its widths are not the architecture's where a plan made it smaller
+    if source.is_dir():  # a plan may have made it smaller than the architecture
         if plan is None and (source / PLAN).exists():
             plan = Plan.load(source / PLAN)
         source = source / WEIGHTS

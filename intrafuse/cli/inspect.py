@@ -1,4 +1,4 @@
-"""`intrafuse inspect`: the channel groups of a network, prunable and locked, and its size."""
+"""`intrafuse inspect`: show size, prunable groups and locked groups of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
-VERIFIED = 0.5  # share of the channels of every group that --verify removes
+VERIFIED = 0.5  # share of channels that --verify removes from every group
 Verify = Annotated[
     bool,
     typer.Option(
@@ -28,7 +28,7 @@ Include = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Free what norms hold by these names, and verify these groups alone; repeatable.",
+        help="Unlock groups of norms with these names; verify only these groups; repeatable.",
     ),
 ]
 
@@ -36,7 +36,7 @@ Include = Annotated[
 def inspect(
     model: ModelOptions, common: Common, include: Include = None, verify: Verify = False
 ) -> None:
-    """Show the channel groups of a network, what is locked and why, and its size."""
+    """Show the size of a network, its prunable groups, and its locked groups with reasons."""
     common.start()
     from intrafuse.allocation.budget import measure
     from intrafuse.allocation.patterns import require_matches
@@ -57,7 +57,7 @@ def inspect(
     if verify and groups:
         data["verified"] = _verify(resolved, include, common)
     elif verify:
-        show_note("note: nothing can be pruned, so that there is nothing to verify")
+        show_note("note: no group can be pruned, so there is nothing to verify")
     write_json(common, "inspection", data)
     show_table(
         common,
@@ -76,7 +76,7 @@ def inspect(
 
 
 def _verify(resolved: ResolvedModel, include: list[str] | None, common: Common) -> dict[str, Any]:
-    """Prune a network with `select` and run it against a masked copy of the original."""
+    """Prune a network with `select`, and compare it with a masked copy of the original."""
     from intrafuse.pruning.prune import plan
     from intrafuse.pruning.verification import verify
 
@@ -90,8 +90,8 @@ def _verify(resolved: ResolvedModel, include: list[str] | None, common: Common) 
         include=include or None,
         seed=common.seed or 0,
     )
-    found = verify(resolved.model, made)
-    return {"channels_removed": made.removed["channels"], **asdict(found)}
+    agreement = verify(resolved.model, made)
+    return {"channels_removed": made.removed["channels"], **asdict(agreement)}
 
 
 def _roles(group: ChannelGroup) -> tuple[tuple[Slot, ...], ...]:
@@ -103,7 +103,7 @@ def _layers(slots: tuple[Slot, ...]) -> str:
 
 
 def _data(group: ChannelGroup) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": group.name, "channels": group.size}
+    data: dict[str, Any] = {"name": group.name, "channels": group.size}
     for role, slots in zip(("writers", "carriers", "readers"), _roles(group), strict=True):
-        found[role] = [{"parameter": s.parameter, "axis": s.axis} for s in slots]
-    return found
+        data[role] = [{"parameter": s.parameter, "axis": s.axis} for s in slots]
+    return data

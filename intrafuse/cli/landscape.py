@@ -1,4 +1,4 @@
-"""`intrafuse landscape`: accuracy on the plane through a network and two pruned versions of it."""
+"""`intrafuse landscape`: accuracy on the plane through a network and two pruned versions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def landscape(
         float, typer.Option(metavar="SHARE", help="Share of channels to remove.")
     ] = 0.5,
     methods: Annotated[
-        str, typer.Option(metavar="METHODS", help="Two methods; an unknown one lists all.")
+        str, typer.Option(metavar="METHODS", help="Two methods; an unknown name lists all.")
     ] = "intra-fusion,select",
-    measure: Annotated[str, typer.Option(help="accuracy or loss.")] = "accuracy",
-    points: Annotated[int, typer.Option(min=2, help="Of the grid, in each direction.")] = 21,
+    measure: Annotated[str, typer.Option(help="Quantity: accuracy or loss.")] = "accuracy",
+    points: Annotated[int, typer.Option(min=2, help="Grid points in each direction.")] = 21,
     state: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep every value here, and go on from it."),
+        typer.Option(metavar="FILE", help="Store values here; a later run resumes from it."),
     ] = None,
     options: PruneOptions = PruneOptions(),
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Measure the plane through a network and two pruned versions of it; a stopped run goes on."""
+    """Measure accuracy or loss on the plane through a network and two pruned versions of it."""
     names = methods.split(",")
     if len(set(names)) != 2 or len(names) != 2:
         raise IntrafuseError("--methods takes two different methods", value=methods, usage=True)
@@ -56,7 +56,7 @@ def landscape(
         for name in names
     }
     with progress() as advance:
-        found = measure_plane(
+        result = measure_plane(
             subject.model,
             plans,
             subject.test,
@@ -67,5 +67,5 @@ def landscape(
             device=common.device,
             progress=partial(advance, "measuring"),
         )
-    record = {**subject.record, "channels_removed": channels, **found.as_data()}
+    record = {**subject.record, "channels_removed": channels, **result.as_data()}
     show_record(common, "landscape", record, f"{subject.title}, {channels:.0%} removed")

@@ -1,4 +1,4 @@
-"""The settings of a method as options: they are the fields of its class, whatever it is."""
+"""Options for the settings of any method: the fields of its class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["MethodOptions"]
 
 
 class _MethodCommand(TyperCommand):
-    """A command that takes options which no command declares: settings of some method."""
+    """A command that also takes undeclared options: the settings of a method."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         declared: dict[str, Any] = {
@@ -40,10 +40,10 @@ class _MethodCommand(TyperCommand):
                     rest += _next(words)
             else:
                 _require_setting(name, [*declared], ctx)
-                found = [value] if equals else [*_next(words)]
-                if not found:
+                values = [value] if equals else [*_next(words)]
+                if not values:
                     ctx.fail(f"Option {name!r} requires an argument.")
-                settings[name] = found[0]
+                settings[name] = values[0]
         return super().parse_args(ctx, rest)
 
 
@@ -58,7 +58,7 @@ def _next(words: Iterator[str]) -> Iterator[str]:
 
 
 def _require_setting(option: str, declared: list[str], ctx: typer.Context) -> None:
-    """Refuse an option that is a setting of no method."""
+    """Refuse an option that no method has as a setting."""
     from intrafuse.methods import METHODS, settings_of
 
     known = {_option(name) for kind in METHODS.values() for name in settings_of(kind)}
@@ -80,16 +80,16 @@ class MethodOptions:
     method: Annotated[
         str | None,
         typer.Option(
-            help="Method, by default intra-fusion; an unknown one lists all. Its settings are "
-            "options as well, such as --p 2."
+            help="Method; default: intra-fusion; an unknown name lists all. Its settings are "
+            "options, too, such as --p 2."
         ),
     ] = None
 
     def build(self) -> Method | None:
-        """Make the method with its settings, where one was asked for.
+        """Make the method with its settings; None if neither was given.
 
         Raises:
-            IntrafuseError: a setting that the method does not have, or not with this value.
+            IntrafuseError: the method does not have a setting, or the value is invalid.
         """
         from intrafuse.methods import make_method
 

@@ -1,7 +1,7 @@
-"""Options that several commands share, and what makes commands of plain functions.
+"""Options that several commands share, and a function that makes commands.
 
-Each set of options is a frozen dataclass. A command that takes one as a parameter gets all its
-fields as options, and a finished object in return.
+Each set of options is a frozen dataclass. A command with such a parameter gets all fields of the
+class as options, and receives an object of the class.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ __all__ = [
     "show_note",
 ]
 
-RANDOM = "note: without --weights the network has random ones"
-COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")  # that runs, for its record
+RANDOM = "note: without --weights the network has random weights"
+COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")  # the running command, for its record
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-# Settings of a method that a command was given as options: option -> value.
+# Settings of a method that the user gave as options: option -> value.
 SETTINGS: ContextVar[dict[str, str]] = ContextVar("SETTINGS", default={})  # noqa: B039 - read only
-CALIBRATION = 1024  # images for metrics and repair, where --limit does not say
+CALIBRATION = 1024  # images for metrics and repair, without --limit
 
 
 def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
-    """Make a command of a function, with the errors and exit codes of all commands."""
+    """Make a command from a function, with the common errors and exit codes."""
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
     sets: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -98,7 +98,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
 
 
 def _typed(context: typer.Context) -> str:
-    """Write the command as it can be typed again: arguments, then options that were given."""
+    """Return the command line that repeats the command: arguments, then given options."""
     words, options = ["intrafuse", str(context.info_name)], []
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
@@ -123,7 +123,7 @@ def _reporting_errors() -> Iterator[None]:
     except IntrafuseError as error:
         show_error(str(error))
         raise typer.Exit(2 if error.usage else 1) from error
-    except SystemExit as error:  # of a network's own code: the work is not done
+    except SystemExit as error:  # raised by the network's own code
         show_error(f"the network's own code ended the program; got exit({error.code!r})")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
@@ -136,7 +136,7 @@ def show_error(text: str) -> None:
 
 
 def show_note(text: str) -> None:
-    """Print a line to standard error; where nobody can read it, the work goes on."""
+    """Print a line to standard error; continue if it cannot be written."""
     try:
         typer.echo(printable(text), err=True)
     except OSError:
@@ -144,27 +144,27 @@ def show_note(text: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Send nowhere what a stream still holds and what follows: Python flushes it at its end."""
+    """Discard buffered and later output of a stream, which Python would flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """Take what every command takes."""
+    """Options of all commands."""
 
     json: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the figures as JSON; - for standard output."),
+        typer.Option(metavar="FILE", help="Write the figures as JSON; - is standard output."),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed everything random.")] = 0
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda:0.")] = "cpu"
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")] = 0
+    device: Annotated[str, typer.Option(help="Device, such as cpu or cuda:0.")] = "cpu"
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Threads of PyTorch; by default its own choice."),
+        typer.Option(min=1, max=4096, help="PyTorch threads; default: PyTorch's choice."),
     ] = None
 
     def start(self) -> None:
-        """Seed PyTorch, set its threads, and refuse a device or a JSON file that cannot be."""
+        """Seed PyTorch, set its threads, and refuse an unusable device or JSON file."""
         import torch
         from torch._logging import set_logs  # type: ignore[attr-defined]
 
@@ -173,14 +173,14 @@ class Common:
                 rule = "--json takes a file, not a folder"
                 raise IntrafuseError(rule, value=self.json, usage=True)
             file_target(Path(self.json))
-        set_logs(all=logging.CRITICAL)  # what fails is said in one line
+        set_logs(all=logging.CRITICAL)  # errors are reported in one line
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed or 0)
         self.require_device()
 
     def require_device(self) -> None:
-        """Refuse a device that cannot be used."""
+        """Refuse an unusable device."""
         from intrafuse.support.device import require_device
 
         require_device(self.device)
@@ -193,36 +193,36 @@ ModelName = Annotated[
         help="A name in the zoo, package.module:factory, torchvision:NAME, timm:NAME or hf:FOLDER.",
     ),
 ]
-NumClasses = Annotated[int | None, typer.Option(min=1, help="Outputs of the network.")]
+NumClasses = Annotated[int | None, typer.Option(min=1, help="Number of outputs of the network.")]
 InputShape = Annotated[
-    str | None, typer.Option(metavar="C,H,W", help="Of one input, such as 3,32,32.")
+    str | None, typer.Option(metavar="C,H,W", help="Shape of one input, such as 3,32,32.")
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Name a network, and fill it with weights."""
+    """Options that name a network and its weights."""
 
     model: ModelName
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its weights, as safetensors.")
+        Path | None, typer.Option(metavar="FILE", help="Weights of the network, as safetensors.")
     ] = None
     num_classes: NumClasses = None
     input_shape: InputShape = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Give the arguments of the network's factory."""
+        """The arguments of the network's factory."""
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
 
     @property
     def is_random(self) -> bool:
-        """Tell whether nothing fills the network; a factory of the user's may do so itself."""
+        """Whether the network has random weights; a user's factory may load its own."""
         source, colon, _ = self.model.partition(":")
         return self.weights is None and (not colon or source in ("torchvision", "timm"))
 
     def record(self) -> dict[str, Any]:
-        """Say in a record which network it was."""
+        """Return the fields of a record that identify the network."""
         from intrafuse.catalog.zoo import file_sha256
 
         digest = None if self.weights is None else file_sha256(self.weights)
@@ -245,7 +245,7 @@ class ModelOptions:
 
 
 class Batches:
-    """Read the training images in batches, as often as asked; load them when first asked."""
+    """Training images in batches, loaded on first use; can be iterated repeatedly."""
 
     def __init__(self, options: DataOptions, spec: str, common: Common) -> None:
         self._options, self._spec, self._common = options, spec, common
@@ -260,7 +260,7 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Name a data set: its training images serve metrics and repair, its test images accuracy."""
+    """Options that name a data set: training images for metrics and repair, test for accuracy."""
 
     data: Annotated[
         str | None,
@@ -274,7 +274,7 @@ class DataOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Images used of each split; by default all for accuracy, "
+            help="Most images of each split; default: all for accuracy, "
             f"{CALIBRATION} for metrics and repair.",
         ),
     ] = None
@@ -287,14 +287,14 @@ class DataOptions:
         return load_data(spec, split=split, limit=limit)
 
     def spec(self, input_shape: tuple[int, ...] | None) -> str:
-        """Give the data set: the one asked for, or the digits where they fit the network.
+        """Return the data set that the options name, or the digits if they fit the network.
 
         Raises:
-            IntrafuseError: no data set was asked for, and the digits do not fit.
+            IntrafuseError: the options name no data set, and the digits do not fit.
         """
         if self.data is None and input_shape != (1, 8, 8):
             raise IntrafuseError(
-                "accuracy needs data, and the embedded digits are 1 x 8 x 8",
+                "accuracy needs data, and the included digits have the shape 1 x 8 x 8",
                 value=input_shape,
                 remedy="give --data SPEC",
                 usage=True,
@@ -302,13 +302,13 @@ class DataOptions:
         return self.data or "digits"
 
     def batches(self, spec: str | None, common: Common) -> Batches | None:
-        """Give the training images for metrics and repair, where there is a data set."""
+        """Return the training images for metrics and repair; None without a data set."""
         return None if spec is None else Batches(self, spec, common)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """Say which groups are pruned."""
+    """Options that choose the groups to prune."""
 
     include: Annotated[
         list[str] | None,
@@ -316,7 +316,7 @@ class GroupOptions:
     ] = None
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave these groups or layers alone; repeatable."),
+        typer.Option(metavar="PATTERN", help="Do not prune these groups or layers; repeatable."),
     ] = None
 
     def chosen(self) -> dict[str, Any]:
@@ -327,15 +327,15 @@ class GroupOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(GroupOptions):
-    """Say how to prune, but for how much and by which method."""
+    """Settings of pruning, except budget and method."""
 
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Settings in YAML or JSON; options replace them."),
+        typer.Option(metavar="FILE", help="Settings in YAML or JSON; options override them."),
     ] = None
     importance: Annotated[
         str | None,
-        typer.Option(help="Metric of channels, such as l2, taylor; by default l1; x lists all."),
+        typer.Option(help="Importance metric, such as taylor; default: l1; x lists all."),
     ] = None
     scope: Annotated[
         str | None,
@@ -349,20 +349,20 @@ class PruneOptions(GroupOptions):
     ] = None
     floor: Annotated[
         float | None,
-        typer.Option(help="Share of channels that a group keeps, but under uniform; 0.1."),
+        typer.Option(help="Least share of channels to keep, except for uniform; 0.1."),
     ] = None
-    round_to: Annotated[int | None, typer.Option(help="Make widths multiples of this.")] = None
+    round_to: Annotated[int | None, typer.Option(help="Round widths to multiples of this.")] = None
     repair: Annotated[
         str | None,
-        typer.Option(help="Batch norm: batchnorm (by --data) or synthetic; or analytic gains."),
+        typer.Option(help="Repair of statistics: batchnorm (needs --data), synthetic or analytic."),
     ] = None
 
     def settings(self, common: Common, **given: Any) -> Settings:
-        """Lay the options that were given over the recipe.
+        """Make settings from the recipe, overridden by the given options.
 
         Args:
-            common: its seed counts where it was given, or no recipe has one.
-            given: further fields of `Settings`; None is none.
+            common: its seed applies if it is not 0, or if the recipe has no seed.
+            given: further fields of `Settings`; None means not given.
         """
         from intrafuse.pruning.settings import Settings
         from intrafuse.support.recipes import read_mapping
@@ -372,10 +372,10 @@ class PruneOptions(GroupOptions):
         fields = {name: value for name, value in fields.items() if value is not None}
         if self.override:
             fields["overrides"] = dict(map(_override, self.override))
-        found = {} if self.recipe is None else read_mapping(self.recipe)
-        if common.seed or "seed" not in found:
+        recipe = {} if self.recipe is None else read_mapping(self.recipe)
+        if common.seed or "seed" not in recipe:
             fields["seed"] = common.seed
-        return Settings.of(Settings.from_data(found), {**fields, **self.chosen()})
+        return Settings.of(Settings.from_data(recipe), {**fields, **self.chosen()})
 
 
 def _override(item: str) -> tuple[str, float]:
@@ -386,10 +386,10 @@ def _override(item: str) -> tuple[str, float]:
 
 
 def numbers(option: str, text: str, kind: type) -> list:
-    """Read numbers between commas.
+    """Read comma-separated numbers.
 
     Raises:
-        IntrafuseError: something there is no number.
+        IntrafuseError: a part of the text is not a number.
 
     >>> numbers("--channels", "0.3,0.5", float)
     [0.3, 0.5]
@@ -398,7 +398,7 @@ def numbers(option: str, text: str, kind: type) -> list:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise IntrafuseError(
-            f"{option} takes {'whole ' if kind is int else ''}numbers, with commas between",
+            f"{option} takes {'whole ' if kind is int else ''}numbers, separated by commas",
             value=text,
             usage=True,
         ) from error

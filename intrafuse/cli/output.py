@@ -1,4 +1,4 @@
-"""What commands show: tables, JSON, notes, and progress on a terminal."""
+"""Output of commands: tables, JSON, notes, and progress on a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def show_table(
     rows: Sequence[Sequence[str]],
     numbers: Sequence[int] = (),
 ) -> None:
-    """Print a table to standard output, or to standard error where JSON goes there."""
+    """Print a table to standard output, or to standard error if JSON goes to standard output."""
     from rich.console import Console
 
     from intrafuse.support.tables import make_table, text_table
@@ -40,13 +40,13 @@ def show_table(
 
 
 def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str = "") -> None:
-    """Write a record where --json says, and print its tables.
+    """Write a record to the file of --json, and print its tables.
 
     Args:
         common: the options of all commands.
-        kind: of the record.
-        data: its figures.
-        title: what stands before the tables' own.
+        kind: kind of the record.
+        data: figures of the record.
+        title: prefix of the tables' titles.
     """
     from intrafuse.study.report.kinds import KINDS
 
@@ -57,23 +57,23 @@ def show_record(common: Common, kind: str, data: Mapping[str, Any], title: str =
 
 
 def write_json(common: Common, kind: str, data: Mapping[str, Any]) -> None:
-    """Write the record of a command where --json says, a file as a whole or not at all."""
+    """Write the record of a command to the file of --json, atomically."""
     if common.json is None:
         return
     from intrafuse.study.report.record import as_record, write_record
 
-    found = as_record(kind, data, command=COMMAND.get())
+    record = as_record(kind, data, command=COMMAND.get())
     if common.json == "-":
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        typer.echo(json.dumps(record, indent=2, allow_nan=False))
     else:
-        write_record(Path(common.json), found)
+        write_record(Path(common.json), record)
 
 
 @contextmanager
 def progress() -> Iterator[Advance]:
-    """Yield a function (what, done, total) that moves bars on a terminal, and does nothing else.
+    """Yield a function (what, done, total) that moves progress bars, if there is a terminal.
 
-    The bars are on standard error and vanish at the end.
+    The bars are on standard error and disappear at the end.
     """
     if not sys.stderr.isatty():
         yield lambda what, done, total: None

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["prune"]
 
-RUNS = 10  # calls that are timed to state the latency
+RUNS = 10  # timed calls for the latency in the record
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """Say how much to remove, of exactly one thing."""
+    """The budget: exactly one option must be given."""
 
     channels: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Share of channels to remove.")
@@ -38,7 +38,7 @@ class BudgetOptions:
         float | None, typer.Option(metavar="SHARE", help="Share of MACs to remove.")
     ] = None
     latency: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of a call's time to remove.")
+        float | None, typer.Option(metavar="SHARE", help="Share of latency to remove.")
     ] = None
 
 
@@ -52,7 +52,7 @@ def prune(
         Path | None, typer.Option(metavar="DIR", help="Folder to save the network in.")
     ] = None,
     check: Annotated[
-        bool, typer.Option(help="Run the result, and its widths against the original.")
+        bool, typer.Option(help="Run the pruned network as a check, also against the original.")
     ] = True,
     common: Common = Common(),
 ) -> None:
@@ -96,7 +96,7 @@ def _measure(
     device: str,
     advance: Advance,
 ) -> dict[str, Any]:
-    """Measure accuracy before and after, where there is data."""
+    """Measure accuracy before and after; empty without data."""
     from intrafuse.study.evaluate import accuracy
 
     if test is None:

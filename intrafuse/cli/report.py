@@ -1,4 +1,4 @@
-"""`intrafuse report`: one HTML page of everything that was measured; `plot`: its pictures."""
+"""`intrafuse report`: write one HTML page of all records; `plot`: write its pictures."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def report(
     paths: Paths,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page; by default report.html in the first DIR."),
+        typer.Option(metavar="FILE", help="The page; default: report.html in the first DIR."),
     ] = None,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "intrafuse report",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "intrafuse report",
     common: Common = Common(),
 ) -> None:
-    """Write one self-contained HTML page from records, saved networks and factorised runs."""
+    """Write one self-contained HTML page from records, saved networks and factorized runs."""
     from intrafuse.study.report.page import write_report
 
     first = paths[0]
@@ -44,7 +44,7 @@ def plot(
     form: Annotated[str, typer.Option("--format", help="png, svg or pdf.")] = "png",
     common: Common = Common(),
 ) -> None:
-    """Write every picture of a report to a file of its own."""
+    """Write each picture of a report to a file."""
     from intrafuse.study.report.page import draw_pictures
     from intrafuse.study.report.pictures import FORMATS
 

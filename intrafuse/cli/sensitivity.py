@@ -1,4 +1,4 @@
-"""`intrafuse sensitivity`: which groups bear pruning, each pruned alone."""
+"""`intrafuse sensitivity`: measure which groups tolerate pruning, each pruned alone."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def sensitivity(
         str, typer.Option(metavar="SHARES", help="Shares of channels to remove.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
     methods: Annotated[
-        str, typer.Option(metavar="METHODS", help="Methods; an unknown one lists all.")
+        str, typer.Option(metavar="METHODS", help="Methods; an unknown name lists all.")
     ] = "select,intra-fusion,moment",
     groups: GroupOptions = GroupOptions(),
     data: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Prune every group alone, and tell which are volatile and which resilient."""
+    """Prune each group alone, and show which groups tolerate pruning."""
     shares = numbers("--channels", channels, float)
     common.start()
     from intrafuse.study.evaluate.sensitivity import sensitivity as measure_groups
 
     subject = Subject.of(model, data, common)
     with progress() as advance:
-        found = measure_groups(
+        result = measure_groups(
             subject.model,
             subject.example_inputs,
             subject.test,
@@ -44,4 +44,4 @@ def sensitivity(
             device=common.device,
             progress=partial(advance, "measuring"),
         )
-    show_record(common, "sensitivity", {**subject.record, **found.as_data()}, subject.title)
+    show_record(common, "sensitivity", {**subject.record, **result.as_data()}, subject.title)

@@ -1,4 +1,4 @@
-"""What the commands that measure prunings look at: a network, test images, training images."""
+"""The subject of commands that measure prunings: a network, test and training images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Subject:
     """A network and the images that it is measured on.
 
     Attributes:
-        model, example_inputs: the network and what it is traced with.
-        test: the images for the measurement.
-        training: those for metrics and repair, in batches.
+        model, example_inputs: the network, and the inputs to trace it with.
+        test: images for the measurement.
+        training: batches of images for metrics and repair, or None.
         title: names of network and data, for a table.
-        record: the same for a record.
+        record: names of network and data, for a record.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Model -> channel groups: trace, symbolic axes, one rule for each operator."""
+"""Trace a model to channel groups: symbolic axes, and one rule for each operator."""
 
 from intrafuse.graph.axes import Block, Product, Sum, Tree
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Layer, Norm, Slot

@@ -1,13 +1,13 @@
-"""Symbolic axes: which channels lie where along one dimension of a tensor.
+"""Symbolic axes: the places of channels along one dimension of a tensor.
 
-A tree describes one axis. Its leaves are *atoms* (integers, each with a size), and its nodes
-say how they are laid out in memory:
+A tree describes one axis. Its leaves are *atoms* (integers, each with a size). Its nodes
+describe how the atoms lie in memory:
 
 - ``Sum((a, b))``      first all positions of a, then all of b        (cat, split, slice)
-- ``Product((a, b))``  position i * |b| + j stands for the pair (i, j) (flatten, view, heads)
+- ``Product((a, b))``  position i * |b| + j holds the pair (i, j)  (flatten, view, heads)
 
-`AxisTable` holds the atoms of one trace: a union-find structure in which a reshape or a split
-may refine an atom into a tree of finer ones. Trees are plain data once the trace is over.
+`AxisTable` holds the atoms of one trace in a union-find structure. A reshape or a split may refine
+an atom into a tree of smaller atoms. After the trace, trees are plain data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Row-major product of factors along one axis; without factors it is a single position."""
+    """Row-major product of factors along one axis; a product without factors has one position."""
 
     factors: tuple[Tree, ...]
 
@@ -50,10 +50,11 @@ UNIT = Product(())
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where n channels lie along an axis.
+    """The places of n channels along an axis.
 
-    Channel c takes the positions ``offset + r + c * inner + i`` for every i below `inner` and
-    every repeat r, which runs over the sums of k * stride (k below count) of `outer`.
+    Channel c takes the positions ``offset + r + c * inner + i`` for every i below `inner` and every
+    repeat r. The repeats r are all sums of k * stride, with one k below count for each entry of
+    `outer`.
     """
 
     offset: int
@@ -93,37 +94,37 @@ def locate(tree: Tree, atom: int, sizes: Mapping[int, int] | Sequence[int]) -> t
 
 
 def layout(tree: Tree, sizes: Mapping[int, int] | Sequence[int]) -> dict[int, list[Block]]:
-    """Find every place of every atom along an axis, in one walk: atoms in order of appearance.
+    """Find every place of every atom along an axis. Atoms are in order of appearance.
 
     >>> list(layout(Sum((0, Product((1, 2)))), [3, 4, 5]))
     [0, 1, 2]
     """
-    found: dict[int, list[Block]] = {}
-    _lay_out(tree, sizes, Block(0), found)
-    return found
+    places: dict[int, list[Block]] = {}
+    _lay_out(tree, sizes, Block(0), places)
+    return places
 
 
-def _lay_out(tree: Tree, sizes, at: Block, found: dict[int, list[Block]]) -> None:
+def _lay_out(tree: Tree, sizes, at: Block, places: dict[int, list[Block]]) -> None:
     if isinstance(tree, int):
-        found.setdefault(tree, []).append(at)
+        places.setdefault(tree, []).append(at)
         return
     if isinstance(tree, Sum):
         offset = at.offset
         for part in tree.parts:
-            _lay_out(part, sizes, Block(offset, at.inner, at.outer), found)
+            _lay_out(part, sizes, Block(offset, at.inner, at.outer), places)
             offset += tree_size(part, sizes) * at.inner
         return
     counts = [tree_size(factor, sizes) for factor in tree.factors]
     outer = at.outer
     for i, factor in enumerate(tree.factors):
         inner = at.inner * prod(counts[i + 1 :])
-        _lay_out(factor, sizes, Block(at.offset, inner, outer), found)
+        _lay_out(factor, sizes, Block(at.offset, inner, outer), places)
         if counts[i] > 1:
             outer = (*outer, (counts[i], inner))
 
 
 class AxisTable:
-    """The atoms of one trace, with what is known of their equality, structure and locks."""
+    """The atoms of one trace, with their equalities, structure and locks."""
 
     def __init__(self) -> None:
         self.size: list[int] = []
@@ -133,7 +134,7 @@ class AxisTable:
         self._choices: dict[int, list[str]] = {}
 
     def atom(self, size: int, lock: str | None = None) -> Tree:
-        """Make an axis of one new atom; an axis of size 1 has nothing to prune."""
+        """Make an axis of one new atom. `lock` is a reason why the atom must keep its size."""
         self.size.append(size)
         self._parent.append(len(self._parent))
         if lock is not None:
@@ -141,11 +142,11 @@ class AxisTable:
         return len(self.size) - 1
 
     def reasons(self, atom: int) -> tuple[str, ...]:
-        """List why an atom must keep its size; empty where it may shrink."""
+        """List the reasons why an atom must keep its size; empty if it may shrink."""
         return tuple(self._reasons.get(self._find(atom), ()))
 
     def choices(self, atom: int) -> tuple[str, ...]:
-        """List why the channels of an atom may be chosen among but not combined."""
+        """List the reasons why channels of an atom may be removed but not combined."""
         return tuple(self._choices.get(self._find(atom), ()))
 
     def measure(self, tree: Tree) -> int:
@@ -158,10 +159,10 @@ class AxisTable:
         return atom
 
     def resolve(self, tree: Tree) -> Tree:
-        """Rewrite a tree in the finest atoms known, in normal form.
+        """Rewrite a tree in its smallest known atoms, in normal form.
 
-        Normal form: no Sum directly in a Sum, no Product in a Product, no factor of size 1,
-        and a Product never begins with a Sum (it is distributed).
+        In normal form no Sum contains a Sum, no Product contains a Product, and no factor has
+        size 1. A Product does not begin with a Sum: it is distributed over the Sum.
         """
         if isinstance(tree, int):
             root = self._find(tree)
@@ -184,11 +185,11 @@ class AxisTable:
         return Product(tuple(factors))
 
     def lock(self, tree: Tree, reason: str) -> None:
-        """Forbid every atom of an axis to shrink."""
+        """Lock every atom of an axis, with the reason."""
         self._note(self._reasons, tree, reason)
 
     def choose(self, tree: Tree, reason: str) -> None:
-        """Forbid to combine the channels of an axis; each may stay or go."""
+        """Forbid combining the channels of an axis; single channels may still be removed."""
         self._note(self._choices, tree, reason)
 
     def _note(self, notes: dict[int, list[str]], tree: Tree, reason: str) -> None:
@@ -200,8 +201,8 @@ class AxisTable:
     def unify(self, x: Tree, y: Tree) -> bool:
         """State that two axes hold the same channels at the same positions.
 
-        Where the two structures cannot be laid over each other, both are locked, which is
-        always right, and the answer is False.
+        If the two structures do not match, lock both axes and return False. Locking is always
+        safe.
         """
         x, y = self.resolve(x), self.resolve(y)
         if x == y:
@@ -224,7 +225,7 @@ class AxisTable:
         return self._match_sums(_parts(x), _parts(y))
 
     def _define(self, atom: int, tree: Tree) -> bool:
-        """Let an atom mean the same as a tree; its locks pass to the tree's atoms."""
+        """Define an atom as a tree, and move the atom's locks to the atoms of the tree."""
         if not isinstance(tree, int) and atom in leaves(tree):
             return False
         reasons, choices = self._reasons.pop(atom, []), self._choices.pop(atom, [])
@@ -274,10 +275,10 @@ class AxisTable:
         return not xs and not ys
 
     def cut(self, tree: Tree, at: int) -> tuple[Tree, Tree]:
-        """Split an axis in two at a position, refining atoms where needed.
+        """Split an axis in two at a position, and refine atoms if needed.
 
-        A cut inside a factor's inner positions cannot be expressed: then the axis is locked,
-        and two new locked axes are returned.
+        A cut inside the inner positions of a factor cannot be expressed. In that case, lock the
+        axis and return two new locked axes.
         """
         tree, total = self.resolve(tree), self.measure(tree)
         if at <= 0 or at >= total:
@@ -303,11 +304,11 @@ class AxisTable:
         return self.atom(at, reason), self.atom(total - at, reason)
 
     def slice(self, tree: Tree, start: int, stop: int) -> Tree:
-        """Take the positions from start to stop of an axis."""
+        """Return the positions of an axis from start to stop."""
         return self.cut(self.cut(tree, stop)[0], start)[1]
 
     def factor(self, tree: Tree, sizes: Sequence[int]) -> list[Tree] | None:
-        """Write an axis as a row-major product of axes with the given sizes, or None."""
+        """Factor an axis into a row-major product of the given sizes; None if impossible."""
         tree = self.resolve(tree)
         if len(sizes) == 1:
             return [tree]
@@ -341,7 +342,7 @@ class AxisTable:
         return found
 
     def _factor_sum(self, parts: tuple[Tree, ...], sizes: Sequence[int]) -> list[Tree] | None:
-        """Factor each part and equate their inner factors: the parts lie along the first."""
+        """Factor each part and unify the inner factors; the parts form the first factor."""
         inner = prod(sizes[1:])
         if any(self.measure(part) % inner for part in parts):
             return None

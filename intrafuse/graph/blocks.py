@@ -35,9 +35,9 @@ def _is_whole_axis(blocks: Sequence[Block], channels: int, length: int) -> bool:
 
 
 def channel_rows(tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int) -> Tensor:
-    """Gather a group's channels as rows: (channels, everything else of the tensor).
+    """Gather a group's channels as rows: (channels, product of all other sizes).
 
-    The result is a view where the memory layout allows it.
+    The result is a view if the memory layout allows it.
     """
     front = tensor.movedim(axis, 0)
     if not _is_whole_axis(blocks, channels, tensor.shape[axis]):
@@ -48,7 +48,7 @@ def channel_rows(tensor: Tensor, axis: int, blocks: Sequence[Block], channels: i
 def select_channels(
     tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int, keep: Tensor
 ) -> Tensor:
-    """Keep some channels of a group (ascending indices) and everything that is not of the group."""
+    """Keep some channels of a group (ascending indices) and all positions outside the group."""
     stays = np.ones(tensor.shape[axis], dtype=bool)
     dropped = np.ones(channels, dtype=bool)
     dropped[keep.cpu().numpy()] = False
@@ -59,21 +59,21 @@ def select_channels(
 def merge_channels(
     tensor: Tensor, axis: int, blocks: Sequence[Block], channels: int, matrix: Tensor
 ) -> Tensor:
-    """Replace the n channels of a group by m combinations of them.
+    """Replace the n channels of a group by m linear combinations of them.
 
     Args:
         tensor: any parameter.
         axis: the axis on which the channels lie.
-        blocks: where they lie.
+        blocks: the places of the channels along the axis.
         channels: n.
-        matrix: (m, n); new channel j is the sum of matrix[j, c] times channel c. Or (r, m, n),
-            one for each of the r places where the channels lie.
+        matrix: (m, n); new channel j is the sum over c of matrix[j, c] times channel c. Or
+            (r, m, n): one matrix for each of the r places of the channels.
 
     Returns:
-        A new tensor of the same dtype; the products are taken in float32 at least.
+        A new tensor of the same dtype. Products are computed in float32 or better.
     """
     exact = torch.promote_types(tensor.dtype, torch.float32)
-    matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # whatever its strides were
+    matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # strides affect rounding
     front = tensor.movedim(axis, 0)
     pieces, reached = [], 0
     runs = _runs(blocks)
@@ -85,16 +85,16 @@ def merge_channels(
         pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
         reached = end
     found = torch.cat([*pieces, front[reached:]])
-    # a clone, as contiguous() keeps odd strides of axes of size 1, which products round by
+    # clone, because contiguous() keeps odd strides of axes of size 1, which affect rounding
     return found.movedim(0, axis).clone(memory_format=torch.contiguous_format) if axis else found
 
 
 def put_channels(
     line: Tensor, blocks: Sequence[Block], values: Tensor | None, channels: int
 ) -> None:
-    """Write a value for each channel (channels,), or (channels, repeats), into a line of an axis.
+    """Write one value per channel, (channels,) or (channels, repeats), into a vector along an axis.
 
-    None leaves the line as it is.
+    `values=None` changes nothing.
     """
     if values is not None:
         where = torch.from_numpy(positions(blocks, channels))
@@ -103,7 +103,7 @@ def put_channels(
 
 
 def _runs(blocks: Sequence[Block]) -> list[tuple[int, int]]:
-    """List where each repeat of the channels starts, and how many positions a channel takes."""
+    """List the start of each repeat of the channels, and the positions that one channel takes."""
     found = [
         (int(start), block.inner)
         for block in blocks

@@ -1,4 +1,4 @@
-"""Export a model in evaluation mode, and say in words where that fails."""
+"""Export a model in evaluation mode, and explain where an export fails."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ __all__ = [
 ]
 
 REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
-CONSTANT = "constant"  # key of a node's meta: the tensor that the code made out of numbers
-# Modules that look into a mask: the argument that tells them, and its place.
+CONSTANT = "constant"  # key in a node's meta: the tensor that the code made from numbers
+# Modules that inspect a mask unless an argument says whether it is causal: its name and position.
 STACKS = {nn.TransformerEncoder: ("is_causal", 3), nn.TransformerDecoder: ("tgt_is_causal", 6)}
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
-    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into a call.
+    """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into (args, kwargs).
 
-    Tensors are copies, one for each that was given: a model may compute in place.
+    Each tensor is copied once, because a model may compute in place.
     """
     copies: dict[int, Tensor] = {}
 
@@ -74,10 +74,10 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Module]:
-    """Let a model run in evaluation mode, one thread at a time; at the end it is as it was.
+    """Run a model in evaluation mode, one thread at a time, then restore its state.
 
-    What its code caches in attributes, counts or draws at random is put back (`unchanged`), and so
-    are the global random generators. `exporting` computes with shapes only.
+    `unchanged` restores everything that the model's code caches in attributes or counts. The global
+    random generators are restored, too. `exporting` means that the code computes only with shapes.
     """
     with alone(), same_random_state(model), unchanged(model, values=not exporting):
         model.eval()
@@ -87,12 +87,12 @@ def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Modu
 def export_program(
     model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = False
 ) -> torch.export.ExportedProgram:
-    """Export a model in evaluation mode; it is not changed.
+    """Export a model in evaluation mode, without changing it.
 
-    With `cached` the model makes the cache for its next call, if it does so by default.
+    With `cached` the model builds a cache for its next call, if it does so by default.
 
     Raises:
-        IntrafuseError: it is no module, or it cannot be traced.
+        IntrafuseError: `model` is not a module, or cannot be traced.
     """
     if not isinstance(model, nn.Module):
         raise IntrafuseError("the model must be a torch.nn.Module", value=type(model).__name__)
@@ -102,15 +102,15 @@ def export_program(
         mode = nullcontext() if cached else plainly(model)
         with evaluating(model, exporting=True):
             return _export(model, args, kwargs, mode)
-    except NotImplementedError as error:  # an exported program has no evaluation mode
+    except NotImplementedError as error:  # an exported program has no eval()
         raise IntrafuseError(
             f"the model cannot be put in evaluation mode: {error}",
-            remedy="pass the module that was exported, not the exported one",
+            remedy="pass the original module, not the exported one",
         ) from error
 
 
 def _require_one_kind_of_place(model: nn.Module) -> None:
-    """Refuse a model some of whose parameters hold no numbers."""
+    """Refuse a model with some, but not all, parameters on the meta device."""
     named = dict(model.named_parameters())
     meta = [name for name, parameter in named.items() if parameter.device.type == "meta"]
     if 0 < len(meta) < len(named):
@@ -155,7 +155,7 @@ def _export(
 
 
 def _inline(module: torch.fx.GraphModule) -> None:
-    """Put what runs in a region of its own, such as under `torch.autocast`, among the rest."""
+    """Inline the operators of regions, such as those under `torch.autocast`, into the graph."""
     graph = module.graph
     for node in [n for n in graph.nodes if getattr(n.target, "__name__", "") in REGIONS]:
         inside = next(n for n in node.all_input_nodes if n.op == "get_attr")
@@ -167,25 +167,25 @@ def _inline(module: torch.fx.GraphModule) -> None:
             results: Any = graph.graph_copy(
                 region.graph, dict(zip(entering, operands, strict=True))
             )
-        for user in [*node.users]:  # each takes one result
+        for user in [*node.users]:  # each user takes one result
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)
 
 
 def caching(model: nn.Module) -> list[Any]:
-    """List the configurations by which a model makes a cache for its next call."""
+    """List the configurations that make a model build a cache for its next call."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     return [c for c in configs.values() if getattr(c, "use_cache", None) is True]
 
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Let a model compute without fused kernels and without a cache for its next call.
+    """Run a model without fused kernels and without a cache for its next call.
 
-    A fused transformer layer is one operator that hides what it does, and a cache of keys and
-    values is an output that `torch.export` does not know. A stack of layers looks into its mask
-    for whether it is causal, unless it is told; masks are applied either way.
+    A fused transformer layer is one operator that hides its parts. A cache of keys and values is an
+    output type that `torch.export` does not know. A stack of transformer layers inspects its mask
+    to find whether it is causal, unless an argument says so; the mask applies either way.
     """
     cached = caching(model)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -211,7 +211,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 def _tell(
     name: str, place: int, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Give an argument that was not given, or is None, the value False."""
+    """Set an argument that is missing or None to False."""
     if len(args) > place:
         return (*args[:place], args[place] or False, *args[place + 1 :]), kwargs
     return args, {**kwargs, name: kwargs.get(name) or False}
@@ -219,9 +219,9 @@ def _tell(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence what torch logs on the way to an error that says the same.
+    """Silence torch's log messages before an error that repeats them.
 
-    It also warns of modules that keep tensors in lists, as recurrent layers do.
+    Also silence warnings about modules that keep tensors in lists, such as recurrent layers.
     """
     logger = logging.getLogger("torch")
     level = logger.level
@@ -235,7 +235,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _remedy(model: nn.Module, error: BaseException) -> str:
-    """Say what to do about a failed export."""
+    """Return the remedy for a failed export."""
     if isinstance(model, torch.jit.ScriptModule):
         return "pass the module as it was before torch.jit made it a script"
     unknown = re.search(r"class '([\w.<>]+)'.*(known type|register_dataclass)", str(error))
@@ -245,7 +245,7 @@ def _remedy(model: nn.Module, error: BaseException) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(isinstance(v, PackedSequence) for frame in frames for v in frame.f_locals.values()):
         return (
-            "a packed sequence cannot be traced: let the model give its layer the padded one where "
+            "a packed sequence cannot be traced: pass the padded sequence to the layer if "
             "torch.compiler.is_exporting(); channels flow the same way"
         )
     return (
@@ -255,14 +255,14 @@ def _remedy(model: nn.Module, error: BaseException) -> str:
 
 
 def _last_operator(error: BaseException) -> str | None:
-    """Name the last operator that was recorded before an export failed, where it tells."""
+    """Name the last operator that was recorded before an export failed, if the error shows it."""
     graph = getattr(error, "partial_fx_graph", None)
     names = re.findall(r"torch\.ops\.([\w.]+)\(", str(getattr(graph, "code", graph)))
     return names[-1] if names else None
 
 
 def failing_line(error: BaseException) -> str | None:
-    """Find the last line of the model's code, outside PyTorch and this package, that was run."""
+    """Find the last executed line of the model's code, outside PyTorch and this package."""
     homes = Path(str(torch.__file__)).parent, Path(errors.__file__).parents[1]
     libraries = tuple(f"{home}{os.sep}" for home in homes)
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
@@ -274,16 +274,16 @@ def failing_line(error: BaseException) -> str | None:
 
 
 class _Done(Exception):
-    """Raised once a model has run: what was recorded till then is all that is wanted."""
+    """Raised after a model's forward, to stop the export once all operators are recorded."""
 
 
 def record(model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = False) -> list[Node]:
-    """List the operators that a model runs, without the passes that finish an export.
+    """List the operators that a model runs, without the final passes of an export.
 
-    With `cached` the model makes the cache for its next call, if it does so by default.
+    With `cached` the model builds a cache for its next call, if it does so by default.
 
     Raises:
-        IntrafuseError: it cannot be traced.
+        IntrafuseError: the model cannot be traced.
     """
 
     def stop(*_: object) -> None:
@@ -301,15 +301,15 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = Fa
 
 
 def recorded(error: BaseException) -> list[Node]:
-    """List the operators that an export had recorded when it failed."""
-    step = error.__traceback__
-    while step is not None:
-        tracer = step.tb_frame.f_locals.get("tracer")
+    """List the operators that a failed export had recorded."""
+    frame = error.__traceback__
+    while frame is not None:
+        tracer = frame.tb_frame.f_locals.get("tracer")
         graph = getattr(tracer, "graph", None)
         if isinstance(graph, Graph):
             for node in graph.nodes:
                 if node.op == "get_attr":
                     node.meta[CONSTANT] = getattr(getattr(tracer, "root", None), node.target, None)
             return [*graph.nodes]
-        step = step.tb_next
+        frame = frame.tb_next
     return []

@@ -1,4 +1,4 @@
-"""What a trace found, as the frozen data of a channel graph."""
+"""Freeze the result of a trace into a channel graph."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["free_atoms", "freeze", "hold", "lock_unclear"]
 
 
 def free_atoms(scope: Scope) -> list[int]:
-    """List the atoms that make up the prunable groups."""
+    """List the atoms of the prunable groups."""
     return [group.id for group in _name_groups(scope) if not group.locked]
 
 
 def _slots(scope: Scope) -> dict[int, list[Slot]]:
-    """List where each atom lies on parameters that a rule gave a role."""
+    """List the places of each atom on parameters that have a role."""
     slots: dict[int, list[Slot]] = {}
     for (parameter, axis), (role, kind) in scope.roles.items():
         tree = scope.table.resolve(scope.parameter_axes[parameter][axis])
@@ -46,15 +46,15 @@ def _slots(scope: Scope) -> dict[int, list[Slot]]:
 
 
 def hold(scope: Scope, include: Sequence[str]) -> None:
-    """Lock what a norm takes its statistics over, but the groups whose names are wanted."""
+    """Lock groups that a norm reduces over unless `include` names them."""
     for group in _name_groups(scope) if scope.normed else ():
-        wanted = any(fnmatchcase(group.name, pattern) for pattern in include)
-        if group.normed and not group.locked and not wanted:
+        named = any(fnmatchcase(group.name, pattern) for pattern in include)
+        if group.normed and not group.locked and not named:
             scope.table.lock(group.id, f"{NORMED}{HELD}include={[group.name]}")
 
 
 def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs) -> ChannelGraph:
-    """Freeze what the rules found."""
+    """Freeze the axes, roles and notes of a scope into a channel graph."""
     resolve = scope.table.resolve
     axes = {name: tuple(map(resolve, trees)) for name, trees in scope.parameter_axes.items()}
     groups = _name_groups(scope)
@@ -87,7 +87,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
 
 
 def _list_norms(scope: Scope) -> tuple[Norm, ...]:
-    """List each norm once; one that is called twice or shares a parameter folds into no layer."""
+    """List each norm once. A norm that runs twice or shares a parameter folds into no layer."""
     uses = Counter(name for norm in scope.norms for name in norm.tensors)
     alone = [max(uses[name] for name in norm.tensors) == 1 for norm in scope.norms]
     norms = (
@@ -98,13 +98,13 @@ def _list_norms(scope: Scope) -> tuple[Norm, ...]:
 
 
 def lock_unclear(scope: Scope) -> None:
-    """Lock what no rule accounts for: parameters without a role, channels squared."""
+    """Lock axes that no rule accounts for: parameters without a role, and squared channels."""
     claim_functions(scope)
     known = {name for name, _ in scope.roles}
     for name, axis in sorted(scope.tied):
         tree = scope.table.resolve(scope.parameter_axes[name][axis])
         if not all(NORMED in scope.table.choices(atom) for atom in leaves(tree)):
-            for tree in scope.parameter_axes[name]:  # it may be merged: both cannot be right
+            for tree in scope.parameter_axes[name]:  # no merge map fits both roles
                 scope.table.lock(tree, f"{name} is used as writer and as reader")
     for name in other_uses(scope):
         scope.table.lock(scope.parameter_axes[name][0], f"{name} is used by more than a norm")
@@ -112,7 +112,7 @@ def lock_unclear(scope: Scope) -> None:
         for axis, tree in enumerate(map(scope.table.resolve, trees)):
             if (name, axis) not in scope.roles:
                 scope.table.lock(tree, f"{name} meets it in a way that no rule describes")
-                if name in scope.trained - known:  # so that it is seen among what is locked
+                if name in scope.trained - known:  # so that the locked groups show it
                     scope.use(name, axis, "carrier", "scale")
             for atom in _squared(tree):
                 scope.table.lock(atom, "it is multiplied with itself along one axis")
@@ -122,25 +122,25 @@ def lock_unclear(scope: Scope) -> None:
 
 
 def _squared(tree: Tree) -> list[int]:
-    """List atoms that lie in two factors of one product."""
+    """List atoms that occur in two factors of one product."""
     if isinstance(tree, int):
         return []
     children = tree.parts if isinstance(tree, Sum) else tree.factors
-    found = [atom for child in children for atom in _squared(child)]
+    squared = [atom for child in children for atom in _squared(child)]
     if isinstance(tree, Product):
         counts = Counter(atom for child in children for atom in set(leaves(child)))
-        found += [atom for atom, count in counts.items() if count > 1]
-    return found
+        squared += [atom for atom, count in counts.items() if count > 1]
+    return squared
 
 
 def _kinds(scope: Scope) -> dict[int, str]:
-    """Say which atoms are heads of attention, and which the width inside them."""
-    found: dict[int, str] = {}
+    """Map atoms of attention to their kind: "heads", or "width" of a head."""
+    kinds: dict[int, str] = {}
     for _, what, tree in scope.heads:
         kind = {"heads": "heads", "width": "width", "value width": "width"}.get(what)
         for atom in leaves(scope.table.resolve(tree)) if kind else ():
-            found.setdefault(atom, str(kind))
-    return found
+            kinds.setdefault(atom, str(kind))
+    return kinds
 
 
 def _name_groups(scope: Scope) -> list[ChannelGroup]:
@@ -164,7 +164,7 @@ def _name_groups(scope: Scope) -> list[ChannelGroup]:
         name = (writers or rows)[0].layer
         choices = scope.table.choices(atom)
         kind = kinds.get(atom, "normed" if NORMED in choices else "")
-        open_ = all(HELD in reason for reason in reasons)  # but for what is held back
+        open_ = all(HELD in reason for reason in reasons)  # or `include` can unlock it
         name += f"#{kind}" if kind and (atom in kinds or open_) else ""
         taken[name] += 1
         name += f"#{taken[name]}" if taken[name] > 1 else ""

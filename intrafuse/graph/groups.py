@@ -30,10 +30,10 @@ __all__ = [
 
 Role = Literal["writer", "carrier", "reader"]
 Kind = Literal["weight", "bias", "scale", "shift", "mean", "variance", "function"]
-# Why channels may be chosen among but not combined, where their number enters a statistic.
+# Reason why channels of a norm may be removed but not combined.
 NORMED = "a norm takes its statistics over it"
-# Begins the rest of a reason where the channels stay only until `include` names their group.
-HELD = ": it stays unless it is named, as by "
+# Continues the reason of a group that is locked until `include` names it.
+HELD = ": it is locked unless `include` names it, as in "
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class Slot:
     """One parameter axis on which a channel group lies.
 
     Attributes:
-        parameter: the name in the state dict.
+        parameter: name in the state dict.
         axis: the dimension of the parameter.
         role: writer, carrier or reader of the channels.
-        kind: `weight` or `bias` of a writer or reader; `scale` (multiplies the channel),
-            `shift` (is added to it), `mean` or `variance` (running statistics) of a carrier, or
-            `function` (a function of it meets the channel).
-        blocks: where the channels lie along the axis at the traced sizes.
+        kind: `weight` or `bias` of a writer or reader; for a carrier, `scale` (multiplies the
+            channel), `shift` (is added to the channel), `mean` or `variance` (running statistics),
+            or `function` (acts on the channel through another function).
+        blocks: the places of the channels along the axis at the traced sizes.
     """
 
     parameter: str
@@ -68,12 +68,13 @@ class ChannelGroup:
 
     Attributes:
         id: the atom that stands for the channels in the trees of `ChannelGraph.axes`.
-        name: the first layer that writes the channels (with `#k` where it writes several groups).
-        index: position in the paper's order; 0 is nearest the output.
+        name: the first layer that writes the channels (with `#k` if it writes several groups).
+        index: position in the paper's order; 0 is nearest to the output.
         size: number of channels.
-        slots: every parameter axis of the group, in the order of execution.
-        locked: why the group must keep its size; empty where it may shrink.
-        chosen: why its channels may be chosen among but not combined; empty where they may be.
+        slots: every parameter axis of the group, in order of execution.
+        locked: the reasons why the group must keep its size; empty if it may shrink.
+        chosen: the reasons why channels may be removed but not combined; empty if they may be
+            combined.
     """
 
     id: int
@@ -103,7 +104,7 @@ class ChannelGroup:
 
     @property
     def held(self) -> bool:
-        """Whether the channels stay only until `include` names their group."""
+        """Whether the group is locked only until `include` names it."""
         return bool(self.locked) and all(HELD in reason for reason in self.locked)
 
     @property
@@ -119,7 +120,7 @@ class Layer:
     Attributes:
         name: the module's path.
         operator: the ATen operator, such as `conv2d`.
-        weight, bias: names in the state dict; bias is None where there is none.
+        weight, bias: names in the state dict; bias is None without a bias.
         output_axis, input_axis: axes of the weight that hold output and input channels.
     """
 
@@ -137,10 +138,10 @@ class Norm:
 
     Attributes:
         name: the module's path.
-        weight, bias: affine parameters, None where the norm has none.
-        mean, variance: the running statistics.
+        weight, bias: names of the affine parameters; None if the norm has none.
+        mean, variance: names of the running statistics.
         eps: added to the variance.
-        layer: the weight's name of the layer that feeds this norm and nothing else, or None.
+        layer: weight name of the layer that feeds only this norm; None without such a layer.
     """
 
     name: str
@@ -153,7 +154,7 @@ class Norm:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names of the parameters and buffers that it has."""
+        """The names of the norm's parameters and buffers."""
         names = (self.weight, self.bias, self.mean, self.variance)
         return tuple(name for name in names if name is not None)
 
@@ -172,12 +173,12 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A number that a module holds and that no traced operator read: it may name a size.
+    """A number of a module that may be a size, although no traced operator reads it.
 
     Attributes:
         module: the module's path.
         name: the attribute.
-        trees: the axes of that size on the nearest parameters; it follows them where they agree.
+        trees: axes of this size on the nearest parameters. The number follows them if they agree.
     """
 
     module: str
@@ -187,7 +188,7 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Multiply-accumulates of one operator for one sample: factor times the sizes of the axes."""
+    """Multiply-accumulates of one operator per sample: factor times the product of axis sizes."""
 
     layer: str
     factor: float
@@ -196,20 +197,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Rescale:
-    """Outputs of a layer that must follow a size, because the code divides by its root.
+    """Outputs of a layer that must be rescaled with a size, because the code divides by its root.
 
-    Attention divides products of queries and keys by the root of their width. Where the width
-    shrinks from d to m, the layer that writes the queries is multiplied by (m / d) ** exponent,
-    and the products are what they were. So is the weight of a layer norm or RMS norm, which
-    divides by the root of a sum over the channels as a share of their number.
+    Attention divides products of queries and keys by the root of their width. When the width
+    shrinks from d to m, the layer that writes the queries is multiplied by (m / d) ** exponent to
+    keep the products. The weight of a layer norm or RMS norm is multiplied likewise, because the
+    norm divides by the root of a mean over the channels.
 
     Attributes:
-        weight, bias: names in the state dict; bias is None where there is none.
+        weight, bias: names in the state dict; bias is None without a bias.
         axis: the axis of the weight that holds the outputs.
-        before, part: trees of the outputs that lie before those that are multiplied, and of these.
+        before, part: tree of the outputs before the rescaled ones, and tree of the rescaled ones.
         over: tree of the size.
-        exponent: of the ratio of sizes.
-        offset: what the code adds to the weight before it multiplies with it.
+        exponent: exponent of the ratio of sizes.
+        offset: the number that the code adds to the weight before multiplying by it.
     """
 
     weight: str
@@ -224,20 +225,21 @@ class Rescale:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """What a trace knows of a model's channels.
+    """The channel groups of a model, and everything else that a trace records.
 
     Attributes:
         groups: the prunable channel groups, from input to output.
         locked: groups that must keep their size, with the reasons.
         axes: for each parameter and buffer, the tree of every dimension.
         sizes: the traced size of every atom.
-        layers: the convolutions and linear maps by the name of their weight, in order of execution.
+        layers: convolutions and linear maps by the name of their weight, in order of execution.
         norms: the batch norms, in order of execution.
         attributes: the module attributes that follow the sizes.
         costs: the terms whose sum is the number of multiply-accumulates.
         aliases: other names of shared (tied) parameters -> the name used here.
-        rescales: the layers whose outputs follow a size.
-        traced: the operators; None in a graph that was loaded. `program` refuses None.
+        rescales: the layers whose outputs are rescaled with a size.
+        hints: the numbers that may be sizes although no traced operator reads them.
+        traced: the operators; None in a graph that was loaded from a file. `program` refuses None.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -258,11 +260,11 @@ class ChannelGraph:
         """The operators of the traced model.
 
         Raises:
-            IntrafuseError: the graph was loaded: no file holds operators.
+            IntrafuseError: the graph was loaded from a file, and files hold no operators.
         """
         if self.traced is None:
             raise IntrafuseError(
-                "a plan that was loaded does not know the operators of its network",
+                "a loaded plan does not know the operators of its network",
                 remedy="make the plan again by intrafuse.plan, or the graph by intrafuse.trace",
             )
         return self.traced
@@ -279,12 +281,12 @@ class ChannelGraph:
 
     @cached_property
     def own_norms(self) -> tuple[Norm, ...]:
-        """The norms that share no tensor with another: each can be given values of its own."""
+        """The norms that share no tensor with another norm, so that each can be set separately."""
         uses = Counter(name for norm in self.norms for name in norm.tensors)
         return tuple(n for n in self.norms if all(uses[name] == 1 for name in n.tensors))
 
     def blocks(self, slot: Slot, group: int, sizes: Mapping[int, int]) -> tuple[Block, ...]:
-        """Find a group's channels along a slot's axis once other groups have shrunk to `sizes`."""
+        """Find the places of a group's channels along a slot's axis at the given sizes."""
         return locate(self.axes[slot.parameter][slot.axis], group, sizes)
 
     def shape(self, parameter: str, sizes: Mapping[int, int]) -> tuple[int, ...]:
@@ -292,23 +294,23 @@ class ChannelGraph:
         return tuple(tree_size(tree, sizes) for tree in self.axes[parameter])
 
     def resized(self, widths: Mapping[str, int]) -> dict[int, int]:
-        """Return the sizes of all atoms once the named groups have the given widths."""
+        """Return the sizes of all atoms if the named groups have the given widths."""
         changed = {self.by_name[name].id: width for name, width in widths.items()}
         return {**self.sizes, **changed}
 
     def attribute_values(self, sizes: Mapping[int, int]) -> dict[str, dict[str, int]]:
-        """Compute the attributes that follow the sizes: {module: {attribute: value}}."""
-        found: dict[str, dict[str, int]] = {}
+        """Compute the module attributes at the given sizes: {module: {attribute: value}}."""
+        values: dict[str, dict[str, int]] = {}
         for item in self.attributes:
-            found.setdefault(item.module, {})[item.name] = tree_size(item.tree, sizes)
+            values.setdefault(item.module, {})[item.name] = tree_size(item.tree, sizes)
         for hint in self.hints:
             now = {tree_size(tree, sizes) for tree in hint.trees}
             if len(now) == 1:
-                found.setdefault(hint.module, {})[hint.name] = now.pop()
-        return found
+                values.setdefault(hint.module, {})[hint.name] = now.pop()
+        return values
 
     def unclear(self, sizes: Mapping[int, int]) -> tuple[str, ...]:
-        """List numbers that may name axes that no longer have one size, as "module.name"."""
+        """List hints whose axes no longer have one common size, as "module.name"."""
         return tuple(
             f"{hint.module}.{hint.name}".lstrip(".")
             for hint in self.hints

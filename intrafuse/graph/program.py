@@ -1,4 +1,4 @@
-"""The operators that a model was traced to, with the axes of their results."""
+"""The operators of a traced model, with the axes of their results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Program:
 
     Attributes:
         nodes: the operators, in order of execution.
-        values: the trees of each result; of an operator with several results, a list of lists.
-        parameters: the names of parameters and buffers, by the node that stands for them.
+        values: the trees of each result; a list of lists for an operator with several results.
+        parameters: the node of each parameter and buffer -> its name.
         scales: numbers in the code that follow a size: operator -> (tree of the size, exponent).
-        starts: what lies before each slice: operator -> tree.
-        example_inputs: what the model was traced with.
+        starts: slice -> tree of the positions before the slice.
+        example_inputs: the inputs that the model was traced with.
     """
 
     nodes: tuple[Node, ...]

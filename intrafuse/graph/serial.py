@@ -1,4 +1,4 @@
-"""Channel graphs and trees as JSON data, so that a saved plan can be applied without a trace."""
+"""Channel graphs and trees as JSON data: a saved plan can be applied without a new trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Data(BaseModel):
 
 
 class _Group(_Data):
-    """A channel group without the places of its channels, which follow from the trees."""
+    """A channel group without its blocks, which are computed from the trees."""
 
     id: Count
     name: str
@@ -47,7 +47,7 @@ class _Group(_Data):
 
 
 class GraphData(_Data):
-    """What a file says of a channel graph: trees are numbers, {"+": [...]} or {"*": [...]}."""
+    """A channel graph in a file. Trees are numbers, {"+": [...]} or {"*": [...]}."""
 
     groups: tuple[_Group, ...]
     locked: tuple[_Group, ...]
@@ -79,13 +79,13 @@ def _unpack(data: Any, sizes: Mapping[int, int]) -> Tree:
         return data
     ((sign, children),) = data.items()
     if sign not in ("+", "*") or not isinstance(children, list):
-        raise ValueError(f"{sign!r} is no node of a tree")
+        raise ValueError(f"{sign!r} is not a node of a tree")
     trees = tuple(_unpack(child, sizes) for child in children)
     return Sum(trees) if sign == "+" else Product(trees)
 
 
 def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
-    """Turn a channel graph into JSON data; the traced operators are left out."""
+    """Turn a channel graph into JSON data, without the traced operators."""
 
     def group(item: ChannelGroup) -> dict[str, Any]:
         slots = [[s.parameter, s.axis, s.role, s.kind] for s in item.slots]
@@ -125,10 +125,10 @@ def graph_to_data(graph: ChannelGraph) -> dict[str, Any]:
 
 
 def graph_from_data(data: GraphData) -> ChannelGraph:
-    """Rebuild a channel graph from what `graph_to_data` gave.
+    """Rebuild a channel graph from the data of `graph_to_data`.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: its parts contradict each other.
+        ValueError, LookupError, TypeError, AttributeError: the data are inconsistent.
     """
     sizes = data.sizes
 
@@ -165,5 +165,5 @@ def graph_from_data(data: GraphData) -> ChannelGraph:
         ),
     )
     if len(graph.by_name) < len(graph.groups):
-        raise ValueError("two groups have one name")
+        raise ValueError("two groups have the same name")
     return graph

@@ -1,4 +1,4 @@
-"""Model -> channel graph: export, run one rule for each operator, freeze what was found."""
+"""Trace a model to a channel graph: export it, run one rule per operator, freeze the result."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ __all__ = [
     "trace",
 ]
 
-CONSTANT = "a tensor of the model's code that is no buffer"
-# What a rule raises where it does not understand its arguments.
+CONSTANT = "a tensor of the model's code that is not a buffer"
+# Errors of a rule that does not understand its arguments.
 ODD = (KeyError, IndexError, TypeError, ValueError, AttributeError, GuardOnDataDependentSymNode)
 PASS_ORIGIN = VIEWS | {"index"}
 
@@ -54,11 +54,11 @@ def trace(
     """Find the channel groups of a model.
 
     Args:
-        model: any module that `torch.export` takes; it is not changed.
-        example_inputs: a tensor, a tuple of args or a mapping of kwargs. Sizes matter
-            (multiply-accumulates are counted for them), values do not.
-        include: patterns of names of groups whose channels a layer norm or RMS norm takes its
-            statistics over, such as `["*#normed"]`: all others of that kind are locked.
+        model: any module that `torch.export` accepts. The module is not changed.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs. Their sizes matter,
+            because multiply-accumulates are counted for them. Their values do not matter.
+        include: patterns of group names, such as `["*#normed"]`. Groups that a layer norm or RMS
+            norm reduces over are locked unless a pattern matches their name.
 
     Returns:
         The channel graph: prunable groups from input to output, locked groups with reasons.
@@ -106,7 +106,7 @@ def trace(
 
 
 def _require_sizes(nodes: Iterable[Node]) -> None:
-    """Refuse sizes that depend on numbers in tensors: no channel can be told from them."""
+    """Refuse sizes that depend on numbers in tensors, because their channels are unknown."""
     for node in nodes:
         for value in tree_leaves(node.meta.get("val")):
             if any(isinstance(n, torch.SymInt) for n in getattr(value, "shape", ())):
@@ -114,7 +114,7 @@ def _require_sizes(nodes: Iterable[Node]) -> None:
                     "a size must not depend on numbers in tensors, but that of operator "
                     f"{operator_name(node)} does",
                     layer=location(node) or node.name,
-                    remedy="multiply by a mask in place of indexing by it, or trace the part of "
+                    remedy="multiply by a mask instead of indexing by it, or trace the part of "
                     "the model that should be pruned",
                 )
 
@@ -125,7 +125,7 @@ def _resized(
     attributes: Mapping[str, Mapping[str, int]],
     aliases: Mapping[str, str],
 ) -> nn.Module:
-    """Copy a model without its values: tensors of other shapes are new, and hold nothing."""
+    """Copy a model with new shapes. Tensors of a new shape are uninitialized, others are shared."""
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {
         name: torch.empty(shape, dtype=old[name].dtype, device=old[name].device)
@@ -139,16 +139,16 @@ def _resized(
 
 def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     named = [*model.named_parameters(remove_duplicate=False)]
     for name, tensor in [*named, *model.named_buffers(remove_duplicate=False)]:
         if first.setdefault(id(tensor), name) != name:
-            found[name] = first[id(tensor)]
-    return found
+            aliases[name] = first[id(tensor)]
+    return aliases
 
 
 def _enter(scope: Scope, program) -> None:
-    """Give axes to parameters, buffers, constants and inputs."""
+    """Assign axes to parameters, buffers, constants and inputs."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:

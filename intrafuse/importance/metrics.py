@@ -1,8 +1,9 @@
 """Score the channels of a group: metrics that need no data, the registry, and `score`.
 
-A new metric is one function ``metric(group, context) -> scores`` with its paper in the docstring
-and an entry in IMPORTANCE. Metrics that need data live in `intrafuse.importance.on_data`.
-Scores are float32, (channels,), one for each channel that the group has now; higher is better.
+To add a metric, write a function ``metric(group, context) -> scores`` with its paper in the
+docstring, and enter it in IMPORTANCE. Metrics that need data live in
+`intrafuse.importance.on_data`. Scores are float32, (channels,), one for each present channel of the
+group; higher is more important.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ SATURATING = (nn.Hardtanh, nn.Tanh, nn.Softsign)  # ReLU6 is a Hardtanh
 
 
 def _filters(group: ChannelGroup, weights: Weights) -> list[Tensor]:
-    """List the weights that write each channel, by writer: float32 (channels, elements).
+    """List the weights that write each channel, one float32 (channels, elements) per writer.
 
-    A group that no weight writes is judged by all its parameters instead.
+    If no weight writes the group, return all its parameters instead.
     """
     slots: list[Slot] = [s for s in weights.present(group.writers) if s.kind == "weight"]
     if not slots:
         slots = [s for s in weights.present(group.slots) if s.kind not in ("mean", "variance")]
     if not slots:
         raise IntrafuseError(
-            "the group has no parameter to judge its channels by",
+            "the group has no parameters to score its channels by",
             layer=group.name,
             remedy='choose another importance, such as "random"',
         )
@@ -72,10 +73,10 @@ def _filters(group: ChannelGroup, weights: Weights) -> list[Tensor]:
 
 
 def _norm(group: ChannelGroup, weights: Weights, p: float) -> Tensor:
-    """Take the p-norm of the weights that write each channel.
+    """Compute the p-norm of the weights that write each channel.
 
-    Several writers (of a residual stream) count alike, however large or many their weights:
-    the norms of each are divided by their mean before they are averaged.
+    All writers of a group, such as a residual stream, have equal influence: the norms of each
+    writer are divided by their mean before averaging over writers.
     """
     norms = [torch.linalg.vector_norm(rows, p, dim=1) for rows in _filters(group, weights)]
     if len(norms) == 1:
@@ -86,7 +87,7 @@ def _norm(group: ChannelGroup, weights: Weights, p: float) -> Tensor:
 
 
 def l1(group: ChannelGroup, context: Context) -> Tensor:
-    """Sum the absolute weights that write a channel, biases excluded; writers count alike.
+    """Sum the absolute weights that write a channel, without biases; writers count equally.
 
     Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets",
     ICLR 2017, arXiv 1608.08710, section 3.1.
@@ -95,7 +96,7 @@ def l1(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def l2(group: ChannelGroup, context: Context) -> Tensor:
-    """Take the Euclidean norm of the weights that write a channel; writers count alike.
+    """Compute the Euclidean norm of the weights that write a channel; writers count equally.
 
     Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning for Accelerating Deep Convolutional
     Neural Networks", IJCAI 2018, arXiv 1808.06866, equation 2 with p = 2.
@@ -104,7 +105,7 @@ def l2(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def linf(group: ChannelGroup, context: Context) -> Tensor:
-    """Take the largest absolute weight that writes a channel; writers count alike.
+    """Return the largest absolute weight that writes a channel; writers count equally.
 
     Source: as `l2`, with p = infinity.
     """
@@ -112,7 +113,7 @@ def linf(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def random(group: ChannelGroup, context: Context) -> Tensor:
-    """Draw scores from [0, 1), the same for the same seed and the same name of the group.
+    """Draw scores from [0, 1); seed and group name determine them.
 
     Source: Mittal, Bhardwaj, Khapra, Ravindran, "Recovering from Random Pruning: On the
     Plasticity of Deep Convolutional Neural Networks", WACV 2018, arXiv 1801.10447.
@@ -122,10 +123,10 @@ def random(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def lamp(group: ChannelGroup, context: Context) -> Tensor:
-    """Divide the squared norm of a channel by the sum over all channels that are not smaller.
+    """Divide the squared norm of a channel by the sum over all channels of at least that norm.
 
-    The ranking within a group is that of `l2`; between groups the scores compare as shares of
-    what is left, so prefer it to `l2` where one threshold cuts all groups.
+    Within a group the ranking is the same as for `l2`. Between groups, scores are shares of the
+    remaining norm, so prefer `lamp` to `l2` if one threshold cuts all groups.
 
     Source: Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning",
     ICLR 2021, arXiv 2010.07611: the LAMP score, on channels instead of single weights.
@@ -133,15 +134,15 @@ def lamp(group: ChannelGroup, context: Context) -> Tensor:
     squares = _norm(group, context.weights, 2).double().square()
     ascending = squares.sort().values
     rest = ascending.flip(0).cumsum(0).flip(0)  # rest[k]: sum from the k-th smallest on
-    rest = rest[torch.searchsorted(ascending, squares)]  # equal channels count alike
+    rest = rest[torch.searchsorted(ascending, squares)]  # equal channels get equal scores
     return torch.where(squares > 0, squares / rest, squares).float()
 
 
 def bn_scale(group: ChannelGroup, context: Context) -> Tensor:
-    """Sum the |gamma| of the batch norms that a channel passes, as the model was given.
+    """Sum the |gamma| of the batch norms that a channel passes, before any folding.
 
-    Meaningful for networks trained with a penalty on gamma. Folding does not matter: gamma is
-    read from the module.
+    Use it for networks that were trained with a penalty on gamma. Folding does not affect it,
+    because gamma is read from the module.
 
     Raises:
         IntrafuseError: the channels pass no batch norm with a scale.
@@ -167,24 +168,24 @@ def bn_scale(group: ChannelGroup, context: Context) -> Tensor:
 def fpgm(group: ChannelGroup, context: Context) -> Tensor:
     """Sum the Euclidean distances from a channel's weights to those of all other channels.
 
-    Channels near the geometric median are what the others can stand in for.
+    The other channels can replace a channel near the geometric median.
 
     Source: He, Liu, Wang, Hu, Yang, "Filter Pruning via Geometric Median for Deep Convolutional
     Neural Networks Acceleration", CVPR 2019, arXiv 1811.00250.
     """
     filters = torch.cat(
         _filters(group, context.weights), 1
-    ).double()  # cdist squares: keep the digits
+    ).double()  # cdist squares, so float32 would lose precision
     return torch.cat([torch.cdist(part, filters).sum(1) for part in filters.split(1024)]).float()
 
 
 def synflow(group: ChannelGroup, context: Context) -> Tensor:
-    """Measure the share of the synaptic flow that a channel's writers carry; needs no data.
+    """Compute the share of the synaptic flow through a channel's writers; needs no data.
 
     R is the sum of the outputs for an input of ones, with absolute parameters, in float64 and
-    evaluation mode; norm layers only scale and shift (batch norm by |gamma| / std), and ReLU6 and
-    other saturating modules pass their input. A channel's score is the sum of |w dR/dw| / R over
-    its writers' weights: in a chain without biases the scores of a group sum to one.
+    evaluation mode. Norm layers only scale and shift (batch norm by |gamma| / std). ReLU6 and other
+    saturating modules return their input. A channel's score is the sum of |w dR/dw| / R over its
+    writers' weights. In a chain without biases, the scores of a group sum to one.
 
     Raises:
         IntrafuseError: the model cannot be copied or run in float64, or R overflows.
@@ -220,14 +221,14 @@ def _synaptic_flow(context: Context) -> Scores:
 
 
 def _ones(tensor: Tensor) -> Tensor:
-    """Make ones of the same shape; indices, such as tokens, stay."""
+    """Return ones of the same shape; integers, such as tokens, stay."""
     if not tensor.is_floating_point():
         return tensor
     return torch.ones(tensor.shape, dtype=torch.float64, device=tensor.device)
 
 
 def _linear_copy(model: nn.Module) -> nn.Module:
-    """Copy a model in float64, with absolute parameters, so that it is linear on ones."""
+    """Copy a model in float64 with absolute parameters; it is linear for an input of ones."""
     model = copy_without(model, []).double().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.abs()
@@ -241,7 +242,7 @@ def _linear_copy(model: nn.Module) -> nn.Module:
 
 
 def _scale_and_shift(module: Any, x: Tensor) -> Tensor:
-    """Apply what is left of a norm layer without its statistics (batch norm: without its mean)."""
+    """Apply a norm layer without input statistics, and a batch norm without its running mean."""
     shape = tuple(getattr(module, "normalized_shape", ()))
     if not shape or tuple(x.shape[-len(shape) :]) != shape:  # channels first, also LayerNorm2d
         shape = (-1, *[1] * (x.dim() - 2))
@@ -274,16 +275,16 @@ def score(group: ChannelGroup, context: Context, importance: str | Importance) -
 
     Args:
         group: the channel group.
-        context: the state of planning. Metrics that run the model score its original channels,
-            so ask them before the group is merged.
+        context: the state of planning. Metrics that run the model score its original channels, so
+            call them before the group is merged.
         importance: a name in IMPORTANCE, or any function (group, context) -> (channels,).
 
     Returns:
         float32 (channels,), finite; higher is more important.
 
     Raises:
-        IntrafuseError: unknown name; scores of another shape, NaN or infinite; a metric that
-            needs data, and the context has none.
+        IntrafuseError: the name is unknown, the scores have the wrong shape or are not finite, or
+            the metric needs data and the context has none.
 
     >>> from torch import nn
     >>> from intrafuse.graph import trace
@@ -299,10 +300,10 @@ def score(group: ChannelGroup, context: Context, importance: str | Importance) -
     channels = context.weights.sizes[group.id]
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (channels,):
         raise IntrafuseError(
-            f'importance "{name}" must give one score for each of {channels} channels',
+            f'importance "{name}" must return one score for each of {channels} channels',
             value=tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__,
             layer=group.name,
-            remedy=f"return a tensor of shape ({channels},), and ask metrics that run the model "
+            remedy=f"return a tensor of shape ({channels},), and call metrics that run the model "
             "before the group is merged",
         )
     scores = scores.detach().float()

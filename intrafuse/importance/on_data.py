@@ -1,8 +1,8 @@
-"""Importance metrics that run the model on the user's data, and what such metrics share.
+"""Importance metrics that run the model on the user's data, and their shared functions.
 
-They judge the channels of the model as it was given. All groups are scored in one pass, and
-the scores are remembered for as long as the original tensors of the plan live. The model is read
-only: training flags come back, `.grad` stays as it was, and hooks come off, also on exceptions.
+They score the channels of the original model. One pass scores all groups, and the scores are cached
+while the original tensors of the plan exist. The model is not changed: training flags are restored,
+`.grad` is untouched, and hooks are removed, also after exceptions.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ LOG_NODES = torch.arange(-24.0, 20.0, STEP, dtype=torch.float64)
 
 
 def taylor(group: ChannelGroup, context: Context) -> Tensor:
-    """Estimate how the loss changes to first order when a channel's writers become zero.
+    """Estimate, to first order, how the loss changes if a channel's writers become zero.
 
-    The sum of gradient times value over the channel's writers (weights and biases), squared,
-    averaged over the batches. The loss is the cross-entropy with the labels.
+    The score is the squared sum of gradient times value over the channel's writers (weights and
+    biases), averaged over the batches. The loss is the cross-entropy with the labels.
 
     Raises:
-        IntrafuseError: no data, data without labels, or labels that the outputs do not fit.
+        IntrafuseError: there is no data, or it has no labels, or labels do not fit the outputs.
 
     Source: Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance Estimation for Neural Network
     Pruning", CVPR 2019, arXiv 1906.10771, section 3 (first-order, filters as groups).
@@ -69,14 +69,14 @@ def taylor(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def chip(group: ChannelGroup, context: Context) -> Tensor:
-    """Measure how much of the feature maps' nuclear norm is lost when a channel becomes zero.
+    """Compute how much nuclear norm the feature maps lose if a channel becomes zero.
 
-    For each input, A (channels, positions) is what the first reader of the group is given; the
-    score is the nuclear norm of A less that of A with the channel's row set to zero, averaged over
-    the first 32 inputs of the first 5 batches. Labels are not used.
+    For each input sample, A (channels, positions) is the input of the group's first reader. The
+    score is the nuclear norm of A minus the nuclear norm of A with the channel's row set to zero,
+    averaged over the first 32 samples of each of the first 5 batches. Labels are not used.
 
     Raises:
-        IntrafuseError: no data, or no reader that is called as a module.
+        IntrafuseError: there is no data, or no reader is called as a module.
 
     Source: Sui, Yin, Xie, Phan, Zonouz, Yuan, "CHIP: CHannel Independence-based Pruning for
     Compact Neural Networks", NeurIPS 2021, arXiv 2110.13981, section 3.
@@ -89,12 +89,12 @@ def chip(group: ChannelGroup, context: Context) -> Tensor:
 
 
 def activation(group: ChannelGroup, context: Context) -> Tensor:
-    """Average the absolute activation of a channel over all that its readers are given.
+    """Average the absolute activation of a channel over all inputs of its readers.
 
-    Every input of every batch counts alike, for each reader. Labels are not used.
+    Every sample of every batch counts equally, for each reader. Labels are not used.
 
     Raises:
-        IntrafuseError: no data, or no reader that is called as a module.
+        IntrafuseError: there is no data, or no reader is called as a module.
 
     Source: Molchanov, Tyree, Karras, Aila, Kautz, "Pruning Convolutional Neural Networks for
     Resource Efficient Inference", ICLR 2017, arXiv 1611.06440, section 2.2 (mean activation).
@@ -114,10 +114,10 @@ _KNOWN: WeakKeyDictionary[Weights, dict[str, tuple[tuple, Scores]]] = WeakKeyDic
 def scored(
     group: ChannelGroup, context: Context, metric: str, compute: Callable[[Context], Scores]
 ) -> Tensor:
-    """Look a group up in what a metric computes once for all groups of a plan.
+    """Return a group's scores from the cache of a metric, which computes all groups at once.
 
-    The original tensors of the plan are the key; model, data and example inputs, which the entry
-    keeps alive, must be the same objects.
+    The key is the original tensors of the plan. An entry is valid only for the same model, data and
+    example inputs, which it keeps alive.
     """
     entries = _KNOWN.setdefault(context.original, {})
     source = (context.model, context.data, context.example_inputs)
@@ -141,7 +141,7 @@ def floating(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def refusing(metric: str) -> Iterator[None]:
-    """Turn what PyTorch raises for inputs that do not fit the model into one line."""
+    """Turn an error that PyTorch raises for unfit inputs into a one-line IntrafuseError."""
     try:
         with as_called():
             yield
@@ -168,7 +168,7 @@ def _batches(context: Context, metric: str, limit: int | None = None) -> Iterato
 
 @contextmanager
 def _watching(context: Context, visit: Visit) -> Iterator[None]:
-    """Call visit(group, slot, features) for what every reader of every group is given."""
+    """Call visit(group, slot, features) with the input of every reader of every group."""
     owners: dict[int, list[nn.Module]] = {}
     for module in context.model.modules():
         if isinstance(module, READERS):
@@ -208,8 +208,15 @@ def _averages(
     first_reader: bool = False,
     limit: int | None = None,
 ) -> Scores:
-    """Average over inputs what a measure (inputs, channels, positions) -> (inputs, channels) says
-    of all that the readers of each group are given, or only the first reader that is called."""
+    """Average a measure of the inputs of each group's readers over samples.
+
+    Args:
+        context: the state of planning, with data.
+        metric: names the metric in errors.
+        measure: maps (samples, channels, positions) to (samples, channels).
+        first_reader: measure only the first reader that is called.
+        limit: the most batches to read; None for all.
+    """
     sums: dict[int, Sums] = {}
     first: dict[int, Slot] = {}
 
@@ -230,15 +237,15 @@ def _averages(
 
 
 def _independence(features: Tensor) -> Tensor:
-    """Compute the loss of nuclear norm for each row set to zero: (B, C, K) -> (<=32, C).
+    """Compute the loss of nuclear norm if each row becomes zero: (B, C, K) -> (<=32, C).
 
-    Not by C singular value decompositions but by one eigendecomposition. With A the matrix, a_i
-    its row and q_i(s) = a_i^T (A^T A + s^2)^-1 a_i, the integral form of the square root and
-    det(A^T A - a_i a_i^T + s^2) = det(A^T A + s^2) (1 - q_i(s)) give
+    This uses one eigendecomposition instead of C singular value decompositions. Let A be the
+    matrix, a_i its row and q_i(s) = a_i^T (A^T A + s^2)^-1 a_i. The integral form of the square
+    root and det(A^T A - a_i a_i^T + s^2) = det(A^T A + s^2) (1 - q_i(s)) yield
 
-        ||A||_* - ||A without row i||_* = -(1 / pi) integral_0^inf log(1 - q_i(s)) ds,
+        ||A||_* - ||A without row i||_* = -(1 / pi) integral_0^inf log(1 - q_i(s)) ds.
 
-    and the trapezoidal rule in log s converges exponentially.
+    The trapezoidal rule in log s converges exponentially.
     """
     a = features[:CHIP_INPUTS].double()
     if a.shape[1] <= a.shape[2]:
@@ -261,7 +268,7 @@ def _first_order(context: Context) -> Scores:
     given = dict(model.named_parameters())
     slots = {g.id: [s for s in g.writers if s.parameter in given] for g in groups}
     wanted = sorted({slot.parameter for group in groups for slot in slots[group.id]})
-    # Leaves of their own, so that the model's parameters get no .grad and keep requires_grad.
+    # Separate leaves, so that the model's parameters get no .grad and keep requires_grad.
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         leaves = {name: p.detach() for name, p in given.items()}
         leaves.update({name: given[name].detach().requires_grad_() for name in wanted})
@@ -282,14 +289,14 @@ def _loss(model: nn.Module, leaves: dict[str, Tensor], inputs: Any, labels: Any)
     if not isinstance(labels, Tensor):
         raise IntrafuseError(
             'importance "taylor" needs labels, but the data has none',
-            remedy="give batches of (inputs, labels), or choose an importance that needs none, "
+            remedy="pass batches of (inputs, labels), or choose an importance without labels, "
             'such as "chip" or "l1"',
         )
     outputs = torch.func.functional_call(model, leaves, *as_arguments(inputs))
     logits = next(floating(getattr(outputs, "logits", outputs)), None)
     if logits is None:
-        raise IntrafuseError("the model puts out no logits", value=type(outputs).__name__)
-    if labels.shape == logits.shape[:-1]:  # also one label for each position of a sequence
+        raise IntrafuseError("the model returns no logits", value=type(outputs).__name__)
+    if labels.shape == logits.shape[:-1]:  # also with one label per position of a sequence
         logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     return F.cross_entropy(logits.float(), labels)
 
@@ -300,11 +307,11 @@ def products(
     values: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor | None],
 ) -> Tensor:
-    """Multiply values by gradients for all slots side by side: float64 (channels, elements)."""
+    """Multiply values by gradients, and concatenate all slots: float64 (channels, elements)."""
     rows = [torch.zeros(group.size, 1, dtype=torch.float64)]
     for slot in slots:
         gradient = gradients[slot.parameter]
-        if gradient is not None:  # else the outputs do not depend on it
+        if gradient is not None:  # None if the outputs do not depend on the parameter
             product = values[slot.parameter].detach().double() * gradient.double()
             rows.append(channel_rows(product, slot.axis, slot.blocks, group.size))
     return torch.cat([row.to(rows[-1].device) for row in rows], dim=1)

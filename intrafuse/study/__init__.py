@@ -1,1 +1,1 @@
-"""Measure, compare, train and report; nothing of the pipeline imports it."""
+"""Measure, compare, train and report. The pipeline's rooms never import this room."""

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, devices, calls into a network's code."""
+"""Shared helpers: errors, files, devices, and calls into a model's own code."""

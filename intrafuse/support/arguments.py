@@ -1,4 +1,4 @@
-"""What arguments of public functions must be, by name: refused before anything is computed."""
+"""Check the arguments of public functions by name, before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Test = Callable[[Any], bool]
 
 
 def check_arguments(**given: object) -> None:
-    """Refuse arguments of a wrong kind; their names say which kind that is.
+    """Refuse arguments of the wrong kind. The name of an argument determines its kind.
 
     Raises:
         IntrafuseError: names the first argument that is wrong.
 
     >>> check_arguments(seed="x")
     Traceback (most recent call last):
-    intrafuse.errors.IntrafuseError: seed must be a whole number; got 'x'
+    intrafuse.support.errors.IntrafuseError: seed must be a whole number; got 'x'
     """
     for name, value in given.items():
-        what, fits = WANTED[name]
+        kind, fits = KINDS[name]
         if not fits(value):
             short = isinstance(value, str | bool | Real | tuple | list | Mapping | type(None))
             remedy = (
-                f"{name}=[{value!r}]" if "patterns" in what and isinstance(value, str) else None
+                f"{name}=[{value!r}]" if "patterns" in kind and isinstance(value, str) else None
             )
             raise IntrafuseError(
-                f"{name} must be {what}",
+                f"{name} must be {kind}",
                 value=value if short else type(value).__name__,
                 usage=True,
                 remedy=remedy,
@@ -43,10 +43,10 @@ def check_arguments(**given: object) -> None:
 
 
 def check_choice(setting: str, value: object, allowed: Any, *, optional: bool = False) -> None:
-    """Refuse a value that is not among those of a Literal type; `optional` allows None as well.
+    """Refuse a value that a Literal type does not list; `optional` also allows None.
 
     Raises:
-        IntrafuseError: names the setting and what it may be.
+        IntrafuseError: names the setting and its allowed values.
     """
     known = get_args(allowed)
     if value not in known and not (optional and value is None):
@@ -55,10 +55,10 @@ def check_choice(setting: str, value: object, allowed: Any, *, optional: bool = 
 
 
 def check_choices(method: object, choices: Mapping[str, Any]) -> None:
-    """Refuse a setting whose value is not among those of its Literal type.
+    """Refuse a setting whose value its Literal type does not list.
 
     Raises:
-        IntrafuseError: names the setting and what it may be.
+        IntrafuseError: names the setting and its allowed values.
     """
     for setting, allowed in choices.items():
         check_choice(setting, getattr(method, setting), allowed)
@@ -94,7 +94,7 @@ def _shares(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(pattern, str) for pattern in value)
 
 
-WANTED: Mapping[str, tuple[str, Test]] = {
+KINDS: Mapping[str, tuple[str, Test]] = {
     "model": ("a torch.nn.Module", _kind(nn.Module)),
     "include": ("a list of patterns", _or_none(_patterns)),
     "exclude": ("a list of patterns", _patterns),

@@ -1,4 +1,4 @@
-"""The user's data, batch by batch, on the model's device."""
+"""Read the user's data batch by batch, on the model's device."""
 
 from __future__ import annotations
 
@@ -68,16 +68,16 @@ def batches(
     """Iterate over (inputs, labels or None) on the model's device.
 
     Args:
-        data: batches of inputs, or of (inputs, labels); inputs are a tensor, a tuple of args or a
+        data: batches of inputs or of (inputs, labels). Inputs are a tensor, a tuple of args or a
             mapping of kwargs.
-        model: what will read them.
-        purpose: what needs the data, for the errors.
-        limit: number of batches.
-        instead: what serves without data, for the error where there is none.
+        model: the model that reads the inputs.
+        purpose: the step that needs the data; error messages name it.
+        limit: the most batches to read; None for all.
+        instead: an alternative that needs no data; the error for missing data names it.
 
     Raises:
-        IntrafuseError: there is no data, it is not made of batches, it is empty, or it holds
-            numbers that are not finite.
+        IntrafuseError: `data` is None, is not made of batches, is empty, or holds numbers that
+            are not finite.
 
     >>> [x.shape for x, _ in batches([torch.zeros(2, 3)], nn.Linear(3, 1), purpose="repair")]
     [torch.Size([2, 3])]
@@ -108,26 +108,26 @@ def batches(
 
 
 def require_finite(value: Any, what: str) -> None:
-    """Refuse NaN and infinity in nested tensors; masks of attention hold -infinity.
+    """Refuse NaN and +infinity in nested tensors. Attention masks may hold -infinity.
 
     Raises:
-        IntrafuseError: names `what` and the number.
+        IntrafuseError: names `what` and says whether it holds NaN or infinity.
     """
     for tensor in tensors_of(value):
         if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
-            found = "nan" if bool(tensor.isnan().any()) else "inf"
+            number = "nan" if bool(tensor.isnan().any()) else "inf"
             raise IntrafuseError(
                 f"data must be finite, but {what} is not",
-                value=found,
-                remedy="leave out these samples, or repair them",
+                value=number,
+                remedy="remove or repair these samples",
             )
 
 
 def require_rereadable(data: object) -> None:
-    """Refuse data that can be read once only, or is no data; None is no data, and allowed.
+    """Refuse data that can be read only once. None, which stands for no data, is allowed.
 
     Raises:
-        IntrafuseError: it is an iterator, or not made of batches.
+        IntrafuseError: `data` is an iterator, or is not made of batches.
     """
     if data is not None:
         _require_iterable(data)
@@ -147,11 +147,11 @@ def _require_iterable(data: object) -> None:
 
 @contextmanager
 def fitting(what: str, remedy: str) -> Iterator[None]:
-    """Turn what the model raises for inputs that do not fit it into one line.
+    """Turn an error that the model raises for unfit inputs into a one-line IntrafuseError.
 
     Args:
-        what: which inputs, for the error.
-        remedy: what the user can do.
+        what: names the inputs in the error.
+        remedy: tells the user how to fix it.
     """
     try:
         with as_called():

@@ -1,4 +1,4 @@
-"""Calls of the library: one at a time, and apart from the caller's settings of PyTorch."""
+"""Run public functions one at a time, isolated from the caller's PyTorch settings."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ __all__ = ["alone", "apart", "as_called", "as_library"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Modes of a shared model, its hooks, filters of warnings and what torch.export changes belong to
-# the process. A thread that holds the lock may take it again.
+# Model modes, hooks, warning filters and the state that torch.export changes are shared by all
+# threads of the process. A thread that holds the lock may acquire it again.
 _LOCK = threading.RLock()
-_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that have an autocast of their own
-_called: list[tuple[torch.dtype, torch.device]] = []  # defaults of the caller, under the lock
+_DEVICES = ("cpu", "cuda", "mps", "xpu")  # device types with their own autocast
+_called: list[tuple[torch.dtype, torch.device]] = []  # the caller's defaults, guarded by the lock
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let one thread at a time do what others would see."""
+    """Let only one thread at a time change state that all threads share."""
     with _LOCK:
         yield
 
 
 def apart(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a public function run alone, in PyTorch's plain state.
+    """Make a public function run in one thread at a time, with PyTorch's default state.
 
-    Under `torch.autocast` it would compute in fewer digits, and under `torch.inference_mode` make
-    tensors that cannot be trained. Another default type or device would reach its own tensors; the
-    forward of the caller's model runs with it (`as_called`).
+    Under the caller's `torch.autocast` the function would lose precision. Under
+    `torch.inference_mode` it would create tensors that cannot be trained. The caller's default
+    dtype and device would apply to the function's own tensors; only the forward of the caller's
+    model runs with these defaults (`as_called`).
     """
 
     @wraps(function)
@@ -55,9 +56,9 @@ def apart(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def as_called() -> Iterator[None]:
-    """Let code of the caller run with the default type and device that it was called with.
+    """Run the caller's code with the default dtype and device of the caller.
 
-    Hooks that see what it does are decorated by `as_library()`.
+    Decorate hooks on that code by `as_library()`.
     """
     if not _called:
         yield
@@ -68,7 +69,7 @@ def as_called() -> Iterator[None]:
 
 @contextmanager
 def as_library() -> Iterator[None]:
-    """Let code of the library run with PyTorch's own default type and device."""
+    """Run library code with PyTorch's initial default dtype and device."""
     with _defaults(torch.float32, torch.device("cpu")):
         yield
 

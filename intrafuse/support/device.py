@@ -1,4 +1,4 @@
-"""Choose a device, and refuse one that cannot be used before anything is computed on it."""
+"""Choose a device, and refuse an unusable one before anything is computed on it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["pick_device", "require_device", "require_numbers"]
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Resolve `auto`: a GPU where PyTorch can use one, else the CPU.
+    """Resolve the name of a device; `auto` is a GPU if PyTorch can use one, else the CPU.
 
     Raises:
-        IntrafuseError: another device is asked for, which cannot be used.
+        IntrafuseError: the named device is unknown or cannot be used.
 
     >>> pick_device("cpu")
     device(type='cpu')
@@ -25,25 +25,25 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def require_numbers(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that holds no numbers.
+    """Refuse a tensor on the meta device, which holds no numbers.
 
     Raises:
-        IntrafuseError: it is on the meta device.
+        IntrafuseError: the tensor is on the meta device.
     """
     if tensor.device.type == "meta" and type(tensor) in (
         Tensor,
         nn.Parameter,
-    ):  # no class of its own
+    ):  # not a subclass of Tensor
         raise IntrafuseError(
             "a tensor on the meta device holds no numbers",
             layer=name,
-            remedy="load the weights first; a model that is on the meta device as a whole can be "
-            "traced, with inputs there",
+            remedy="load the weights first; a model that is entirely on the meta device can be "
+            "traced, with inputs on the meta device",
         )
 
 
 def require_device(name: str | torch.device) -> torch.device:
-    """Resolve the name of a device, and put a tensor there.
+    """Resolve the name of a device, and test it with one tensor.
 
     Raises:
         IntrafuseError: the name is unknown, or the device cannot be used.

@@ -1,22 +1,22 @@
-"""The one exception class of the package: every refusal names rule, value, layer and remedy."""
+"""The only exception class of the package: each error names rule, value, layer and remedy."""
 
 from __future__ import annotations
 
 __all__ = ["IntrafuseError", "printable"]
 
 _MISSING = object()
-LONGEST = 1000  # characters of a value that a message repeats
+LONGEST = 1000  # most characters of a value that a message shows
 
 
 class IntrafuseError(ValueError):
     """Say why an input was refused, and what to do instead.
 
     Args:
-        rule: the rule that was broken, as a sentence without its full stop.
-        value: the value received, where there is one.
-        layer: the layer, parameter or channel group concerned.
-        remedy: what the user can do, as a sentence without its full stop.
-        usage: True where the command line was misused (exit status 2, not 1).
+        rule: the broken rule, as a sentence without a period.
+        value: the received value, if any.
+        layer: the layer, parameter or channel group that broke the rule.
+        remedy: how the user can fix it, as a sentence without a period.
+        usage: True if the command line was misused (exit status 2 instead of 1).
 
     >>> print(IntrafuseError("channels must lie in [0, 1)", value=1.5, remedy="try channels=0.5"))
     channels must lie in [0, 1); got 1.5. Remedy: try channels=0.5
@@ -43,10 +43,10 @@ class IntrafuseError(ValueError):
 
 
 def _in_one_line(value: object) -> str:
-    """Write a value in one line, and cut what is too long to be read."""
+    """Write a value on one line, cut to LONGEST characters."""
     try:
         text = repr(value)
-    except Exception as error:  # a number of thousands of digits, an object of a user
+    except Exception as error:  # an int with thousands of digits, a user's object
         text = f"a {type(value).__name__} that cannot be written ({type(error).__name__})"
     if "\n" in text:
         text = " ".join(text.split())
@@ -54,9 +54,9 @@ def _in_one_line(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Write as escapes what a terminal would obey, and halves of characters, which no file takes.
+    r"""Escape control characters and lone surrogates: a terminal obeys them, files refuse them.
 
-    Names of layers, files and records come from others. Lines and tabs stay.
+    Names of layers, files and records may come from untrusted sources. Newlines and tabs stay.
 
     >>> print(printable("a\x1b[31m \udc80 ü"))
     a\x1b[31m \udc80 ü

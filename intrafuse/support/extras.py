@@ -1,4 +1,4 @@
-"""Import modules that only an extra of the package installs."""
+"""Import modules that an extra of the package installs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["import_extra"]
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module that only an extra of the package installs.
+    """Import a module that an extra of the package installs.
 
     Args:
-        module: its full name, such as "pyarrow.parquet".
-        extra: the extra that installs it, such as "data".
+        module: full name of the module, such as "pyarrow.parquet".
+        extra: the extra that installs the module, such as "data".
 
     Raises:
         IntrafuseError: the module cannot be imported; the message names the extra.

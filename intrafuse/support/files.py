@@ -1,18 +1,18 @@
-"""Write files and folders so that nothing half-written ever stands under the final name.
+"""Write files and folders atomically: the final name never refers to a partial file.
 
-What is written is first made in a stage, a hidden folder beside the target:
+Each writer first writes into a stage, a hidden folder beside the target:
 
-    .intrafuse-RANDOM.tmp/lock       held while the writer lives: the kernel frees it at any death
-    .intrafuse-RANDOM.tmp/new/NAME   what is written
-    .intrafuse-RANDOM.tmp/old/NAME   a folder that stood under the name, between two renames
+    .intrafuse-RANDOM.tmp/lock       locked while the writer lives; the kernel unlocks it at exit
+    .intrafuse-RANDOM.tmp/new/NAME   the new file or folder
+    .intrafuse-RANDOM.tmp/old/NAME   the replaced folder, between two renames
 
-A file takes the place of another in one rename. A folder does so where Linux exchanges two names.
-Elsewhere (macOS, network file systems) it takes two renames. Who dies between them leaves NAME in
-both `old` and `new`, and the old one is put back by the next writer beside it and by the next
-reader that looks for it. Links to versions would need no exchange, but a saved network is a plain
-folder that can be copied and renamed. A stage whose lock is free belongs to a dead writer, and the
-next writer removes it. Process numbers would not tell: they come again, also in other containers.
-Where there are no locks, stages of the dead stay.
+One rename replaces a file. On Linux, one exchange of two names replaces a folder. Elsewhere (macOS,
+network file systems) a folder takes two renames. A writer that dies between them leaves NAME in
+both `old` and `new`; the next writer in the same parent folder, or the next reader of NAME, moves
+the old folder back. Symbolic links to versions would need no exchange, but a saved network stays a
+plain folder that users can copy and rename. If the lock of a stage is free, its writer is dead, and
+the next writer removes the stage. Process ids would not show this: they are reused, also across
+containers. On file systems without locks, the stages of dead writers remain.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that takes the place of `path` once it is complete.
 
-    Links are followed, and stay. A pipe and a device such as /dev/null are written into.
+    Symbolic links are followed and kept. Pipes and devices such as /dev/null are written into.
 
     Raises:
-        IntrafuseError: the file cannot be written (no folder, no space, no permission), or what
-            has its name can be neither replaced nor written into.
+        IntrafuseError: the file cannot be written (no folder, no space, no permission), or `path`
+            names something that can be neither replaced nor written into.
     """
     target = file_target(path)
     beside = target or Path(tempfile.gettempdir(), path.name)
@@ -70,8 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` once it is complete.
 
-    A folder that stood under the name is replaced by the new one as a whole. Links are followed,
-    and stay.
+    The new folder replaces an existing folder as a whole. Symbolic links are followed and kept.
 
     Raises:
         IntrafuseError: the folder cannot be written, or `path` is a file.
@@ -88,16 +87,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def file_target(path: Path) -> Path | None:
-    """Return the file that `replacing` replaces; None where it writes into a pipe or a device.
+    """Return the file that `replacing` replaces, or None if it writes into a pipe or a device.
 
     Raises:
-        IntrafuseError: something else has the name, or it can be the name of nothing.
+        IntrafuseError: `path` names something other than a file, or is not a valid name.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         mode = stat.S_IFREG
-    except (OSError, ValueError) as error:  # a loop of links, too long, a NUL
+    except (OSError, ValueError) as error:  # a loop of links, too long a name, a NUL
         raise _cannot_write(path, error) from error
     if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or _descriptor(path) is not None:
         return None
@@ -112,18 +111,18 @@ def file_target(path: Path) -> Path | None:
 
 
 def folder_target(path: str | Path) -> Path:
-    """Return the folder that `replacing_folder` makes or replaces, and put it back where lost.
+    """Return the folder that `replacing_folder` makes or replaces; restore it with `put_back`.
 
     Raises:
-        IntrafuseError: a file has the name, or it can be the name of nothing.
+        IntrafuseError: `path` names a file, or is not a valid name.
     """
     try:
-        found = Path(path).expanduser().resolve()
-        put_back(found)
-        mode = os.stat(found).st_mode
+        folder = Path(path).expanduser().resolve()
+        put_back(folder)
+        mode = os.stat(folder).st_mode
     except FileNotFoundError:
-        return found
-    except (OSError, RuntimeError, ValueError) as error:  # a loop, an unknown user, too long
+        return folder
+    except (OSError, RuntimeError, ValueError) as error:  # link loop, unknown user, long name
         raise _cannot_write(Path(path), error) from error
     if not stat.S_ISDIR(mode):
         raise IntrafuseError(
@@ -131,13 +130,13 @@ def folder_target(path: str | Path) -> Path:
             value=str(path),
             remedy="choose another name",
         )
-    return found
+    return folder
 
 
 def put_back(path: Path) -> None:
-    """Give a folder its name back where a writer that replaces it died between two renames.
+    """Move a folder back to its name after its writer died between two renames.
 
-    No lock is needed: a writer that lives sees what stands there, and replaces it again.
+    No lock is needed: a live writer sees the restored folder and replaces it again.
     """
     path = Path(os.path.realpath(path))
     if not os.path.lexists(path):
@@ -147,7 +146,7 @@ def put_back(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Put back what dead writers in a folder had moved away, and remove what they left."""
+    """Move back the folders that dead writers in `folder` had moved away; remove their stages."""
     for stage in _stages(folder):
         with suppress(OSError):
             lock = _lock(stage)
@@ -164,7 +163,7 @@ def sweep(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Where one writer works."""
+    """The hidden folder in which one writer works."""
 
     folder: Path
     name: str
@@ -178,10 +177,10 @@ class _Stage:
         return self.folder / "old" / self.name
 
     def flush(self, file: Path) -> None:
-        """Bring a file to the disk, with the mode that the user's umask allows.
+        """Flush a file to disk, with the permissions that the user's umask allows.
 
-        Some libraries write private files. The umask of a process can be read only by changing
-        it, which other threads would see; the lock was made under it.
+        Some libraries write private files. Reading the umask of a process means changing it,
+        which other threads would see. The lock file was created under the umask and shows it.
         """
         file.chmod((self.folder / "lock").stat().st_mode & 0o777)
         with open(file, "rb") as opened:
@@ -202,7 +201,7 @@ def _staging(target: Path) -> Iterator[_Stage]:
             _return_old(folder)
         except OSError as error:
             raise IntrafuseError(
-                f"the folder that is replaced cannot be moved back: {error.strerror}",
+                f"the replaced folder cannot be moved back: {error.strerror}",
                 value=str(stage.old),
                 remedy=f"move it to {target}, or save or load there again",
             ) from error
@@ -221,10 +220,10 @@ def _new_stage(parent: Path) -> tuple[Path, int | None]:
 
 
 def _lock(stage: Path) -> int | None:
-    """Lock a stage as long as a descriptor is open; None where the file system has no locks.
+    """Lock a stage while a descriptor is open; return None if the file system has no locks.
 
     Raises:
-        BlockingIOError: its writer lives, or another sweep removes it.
+        BlockingIOError: the writer of the stage lives, or another sweep removes the stage.
     """
     path = stage / "lock"
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -258,10 +257,10 @@ def _stages(folder: Path) -> list[Path]:
 
 
 def _install(stage: _Stage, target: Path) -> None:
-    """Put the new folder under its name, whoever else does so at the same time."""
+    """Rename the new folder to its final name, also while other writers do the same."""
     while True:
         try:
-            return os.rename(stage.new, target)  # nothing is there, or an empty folder
+            return os.rename(stage.new, target)  # the name is free, or an empty folder
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -270,12 +269,12 @@ def _install(stage: _Stage, target: Path) -> None:
         if stage.old.exists():  # another writer has replaced this one
             os.rename(stage.old, tempfile.mkdtemp(dir=stage.folder))
         stage.old.parent.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # another writer has just moved it away
+        with suppress(FileNotFoundError):  # another writer has just moved the target away
             os.rename(target, stage.old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system and the file system can."""
+    """Exchange two names atomically; return False if the system or file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -283,7 +282,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _return_old(stage: Path) -> None:
-    """Move back the folder that a stage holds, where nothing has taken its place."""
+    """Move back the replaced folder of a stage if its name is free."""
     with suppress(FileNotFoundError):
         for old in (stage / "old").iterdir():
             target = stage.parent / old.name
@@ -291,7 +290,7 @@ def _return_old(stage: Path) -> None:
                 try:
                     os.rename(old, target)
                 except OSError:
-                    if not os.path.lexists(target):  # else somebody else was faster
+                    if not os.path.lexists(target):  # else another process was faster
                         raise
 
 
@@ -306,9 +305,9 @@ def _write_into(path: Path, source: Path) -> None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Give the descriptor that a path such as /dev/stdout or /dev/fd/3 stands for.
+    """Return the file descriptor that a path such as /dev/stdout or /dev/fd/3 names.
 
-    It may be a file that the shell opened and others write to: it is not replaced.
+    Such a file may be open in the shell and in other programs, so it is not replaced.
     """
     while path.is_symlink():
         folder = path.parent.resolve()
@@ -319,7 +318,7 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _flush_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
+    with suppress(OSError):  # some file systems cannot flush folders
         folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -331,7 +330,7 @@ def _flush_folder(path: Path) -> None:
 def _telling(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the latter wraps a full disk
+    except (OSError, SafetensorError) as error:  # SafetensorError wraps a full disk
         raise _cannot_write(path, error) from error
 
 

@@ -17,17 +17,17 @@ from intrafuse.support.snapshot import walk
 
 __all__ = ["copy_without", "held_size", "held_sizes", "place", "set_size"]
 
-# What a copy of a model may use together with it.
+# Objects that a model and its copy may share.
 SHARED = (type(threading.Lock()), type(threading.RLock()), io.IOBase, types.ModuleType)
 
 
 def copy_without(model: nn.Module, replaced: Sequence[Tensor]) -> nn.Module:
-    """Copy a module but for tensors that will be replaced, which would double its memory.
+    """Deep-copy a module, sharing tensors that will be replaced, so that memory does not double.
 
-    Locks, open files and Python's modules are shared: both may use them.
+    The copy also shares locks, open files and Python modules with the original.
 
     Raises:
-        IntrafuseError: something that the model holds cannot be copied; names it.
+        IntrafuseError: an attribute of the model cannot be copied; the message names it.
     """
     shared: list[Any] = [*replaced, *(held for held in walk(model) if isinstance(held, SHARED))]
     known = {id(held): held for held in shared}
@@ -47,7 +47,7 @@ def copy_without(model: nn.Module, replaced: Sequence[Tensor]) -> nn.Module:
 
 
 def _uncopyable(model: nn.Module, known: Mapping[int, object]) -> str | None:
-    """Name the attribute that cannot be copied; its own modules do not count."""
+    """Name the attribute that cannot be copied; submodules themselves are skipped."""
     own = {id(module): module for module in model.modules()}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -66,7 +66,7 @@ def place(
     remove: Iterable[str] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> None:
-    """Set tensors and attributes of a module by name, whatever shapes it had before."""
+    """Set tensors and attributes of a module by name; new shapes may differ from old ones."""
     names: dict[str, list[str]] = {}
     for other, name in (aliases or {}).items():
         names.setdefault(name, []).append(other)
@@ -81,7 +81,7 @@ def place(
                 trained = old.requires_grad if old is not None else _trains(owner)
                 if parameter is None:
                     parameter = nn.Parameter(_in_layout_of(old, tensor), requires_grad=trained)
-                if isinstance(owner, nn.RNNBase):  # it keeps a list of its weights
+                if isinstance(owner, nn.RNNBase):  # RNNBase keeps a list of its weights
                     setattr(owner, leaf, parameter)
                 else:
                     owner._parameters[leaf] = parameter
@@ -89,7 +89,7 @@ def place(
                 raise IntrafuseError("the module has no such parameter", layer=path)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()  # cuDNN wants the weights in one piece of memory
+            module.flatten_parameters()  # cuDNN needs contiguous weights
     for path, values in attributes.items():
         for attribute, value in values.items():
             set_size(model.get_submodule(path), attribute, value)
@@ -99,10 +99,10 @@ def place(
 
 
 def held_sizes(module: nn.Module) -> Iterator[tuple[str, int, object]]:
-    """List the whole numbers that a module holds: (name, number, what holds it).
+    """List the integers that a module holds: (name, number, object that holds the number).
 
-    Those in its lists, dictionaries and plain objects, such as a configuration, have names with a
-    point: `sizes.0`, `config.num_heads`.
+    Numbers inside lists, dictionaries and plain objects, such as a configuration, have dotted
+    names: `sizes.0`, `config.num_heads`.
     """
     for name, value in vars(module).items():
         if type(value) is int:
@@ -114,7 +114,7 @@ def held_sizes(module: nn.Module) -> Iterator[tuple[str, int, object]]:
 
 
 def held_size(module: nn.Module, name: str) -> int | None:
-    """Look up a whole number that a module holds under a name of `held_sizes`."""
+    """Return the integer that a module holds under a name of `held_sizes`, or None."""
     if "." in name:
         return next((value for known, value, _ in held_sizes(module) if known == name), None)
     value = getattr(module, name, None)
@@ -131,7 +131,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def set_size(module: nn.Module, name: str, value: int) -> None:
-    """Set a whole number that a module holds under a name of `held_sizes`."""
+    """Set the integer that a module holds under a name of `held_sizes`."""
     first, _, rest = name.partition(".")
     held = getattr(module, first) if rest else None
     if isinstance(held, tuple):
@@ -157,7 +157,7 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _in_layout_of(old: Tensor | None, new: Tensor) -> Tensor:
-    """Lay out a convolution's weight as the old one was: channels first or channels last."""
+    """Give a new convolution weight the memory format (channels first or last) of the old."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.dim())
     if old is None or last is None or old.dim() != new.dim() or old.is_contiguous():
         return new

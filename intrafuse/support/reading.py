@@ -1,4 +1,4 @@
-"""Read files that others may have changed: ordinary ones, of a size and depth that is in use."""
+"""Read untrusted files: only regular files, of limited size and nesting depth."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = [
     "require_shallow",
 ]
 
-MOST_BYTES = 64 * 2**20  # of a text file; a manifest of 10,000 tensors has 2 MB
-MOST_LEVELS = 100  # of lists and mappings within each other
+MOST_BYTES = 64 * 2**20  # largest text file; a manifest of 10,000 tensors has 2 MB
+MOST_LEVELS = 100  # deepest nesting of lists and mappings
 
 
 def require_file(path: str | Path) -> None:
-    """Refuse what is no ordinary file: to open a FIFO waits for a writer, which may never come.
+    """Refuse anything except a regular file. Opening a FIFO would wait for a writer, maybe forever.
 
     Raises:
-        OSError: there is no such file, or it is a folder, a FIFO, a socket or a device.
+        OSError: the file does not exist, or is a folder, a FIFO, a socket or a device.
     """
     try:
         mode = Path(path).stat().st_mode
-    except ValueError as error:  # a NUL or half a surrogate pair in the name
+    except ValueError as error:  # a NUL or a lone surrogate in the name
         raise OSError(errno.EINVAL, f"no name of a file: {error}", repr(path)) from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
@@ -39,11 +39,11 @@ def require_file(path: str | Path) -> None:
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """Read an ordinary text file.
+    """Read a regular UTF-8 text file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger than `most` bytes, or no UTF-8.
+        OSError: the file cannot be read.
+        ValueError: the file is larger than `most` bytes, or is not UTF-8.
     """
     require_file(path)
     with open(path, "rb") as file:
@@ -54,25 +54,25 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON data from an ordinary file, as `parse_json` does.
+    """Read JSON data from a regular file, with the checks of `parse_json`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, or no JSON.
+        OSError: the file cannot be read.
+        ValueError: the file is too large, or `parse_json` refuses it.
     """
     return parse_json(read_text(path))
 
 
 def parse_json(text: str, *, infinite: bool = False) -> Any:
-    """Parse JSON, and refuse what two readers may understand in two ways, or not at all.
+    """Parse JSON, and refuse text that two readers may interpret differently or cannot read.
 
     Args:
         text: the JSON.
-        infinite: allow NaN and infinity, which are no JSON.
+        infinite: also accept NaN and infinity, which JSON does not allow.
 
     Raises:
-        ValueError: no JSON, numbers that are not finite or need more than 64 bits, a name twice in
-            one mapping, or more than MOST_LEVELS levels.
+        ValueError: the text is not JSON, a number is not finite or needs more than 64 bits, a name
+            occurs twice in one mapping, or the nesting exceeds MOST_LEVELS levels.
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -81,18 +81,18 @@ def parse_json(text: str, *, infinite: bool = False) -> Any:
     if not infinite:
         kinds |= {"parse_float": _finite, "parse_constant": _finite}
     try:
-        found = json.loads(text, **kinds)
+        data = json.loads(text, **kinds)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    require_shallow(found)
-    return found
+    require_shallow(data)
+    return data
 
 
 def require_shallow(data: Any) -> None:
-    """Refuse lists and mappings within each other on more than MOST_LEVELS levels.
+    """Refuse lists and mappings that are nested deeper than MOST_LEVELS levels.
 
     Raises:
-        ValueError: there are more.
+        ValueError: the nesting is deeper.
     """
     level = [data]
     for _ in range(MOST_LEVELS):

@@ -1,4 +1,4 @@
-"""Read recipes: mappings of settings in YAML, of which JSON is a part."""
+"""Read recipes: mappings of settings in YAML or JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOST_BYTES = 2**20
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a recipe; one in JSON needs no extra.
+    """Read a recipe from a YAML or JSON file. Only YAML needs the extra `recipes`.
 
     Raises:
-        IntrafuseError: the file cannot be read, or is no mapping.
+        IntrafuseError: the file cannot be read, or does not hold a mapping.
     """
     try:
         found = _read(path)
@@ -44,13 +44,13 @@ def _read(path: str | Path) -> Any:
 
 
 def _parsed(yaml: Any, text: str) -> Any:
-    """Parse YAML without what a recipe never needs: aliases, tags, depth, a name twice."""
+    """Parse YAML, and refuse aliases, tags, deep nesting and repeated names."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     for event in yaml.parse(text, loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
             raise ValueError(
-                f"no aliases and no tags can be used, line {event.start_mark.line + 1}"
+                f"a recipe cannot use aliases or tags, line {event.start_mark.line + 1}"
             )
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -65,7 +65,7 @@ def _parsed(yaml: Any, text: str) -> Any:
             nodes += [value for _, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
-    # once more as JSON, which holds numbers of at most 64 bits, and nothing but plain data
+    # Parse once more as JSON, which allows only plain data and numbers of at most 64 bits.
     plain = json.dumps(yaml.load(text, loader), ensure_ascii=False)
-    plain.encode("utf-8")  # where it holds half a surrogate pair, this is a ValueError, too
+    plain.encode("utf-8")  # a lone surrogate raises a ValueError
     return parse_json(plain, infinite=True)

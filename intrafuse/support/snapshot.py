@@ -1,4 +1,4 @@
-"""What a model and all that it holds are made of, to be put back after its code has run."""
+"""Record the state of a model and of every object it holds, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from torch import Tensor, nn
 
 __all__ = ["same_random_state", "unchanged", "walk"]
 
-# Nothing of these changes, or it is not the model's to change.
+# Objects of these types are immutable, or do not belong to the model.
 LEAVES = (
     *(str, bytes, int, float, complex, type(None), type, enum.Enum, torch.dtype, torch.device),
     *(types.FunctionType, types.BuiltinFunctionType, torch.layout),
 )
-PLAIN = (types.SimpleNamespace, partial)  # objects of the standard library that are looked into
+PLAIN = (types.SimpleNamespace, partial)  # types of the standard library to descend into
 
 
 @contextmanager
 def unchanged(model: nn.Module, *, values: bool = True) -> Iterator[None]:
-    """Let code of a model run, and put back what it changed, also where it fails.
+    """Let a model's code run, then restore everything that it changed, also after an error.
 
-    Modules, containers and plain objects get back what they held: the same objects, in the same
-    order. What others hold of them stays right, because nothing is replaced by a copy.
+    Modules, containers and plain objects get their former contents back: the same objects in the
+    same order. Nothing is replaced by a copy, so outside references stay valid.
 
     Args:
         model: the module.
-        values: also put back numbers in tensors that are no parameters. `torch.export` computes
-            with shapes only, and changes none.
+        values: also restore the numbers in tensors that are not parameters. `torch.export` computes
+            only with shapes, so it changes no numbers.
     """
     kept = _Kept(model, values)
     try:
@@ -47,7 +47,7 @@ def unchanged(model: nn.Module, *, values: bool = True) -> Iterator[None]:
 
 @contextmanager
 def same_random_state(model: nn.Module) -> Iterator[None]:
-    """Let code draw random numbers, and put the global generators back."""
+    """Let code draw random numbers, then restore the global generators."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     others = random.getstate(), np.random.get_state()
     try:
@@ -59,8 +59,8 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
 
 
 def walk(model: nn.Module) -> Iterator[Any]:
-    """List all that a model holds, in modules, containers and plain objects: each thing once."""
-    known: dict[int, Any] = {}  # keeps what was seen alive, so that ids stay its own
+    """Iterate once over every object in a model's modules, containers and plain objects."""
+    known: dict[int, Any] = {}  # keeps visited objects alive, so that no id is reused
     waiting: list[Any] = [model]
     while waiting:
         value = waiting.pop()
@@ -71,7 +71,7 @@ def walk(model: nn.Module) -> Iterator[Any]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """List what an object holds; a lock, a file or a function is not looked into."""
+    """List the parts of an object; locks, files and functions have none."""
     if isinstance(value, types.MethodType):
         return [value.__self__]
     found: list[Any] = []
@@ -86,24 +86,24 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _open(value: Any) -> bool:
-    home = type(value).__module__.partition(".")[0]  # of Python's modules: builtins
+    home = type(value).__module__.partition(".")[0]  # "builtins" for Python modules
     return home not in sys.stdlib_module_names or isinstance(value, PLAIN)
 
 
 def _items(value: dict) -> list[tuple[Any, Any]]:
     kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-    return [*kind.items(value)]  # whatever a class of its own makes of `items`
+    return [*kind.items(value)]  # ignores a subclass's own `items`
 
 
 def _slots(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
-    """List what an object of a class with `__slots__` holds."""
+    """List the slots, with their values, of an object whose class has `__slots__`."""
     own = (vars(cls).values() for cls in type(value).__mro__ if "__slots__" in vars(cls))
     named = (s for slots in own for s in slots if isinstance(s, types.MemberDescriptorType))
     return [(s, getattr(value, s.__name__)) for s in named if hasattr(value, s.__name__)]
 
 
 class _Kept:
-    """What undoes changes to each part of a model."""
+    """Functions that undo changes to each part of a model."""
 
     def __init__(self, model: nn.Module, values: bool) -> None:
         self.values = values
@@ -129,7 +129,7 @@ class _Kept:
         elif isinstance(value, nn.Module):
             self.undo.append(partial(_same_class, value, type(value)))
             if self.values and getattr(value, "max_norm", None) is not None:
-                for weight in value.parameters(recurse=False):  # an embedding scales its rows
+                for weight in value.parameters(recurse=False):  # an embedding rescales rows
                     self._keep_numbers(weight)
         elif _open(value):
             self.undo += [partial(_same_slot, value, *slot) for slot in _slots(value)]
@@ -148,7 +148,7 @@ class _Kept:
 
 
 def _refill(value: Any, items: list[Any]) -> None:
-    """Put the items of a container back, where they are not the same objects in the same order."""
+    """Restore a container's items unless it holds the same objects in the same order."""
     kinds = (OrderedDict, dict, list, deque, set)
     kind: Any = next(kind for kind in kinds if isinstance(value, kind))
     now = _items(value) if isinstance(value, dict) else [*value]

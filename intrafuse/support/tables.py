@@ -20,14 +20,14 @@ Show = Callable[[Any], str]
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, and how its numbers are written; without that it holds words."""
+    """A column: its name, and a function that formats its numbers (None for a text column)."""
 
     name: str
     show: Show | None = None
 
     @classmethod
     def of(cls, name: str, format: str) -> Column:
-        """Make a column of numbers by a format.
+        """Make a column of numbers with a format specification.
 
         >>> Column.of("accuracy", ".2f").text(87.126)
         '87.13'
@@ -35,7 +35,7 @@ class Column:
         return cls(name, lambda value: f"{value:{format}}")
 
     def text(self, value: Any) -> str:
-        """Write a value; what is unknown is empty."""
+        """Format a value; None becomes an empty string."""
         if value is None:
             return ""
         return str(value) if self.show is None else self.show(value)
@@ -43,7 +43,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of values, from which every output takes what it needs."""
+    """A table of values that can be shown in the terminal, as text or in the report."""
 
     title: str
     columns: tuple[Column, ...]
@@ -69,7 +69,7 @@ class Table:
 
 
 def short(number: int) -> str:
-    """Write a number with three digits, so that a table of them fits a terminal.
+    """Write a number with three significant digits and a unit (k, M, G or T).
 
     >>> short(950), short(9_228_362), short(999_999), short(4_514_705_000)
     ('950', '9.23M', '1M', '4.51G')
@@ -82,7 +82,7 @@ def short(number: int) -> str:
 
 
 def share(number: float) -> str:
-    """Write a share as percent.
+    """Write a share as a percentage.
 
     >>> share(0.305)
     '30.5%'
@@ -93,7 +93,7 @@ def share(number: float) -> str:
 def make_table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
 ) -> RichTable:
-    """Make a Rich table; `numbers` lists the columns that are aligned to the right."""
+    """Make a Rich table; `numbers` lists the right-aligned columns."""
     table = RichTable(title=_text(title, "table.title"), title_justify="left")
     for i, name in enumerate(header):
         table.add_column(_text(name), justify="right" if i in numbers else "left", overflow="fold")
@@ -103,7 +103,7 @@ def make_table(
 
 
 def _text(words: str, style: str = "") -> Text:
-    """Take names as they are: they may hold brackets, and what a terminal would obey."""
+    """Make literal text: names may hold brackets (Rich markup) and control characters."""
     return Text(printable(words), style)
 
 

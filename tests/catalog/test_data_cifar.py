@@ -98,7 +98,7 @@ GOOD = png(pixels(1)[0])
         ([GOOD], [0.5], "label", "whole numbers"),
         ([GOOD], np.array([2**64 - 1], np.uint64), "label", "64 bits"),
         ([GOOD], [decimal.Decimal(10**20)], "label", "whole numbers"),
-        ([GOOD], [np.datetime64("2020-01-01T00:00:00.000000001")], "label", "whole|no parquet"),
+        ([GOOD], [np.datetime64("2020-01-01T00:00:00.000000001")], "label", "whole|not parquet"),
         ([], [], "label", "no images"),
     ],
 )
@@ -113,7 +113,7 @@ def test_truncated_parquet_is_refused(tmp_path):
     content = (tmp_path / "test.parquet").read_bytes()
     for broken in (content[:-20], content[: len(content) // 2], b"", b"x" * 100):
         (tmp_path / "test.parquet").write_bytes(broken)
-        with pytest.raises(IntrafuseError, match="no parquet"):
+        with pytest.raises(IntrafuseError, match="not parquet"):
             load_data(f"cifar10:{tmp_path}")
 
 

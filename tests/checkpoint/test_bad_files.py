@@ -115,7 +115,7 @@ def test_a_pipe_where_a_run_was_is_refused(tmp_path):
 
 def test_a_pipe_among_parquet_shards_is_refused(tmp_path):
     os.mkfifo(tmp_path / "test-0.parquet")
-    with pytest.raises(IntrafuseError, match="no parquet"):
+    with pytest.raises(IntrafuseError, match="not parquet"):
         load_data(f"cifar10:{tmp_path}")
 
 

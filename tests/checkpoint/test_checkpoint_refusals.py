@@ -166,7 +166,7 @@ def test_no_code_that_a_manifest_names_is_imported(saved, monkeypatch, architect
     monkeypatch.chdir(saved.parent)
     monkeypatch.syspath_prepend(saved.parent)
     edit(lambda data: data.update(architecture=architecture))(saved)
-    with pytest.raises(IntrafuseError, match=r"only architectures of the zoo.*give it as model="):
+    with pytest.raises(IntrafuseError, match=r"only architectures of the zoo.*pass it as model="):
         load(saved)
     assert load(saved, fresh()).layers[1].out_features == 4
 

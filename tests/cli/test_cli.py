@@ -279,7 +279,7 @@ def test_a_factory_of_the_users(tmp_path, monkeypatch):
     again = figures("evaluate", "out", "--model", "mynet:build", "--data", "digits")
     assert again["accuracy"] == found["figures"]["accuracy"] and again["params"] == 760
     refused = run("evaluate", "out", "--data", "digits")
-    assert refused.exit_code == 1 and "give it as model=" in refused.stderr
+    assert refused.exit_code == 1 and "pass it as model=" in refused.stderr
     sys.modules.pop("mynet")
 
 
@@ -329,7 +329,7 @@ def test_json_goes_to_a_file_and_the_table_to_the_terminal(tmp_path):
         ("compare resnet20", 2, r"got \(3, 32, 32\). Remedy: give --data SPEC"),
         ("compare mlp --channels .5,x", 2, "--channels takes numbers"),
         ("compare mlp --methods select,x", 2, "method must be one of"),
-        ("compare mlp --num-classes 7", 1, "must put out 10 logits"),
+        ("compare mlp --num-classes 7", 1, "must return 10 logits"),
         ("evaluate /absent", 1, "is a folder, and nothing is unpickled"),
         ("evaluate FULL", 1, "manifest cannot be read"),
         ("evaluate FULL --num-classes 3", 2, "--num-classes belongs to --model"),

@@ -162,7 +162,10 @@ def test_a_norm_is_left_whole_unless_it_is_named_and_then_selected(method):
 
 @pytest.mark.parametrize(
     ("pattern", "why"),
-    [("write", "it stays unless it is named"), ("read#normed", "matches no channel group")],
+    [
+        ("write", "it is locked unless `include` names it"),
+        ("read#normed", "matches no channel group"),
+    ],
 )
 def test_another_name_than_its_group_has_does_not_free_a_norm(pattern, why):
     model, x = Normed("layer"), torch.randn(5, 3)
@@ -173,7 +176,7 @@ def test_another_name_than_its_group_has_does_not_free_a_norm(pattern, why):
 
 def test_the_name_of_norms_is_refused_where_there_are_none():
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-    with pytest.raises(IntrafuseError, match="no group waits to be named so"):
+    with pytest.raises(IntrafuseError, match="this network has no group that such a name unlocks"):
         planned(model, torch.randn(5, 3))
 
 

@@ -323,7 +323,9 @@ def test_a_refusal_names_the_line_of_a_literal_size(form):
 
 def test_a_refusal_names_a_tensor_that_is_no_buffer():
     net = Net(lambda net, x: net.b(net.a(x) + net.held[0]), held=[torch.ones(6)], **layers(6, 6))
-    with pytest.raises(IntrafuseError, match=r"a \(a tensor of the model's code that is no buffer"):
+    with pytest.raises(
+        IntrafuseError, match=r"a \(a tensor of the model's code that is not a buffer"
+    ):
         intrafuse.prune(net, noise(2, 8), channels=0.5)
 
 

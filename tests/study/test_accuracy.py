@@ -90,10 +90,10 @@ def test_training_flags_come_back_after_an_error():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Broken(torch.zeros(2, 10)), r"must put out 3 logits .*at x.*got \(2, 10\)"),
+        (Broken(torch.zeros(2, 10)), r"must return 3 logits .*at x.*got \(2, 10\)"),
         (Broken(torch.zeros(2, 3, 1, 1)), r"got \(2, 3, 1, 1\)"),
         (Broken((torch.zeros(2, 3),)), "got 'tuple'"),
-        (Broken(torch.full((2, 3), torch.nan)), r"puts out NaN \(at x\)"),
+        (Broken(torch.full((2, 3), torch.nan)), r"returns NaN \(at x\)"),
         (nn.Conv2d(3, 8, 3), r"cannot take images of shape \(1, 1, 1\)"),
         (nn.Linear(1, 3, device="meta"), "another device; got 'meta'"),
     ],

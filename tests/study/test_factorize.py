@@ -1,4 +1,4 @@
-"""Factorised training: recipes, what a run leaves, faults of workers, driver, disk and files."""
+"""Factorized training: recipes, what a run leaves, faults of workers, driver, disk and files."""
 
 from __future__ import annotations
 

@@ -143,14 +143,18 @@ def test_a_network_is_not_shown_twice(saved):
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        ("a.json", "{", "no readable JSON"),
+        ("a.json", "{", "not readable JSON"),
         ("a.json", '{"kind": "cost", "rows": [NaN]}', "NaN is no number of JSON"),
-        ("a.json", '{"kind": "comparison"}', "lacks what its kind has"),
-        ("a.json", '{"kind": "comparison", "original": 3, "rows": []}', "lacks what its kind has"),
+        ("a.json", '{"kind": "comparison"}', "does not have the fields of its kind"),
+        (
+            "a.json",
+            '{"kind": "comparison", "original": 3, "rows": []}',
+            "does not have the fields of its kind",
+        ),
         ("a.json", '{"kind": "cost", "rows": [1e999]}', "1e999 is no number of JSON"),
-        ("a.json", '{"kind": "cost", "rows": ' + "[" * 5000, "no readable JSON .*deeply"),
-        ("a.json", '{"kind": "cost", "kind": "cost"}', "no readable JSON .*twice"),
-        ("a.json", '{"kind": "cost", "rows": [' + "9" * 5000 + "]}", "no readable JSON .*64 bits"),
+        ("a.json", '{"kind": "cost", "rows": ' + "[" * 5000, "not readable JSON .*deeply"),
+        ("a.json", '{"kind": "cost", "kind": "cost"}', "not readable JSON .*twice"),
+        ("a.json", '{"kind": "cost", "rows": [' + "9" * 5000 + "]}", "not readable JSON .*64 bits"),
         ("b.json", '{"kind": "unheard of"}', "no record|none"),
         ("b.json", "[1, 2]", "no record|none"),
     ],
@@ -165,7 +169,7 @@ def test_files_that_are_no_records(tmp_path, name, content, rule, whole):
 
 
 def test_a_folder_without_records(tmp_path):
-    with pytest.raises(IntrafuseError, match="here is none"):
+    with pytest.raises(IntrafuseError, match="there are none here"):
         read_entries([tmp_path])
     with pytest.raises(IntrafuseError, match="no such file"):
         read_entries([tmp_path / "absent"])
@@ -227,7 +231,9 @@ def test_a_record_that_cannot_be_drawn_is_named(tmp_path):
     record = {**RECORDS["landscape"], "x": [0.0]}
     write_record(tmp_path / "plane.json", as_record("landscape", record))
     for act in (write_report, draw_pictures):
-        with pytest.raises(IntrafuseError, match=r"lacks what its kind has.*plane\.json"):
+        with pytest.raises(
+            IntrafuseError, match=r"does not have the fields of its kind.*plane\.json"
+        ):
             act([tmp_path], tmp_path / "out")
 
 

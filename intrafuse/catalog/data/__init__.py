@@ -1,6 +1,6 @@
-"""Image data sets: every SPEC string, its loader, and the class of labelled images they return.
+"""Image data sets: the loader of each SPEC string. All loaders return `Images`.
 
-A new data set is one function ``(argument, split, limit) -> Images`` with an entry in DATASETS.
+To add a data set, write ``(argument, split, limit) -> Images`` and enter it in DATASETS.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load_data(spec: str, *, split: str = "test", limit: int | None = None) -> Im
         spec: `digits`, `cifar10:FOLDER`, `cifar100:FOLDER` or `imagefolder:FOLDER` (224 pixels),
             `imagefolder:FOLDER@64` (64 pixels).
         split: "train" or "test".
-        limit: the most images to keep, from the start; None for all.
+        limit: number of images to keep from the start; None keeps all.
 
     Raises:
         IntrafuseError: unknown spec or split, limit below 1, missing folder, file or column,

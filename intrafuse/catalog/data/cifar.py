@@ -28,7 +28,7 @@ __all__ = ["load_cifar10", "load_cifar100"]
 
 @dataclass(frozen=True)
 class _Layout:
-    """What tells CIFAR-10 from CIFAR-100: classes, and the names used in files."""
+    """Differences between CIFAR-10 and CIFAR-100: classes, and the names used in files."""
 
     name: str
     classes: tuple[str, ...]
@@ -67,15 +67,16 @@ _CIFAR100 = _Layout(
 
 
 def _load(argument: str, split: str, limit: int | None, *, layout: _Layout) -> Images:
-    """Load {train,test}.parquet (or shards of it, train-*.parquet) or torchvision's folder.
+    """Load {train,test}.parquet, its shards (train-*.parquet), or torchvision's folder.
 
     Args:
-        argument: FOLDER; for torchvision's layout, also the folder of the batches itself.
+        argument: FOLDER. In torchvision's layout it may also be the folder of the batches itself.
         split: "train" or "test".
-        limit: the most images to keep; None for all.
+        limit: number of images to keep; None keeps all.
 
     Raises:
-        IntrafuseError: a missing folder, file or column, a broken file or image, a wrong label.
+        IntrafuseError: a folder, file or column is missing, a file or image is broken, or a label
+            is invalid.
     """
     folder = open_folder(argument, example=f"{layout.name}:FOLDER")
     single, shards = folder / f"{split}.parquet", sorted(folder.glob(f"{split}-*.parquet"))
@@ -87,8 +88,8 @@ def _load(argument: str, split: str, limit: int | None, *, layout: _Layout) -> I
     elif complete:
         parts = [_read_batch(path, layout.key) for path in complete[0]]
     else:
-        wanted = f"{split}.parquet nor {layout.folder}/" + ", ".join(names)
-        raise IntrafuseError(f"the folder holds neither {wanted}", value=argument)
+        expected = f"{split}.parquet nor {layout.folder}/" + ", ".join(names)
+        raise IntrafuseError(f"the folder holds neither {expected}", value=argument)
     pixels, labels = (np.concatenate(arrays)[:limit] for arrays in zip(*parts, strict=True))
     return Images(
         images=torch.from_numpy(np.ascontiguousarray(pixels)),
@@ -107,7 +108,7 @@ load_cifar100 = partial(_load, layout=_CIFAR100)
 def _read_parquet(
     paths: list[Path], column: str, limit: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read img = {bytes, path} and the labels; decode no more images than the limit."""
+    """Read the columns img = {bytes, path} and labels; decode at most `limit` images."""
     parquet = import_extra("pyarrow.parquet", "data")
     parts, left = [], limit
     for path in paths:
@@ -125,8 +126,8 @@ def _read_parquet(
             images, labels = (table[name].to_pylist() for name in ("img", column))
         except IntrafuseError:
             raise
-        except Exception as error:  # pyarrow's errors derive from many
-            raise IntrafuseError(f"the file is no parquet ({error})", value=str(path)) from error
+        except Exception as error:  # pyarrow's errors have many base classes
+            raise IntrafuseError(f"the file is not parquet ({error})", value=str(path)) from error
         pixels = np.empty((len(table), 32, 32, 3), np.uint8)
         for row, image in enumerate(images):
             pixels[row] = _decode_row(image, f"{path}, row {row}")
@@ -158,7 +159,7 @@ def _check_labels(values: Any, path: Path) -> np.ndarray:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stand in for codecs.encode, through which old pickles write bytes."""
+    """Replace codecs.encode, which old pickles use to write bytes."""
     return text.encode("latin1")
 
 
@@ -167,20 +168,20 @@ _HARMLESS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): _latin1,
 }
-for _core in ("numpy.core", "numpy._core"):  # the name before and since NumPy 2
+for _core in ("numpy.core", "numpy._core"):  # the module names before and since NumPy 2
     _HARMLESS[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
     _HARMLESS[f"{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickle arrays and plain containers; refuse every other name, so that no code can run."""
+    """Unpickle arrays and plain containers; refuse all other names, so no code can run."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
             raise IntrafuseError(
                 "the file asks for code that a data set does not need",
                 value=f"{module}.{name}",
-                remedy="take the file from www.cs.toronto.edu/~kriz/cifar.html",
+                remedy="download the file from www.cs.toronto.edu/~kriz/cifar.html",
             )
         return _HARMLESS[module, name]
 

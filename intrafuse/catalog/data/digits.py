@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8 x 8, no download needed."""
+"""scikit-learn's handwritten digits: 1,797 gray images of 8 x 8, without a download."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ __all__ = ["load"]
 
 
 def load(argument: str, split: str, limit: int | None) -> Images:
-    """Load the digits; of every class, each fourth image is a test image.
+    """Load the digits. In each class, every fourth image is a test image.
 
     Args:
         argument: must be empty.
         split: "train" (1,352 images) or "test" (445).
-        limit: the most images to keep; None for all.
+        limit: number of images to keep; None keeps all.
 
     Raises:
-        IntrafuseError: there is an argument.
+        IntrafuseError: `argument` is not empty.
     """
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
+    from sklearn.datasets import load_digits  # slow to import
 
     if argument:
         raise IntrafuseError("digits takes no folder", value=argument, usage=True)
     images, labels = load_digits(return_X_y=True)
-    rank = np.empty(len(labels), np.int64)  # of an image within its class
+    rank = np.empty(len(labels), np.int64)  # index of an image within its class
     for digit in range(10):
         rank[labels == digit] = np.arange((labels == digit).sum())
     chosen = np.flatnonzero((rank % 4 == 3) == (split == "test"))[:limit]

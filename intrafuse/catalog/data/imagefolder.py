@@ -1,4 +1,4 @@
-"""A folder of images, one sub-folder for each class; files are decoded batch by batch."""
+"""A folder of images with one subfolder for each class; files are decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["load"]
 
-LARGEST = 8192  # pixels of a side
+LARGEST = 8192  # largest side in pixels
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load(argument: str, split: str, limit: int | None) -> Images:
-    """List FOLDER/{train,test|val}/CLASS/*, or FOLDER/CLASS/* for every split, and decode nothing.
+    """List FOLDER/{train,test|val}/CLASS/*, or FOLDER/CLASS/* for every split. Decode nothing.
 
-    The order takes one image of each class in turn, so that any limit is balanced.
+    The classes alternate, so that the classes stay balanced under any limit.
 
     Args:
         argument: FOLDER, or FOLDER@SIZE for images of SIZE pixels instead of 224.
         split: "train" or "test".
-        limit: the most images to keep; None for all.
+        limit: number of images to keep; None keeps all.
 
     Raises:
-        IntrafuseError: a missing folder, a class without .png or .jpg, no classes, or a wrong size.
+        IntrafuseError: the folder is missing, a class has no .png or .jpg, there are no classes, or
+            the size is invalid.
     """
     root, _, size = argument.rpartition("@")
     if not size.isdecimal():
@@ -38,7 +39,7 @@ def load(argument: str, split: str, limit: int | None) -> Images:
     classes = sorted({name for sibling in siblings for name in _class_names(sibling)})
     rows: list[tuple[int, int, Path]] = []
     for label, name in enumerate(classes):
-        if (folder / name).is_dir():  # a split may lack a class, which keeps its number
+        if (folder / name).is_dir():  # a split may lack a class; labels stay the same
             files = _class_files(folder / name)
             rows += [(rank, label, path) for rank, path in enumerate(files)]
     rows = sorted(rows)[:limit]
@@ -53,7 +54,7 @@ def load(argument: str, split: str, limit: int | None) -> Images:
 
 
 def _split_folders(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """Give the folder of the split, and the folders of all splits: their classes are counted."""
+    """Return the folder of the split, and the folders of all splits, which define the classes."""
     siblings = [root / n for n in ("train", "test", "val") if (root / n).is_dir()] or [root]
     names = ("train",) if split == "train" else ("test", "val")
     for name in names:
@@ -61,7 +62,7 @@ def _split_folders(root: Path, split: str) -> tuple[Path, list[Path]]:
             return root / name, siblings
     if siblings == [root]:
         return root, siblings
-    raise IntrafuseError(f"the folder has no {' or '.join(names)} inside", value=str(root))
+    raise IntrafuseError(f"the folder has no subfolder {' or '.join(names)}", value=str(root))
 
 
 def _class_names(folder: Path) -> list[str]:

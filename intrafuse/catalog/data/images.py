@@ -1,6 +1,7 @@
-"""Labelled images in normalised batches, held as one tensor or as files that are read on demand.
+"""Labeled images in normalized batches, held as one tensor or as files read on demand.
 
-Also the small helpers that the loaders share. Pillow and pyarrow come with the extra ``data``.
+This file also holds the small functions that the loaders share. Pillow and pyarrow come with the
+extra ``data``.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from intrafuse.support.extras import import_extra
 __all__ = ["RGB_MEAN", "RGB_STD", "ImageFiles", "Images", "decode", "open_folder"]
 
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-FORMATS = ("PNG", "JPEG")  # that are decoded, whatever a file is called: EPS starts a program
+FORMATS = ("PNG", "JPEG")  # accepted by content, not by suffix: decoding EPS would start a program
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Decode image files only when they are indexed, so that a folder need not fit in memory.
+    """Image files that are decoded only when indexed, so that a folder need not fit in memory.
 
     Args:
         paths: one file for each image.
-        size: height and width in pixels: the shorter side is resized to it, the centre cropped.
+        size: height and width in pixels. The shorter side is resized to it, the center is cropped.
 
     >>> ImageFiles((Path("a.png"), Path("b.png")), size=64).shape
     (2, 3, 64, 64)
@@ -42,11 +43,11 @@ class ImageFiles:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Give (images, 3, size, size), like the shape of a tensor."""
+        """The shape (images, 3, size, size) of the decoded tensor."""
         return len(self.paths), 3, self.size, self.size
 
     def subset(self, index: Tensor) -> ImageFiles:
-        """Keep the files at these positions (int64, (n,)) and decode nothing."""
+        """Keep the files at these positions (int64, (n,)) without decoding them."""
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()))
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -63,18 +64,18 @@ class ImageFiles:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images:
-    """Hold labelled images and hand them out in normalised batches.
+    """Labeled images that are returned in normalized batches.
 
     Args:
         images: uint8 pixels in 0..255, (N, C, H, W): a tensor, or files that are read on demand.
         labels: int64, (N,), each in 0..len(classes) - 1.
         classes: the name of each class.
-        mean, std: one number for each channel, on the scale where 255 is 1.
-            For another normalisation use ``dataclasses.replace(data, mean=..., std=...)``.
+        mean, std: one number for each channel, after division of the pixels by 255.
+            For another normalization use ``dataclasses.replace(data, mean=..., std=...)``.
         name: the SPEC that the images came from.
 
     Raises:
-        IntrafuseError: there are no images, or the fields contradict each other.
+        IntrafuseError: there are no images, or the fields are inconsistent.
 
     >>> from intrafuse.catalog.data import load_data
     >>> data = load_data("digits", limit=100)
@@ -126,7 +127,7 @@ class Images:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Give (C, H, W) of one image."""
+        """The shape (C, H, W) of one image."""
         _, channels, height, width = self.images.shape
         return channels, height, width
 
@@ -138,13 +139,13 @@ class Images:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (normalised float32 images (B, C, H, W), int64 labels (B,)), each image once.
+        """Yield (normalized float32 images (B, C, H, W), int64 labels (B,)), each image once.
 
         Args:
-            batch_size: images in a batch; the last batch may hold fewer.
-            shuffle: True for a random order, which depends on the seed alone.
-            seed: of the order; give each epoch its own.
-            device: where the batches go; pixels travel as uint8 and are normalised there.
+            batch_size: images in a batch; the last batch may be smaller.
+            shuffle: True for a random order, which depends only on the seed.
+            seed: seed of the order; use a different seed in each epoch.
+            device: device of the batches; pixels are copied as uint8 and normalized there.
 
         Raises:
             IntrafuseError: batch_size is below 1, or a file cannot be decoded.
@@ -158,7 +159,7 @@ class Images:
         )
 
     def take(self, n: int) -> Images:
-        """Keep the first n images, or all where there are fewer.
+        """Keep the first n images, or all if there are fewer.
 
         Raises:
             IntrafuseError: n is below 1.
@@ -172,10 +173,10 @@ class Images:
         return self.subset(torch.arange(min(n, len(self))))
 
     def unlabelled(self, n: int, *, seed: int = 0) -> Tensor:
-        """Draw n different images at random, or all where there are fewer, for calibration.
+        """Draw n random images without replacement, or all if there are fewer, for calibration.
 
         Returns:
-            Normalised float32 images (n, C, H, W) on the CPU.
+            Normalized float32 images (n, C, H, W) on the CPU.
 
         Raises:
             IntrafuseError: n is below 1.
@@ -195,7 +196,7 @@ class Images:
         return replace(self, images=images, labels=self.labels[index])
 
     def digest(self) -> str:
-        """Tell data sets apart: a hash of name, order of labels, and normalisation."""
+        """Hash the name, the labels in order, the normalization and the shape of the images."""
         told = f"{self.name} {self.mean} {self.std} {tuple(self.images.shape)}".encode()
         return hashlib.sha256(told + self.labels.numpy().tobytes()).hexdigest()
 
@@ -212,11 +213,11 @@ def decode(source: Path | io.BytesIO, *, where: str) -> Any:
     """Decode one image to a Pillow image in RGB.
 
     Args:
-        source: a file, or the bytes of one.
-        where: what to call it in an error.
+        source: an image file, or its bytes.
+        where: names the image in error messages.
 
     Raises:
-        IntrafuseError: whatever the decoder stumbled on.
+        IntrafuseError: the image cannot be decoded.
     """
     library = import_extra("PIL.Image", "data")
     try:
@@ -229,10 +230,10 @@ def decode(source: Path | io.BytesIO, *, where: str) -> Any:
 
 
 def open_folder(argument: str, *, example: str) -> Path:
-    """Turn the folder part of a SPEC into a path, with ~ expanded.
+    """Return the folder part of a SPEC as a path, with ~ expanded.
 
     Raises:
-        IntrafuseError: it is empty or no folder; the message shows the example of a SPEC.
+        IntrafuseError: `argument` is empty or not a folder; the message shows `example`.
 
     >>> open_folder(".", example="cifar10:FOLDER").is_dir()
     True

@@ -15,16 +15,17 @@ from intrafuse.support.reading import require_file
 
 __all__ = ["from_hub"]
 
-TOKENS = 16  # of the sequence that a language model is traced with
+TOKENS = 16  # length of the sequence for tracing a language model
 
 
 def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    """Load a transformers model, and make inputs for it.
+    """Load a transformers model and make example inputs for it.
 
     Args:
         name: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder
-            without weights gives random ones. No code of the folder is run, nothing unpickled.
-        arguments: changes fields of the configuration.
+            without weights yields random weights. No code in the folder is run, and no file is
+            unpickled.
+        arguments: fields of the configuration to change.
 
     Raises:
         IntrafuseError: transformers is not installed, or the model cannot be loaded.
@@ -50,23 +51,23 @@ def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         return model, _inputs(model)
     except IntrafuseError:
         raise
-    except Exception as error:  # what a configuration or a file may do wrong is without end
+    except Exception as error:  # configurations and files can fail in any way
         told = str(error).partition("\n")[0]
         raise IntrafuseError(
             f"the model cannot be loaded ({type(error).__name__}: {told})",
             value=f"hf:{name}",
-            remedy="give a folder with config.json and *.safetensors, as save_pretrained writes",
+            remedy="name a folder with config.json and *.safetensors, as save_pretrained writes",
         ) from error
 
 
 def _class(transformers: Any, config: Any) -> Any:
-    """Choose the class that a configuration asks for, among the models of its own `model_type`.
+    """Return the class that a configuration names, if it is a model of the same `model_type`.
 
-    Whatever else a name stands for in transformers is not called, and no code of the hub is run.
+    No other object of transformers is called, and no code from the hub is run.
     """
     for way in _implementations(config):
         if "/" in str(way):
-            raise IntrafuseError("a configuration may name no kernels of the hub", value=way)
+            raise IntrafuseError("a configuration must not name kernels on the hub", value=way)
     named = (config.architectures or [None])[0]
     if named is None:
         found = transformers.MODEL_MAPPING[type(config)]
@@ -83,7 +84,7 @@ def _class(transformers: Any, config: Any) -> Any:
 
 
 def _implementations(config: Any) -> Iterator[object]:
-    """List how a configuration, and those inside it, want attention and experts computed."""
+    """List the attention and expert implementations that a configuration and its parts name."""
     for name in ("_attn_implementation", "_experts_implementation"):
         yield getattr(config, name, None)
     for name in getattr(config, "sub_configs", ()):
@@ -92,20 +93,20 @@ def _implementations(config: Any) -> Iterator[object]:
 
 
 def _require_none_pickled(folder: Path) -> None:
-    """Refuse a folder whose weights would be passed over for random ones."""
+    """Refuse a folder with weights in other formats, which would be replaced by random ones."""
     known = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in known)
-    if found:
+    ignored = sorted(path.name for path in folder.iterdir() if path.suffix in known)
+    if ignored:
         raise IntrafuseError(
-            "weights are read from safetensors only, and nothing is unpickled",
-            value=found[0],
+            "weights are read only from safetensors, and nothing is unpickled",
+            value=ignored[0],
             layer=str(folder),
             remedy="save the model again with save_pretrained",
         )
 
 
 def _inputs(model: Any) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """Make inputs of the kind that a model takes, from its configuration."""
+    """Make example inputs for a model from its configuration."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, _field(config, "vocab_size", 2), (1, TOKENS), generator=generator)
@@ -122,7 +123,7 @@ def _inputs(model: Any) -> tuple[Tensor, ...] | dict[str, Tensor]:
         given = tokens
     else:
         raise IntrafuseError(
-            f"inputs named {first} cannot be made up",
+            f"inputs named {first} cannot be made automatically",
             value=type(model).__name__,
             remedy="write a factory with the attribute example_inputs, and name it module:factory",
         )

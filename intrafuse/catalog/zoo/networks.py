@@ -1,6 +1,6 @@
 """The networks of the zoo: VGG, two families of residual networks, and a multilayer perceptron.
 
-Every factory takes ``width``, a factor on all channel counts that makes tiny networks for tests.
+Every factory takes ``width``, a factor on all channel counts. Tests use it for tiny networks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ __all__ = [
 
 
 class VGG(nn.Module):
-    """Convolve and pool as a plain chain, then classify the one pixel that is left.
+    """A plain chain of convolutions and pooling, then a linear classifier of the last pixel.
 
     Args:
-        channels: of each 3 x 3 convolution with batch norm and ReLU; 0 stands for a 2 x 2 max-pool.
+        channels: output channels of each 3 x 3 convolution with batch norm and ReLU; 0 stands for
+            a 2 x 2 max-pool.
         in_channels: channels of the images.
         num_classes: outputs.
     """
@@ -58,10 +59,10 @@ class VGG(nn.Module):
 
 
 class ZeroPadShortcut(nn.Module):
-    """Take every second pixel and add zero channels before and after (option A of He et al. 2016).
+    """Keep every second pixel and pad with zero channels (option A of He et al. 2016).
 
     Args:
-        before, after: how many zero channels.
+        before, after: number of zero channels before and after the channels of the input.
     """
 
     def __init__(self, before: int, after: int) -> None:
@@ -69,7 +70,7 @@ class ZeroPadShortcut(nn.Module):
         self.before, self.after = before, after
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, before + C + after, H / 2, W / 2), halves rounded up."""
+        """Map (N, C, H, W) to (N, before + C + after, H / 2, W / 2), rounded up."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
 
 
@@ -99,11 +100,11 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stack residual blocks behind a 3 x 3 stem without pooling, as is usual for small images.
+    """Residual blocks after a 3 x 3 stem without pooling, as is usual for small images.
 
     Args:
-        channels: of each stage; each stage but the first halves height and width.
-        blocks: in each stage.
+        channels: channels of each stage. Each stage except the first halves height and width.
+        blocks: number of blocks in each stage.
         zero_pad: True for option-A shortcuts, False for 1 x 1 convolutions with batch norm.
         in_channels: channels of the images.
         num_classes: outputs.
@@ -139,10 +140,10 @@ class ResNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """Classify flattened images by linear layers with ReLU between them.
+    """Linear layers with ReLU between them, on flattened images.
 
     Args:
-        features: of the flattened image, of each hidden layer, and of the output.
+        features: size of the flattened image, of each hidden layer, and of the output.
     """
 
     def __init__(self, features: Sequence[int]) -> None:
@@ -158,7 +159,7 @@ class MLP(nn.Module):
 
 
 def _scaled(channels: Sequence[int], width: float, *, step: int = 1) -> list[int]:
-    """Multiply channel counts by width, rounded to multiples of step that are at least step."""
+    """Multiply channel counts by width; round to positive multiples of step."""
     if type(width) not in (int, float) or not 0 < width < float("inf"):
         raise IntrafuseError("width must be above 0", value=width)
     if isinstance(channels, str) or not all(type(n) is int and n > 0 for n in channels):
@@ -193,8 +194,8 @@ def resnet18(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0)
 
 
 def _cifar_resnet(blocks: int, num_classes: int, in_channels: int, width: float) -> ResNet:
-    # Each stage has twice the channels of the last, and a quarter of them is padded on each side,
-    # so the first stage needs an even number.
+    # Each stage has twice the channels of the stage before. The shortcut pads a quarter of them on
+    # each side, so the first stage needs an even number.
     (first,) = _scaled([16], width, step=2)
     return ResNet(
         [first, 2 * first, 4 * first],
@@ -230,7 +231,7 @@ def resnet56(*, num_classes: int = 10, in_channels: int = 3, width: float = 1.0)
 
 
 def digits_resnet(*, num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> ResNet:
-    """Build a small residual network for the 8 x 8 digits: trained in seconds on a laptop.
+    """Build a small residual network for the 8 x 8 digits; it trains in seconds on a laptop.
 
     >>> digits_resnet().linear.in_features
     64
@@ -256,7 +257,7 @@ def mlp(
 
     Args:
         image_size: height and width of the images in pixels.
-        hidden: features of each hidden layer, before the factor width.
+        hidden: features of each hidden layer, before multiplication by width.
 
     >>> [layer.out_features for layer in mlp(width=0.5).layers[1::2]]
     [64, 32, 10]

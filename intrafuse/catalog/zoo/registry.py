@@ -1,6 +1,6 @@
-"""From a MODEL string to a network: the registry ZOO, and the prefixes that name other sources.
+"""Resolve a MODEL string to a network: the registry ZOO, and prefixes for other sources.
 
-A new network is one factory in networks.py with an entry in ZOO.
+To add a network, write a factory in networks.py and enter it in ZOO.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COUNTS = ("image_size", "in_channels", "num_classes")
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """Say how to build a network of the zoo and what it takes.
+    """A network of the zoo: its factory and the shape of its input.
 
     Args:
-        factory: builds it from keyword arguments, all with defaults.
+        factory: builds the network; all its keyword arguments have defaults.
         input_shape: (C, H, W) of one image, with default arguments.
     """
 
@@ -45,13 +45,13 @@ class ZooEntry:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Hold a network with what is needed to trace it and to build it again.
+    """A network with the inputs to trace it and the arguments to build it again.
 
     Args:
         name: the MODEL string.
-        model: the network, in evaluation mode, with random weights unless its factory loads some.
-        example_inputs: arguments of its forward, with a batch of one: positional, or by name.
-        arguments: what its factory was called with, beyond the defaults.
+        model: the network in evaluation mode, with random weights unless its factory loads weights.
+        example_inputs: arguments of its forward for a batch of one, positional or by name.
+        arguments: the keyword arguments of its factory that were set explicitly.
     """
 
     name: str
@@ -86,16 +86,16 @@ def resolve_model(
 
     Args:
         name: a name in ZOO, `package.module:factory` (a callable or an nn.Module; the current
-            folder is searched too), `torchvision:NAME`, `timm:NAME`, or `hf:FOLDER` as
-            transformers saves a model (or `hf:NAME`).
-        input_shape: of one input without its batch, (C, H, W) for images; None for what the
-            network is known to take, or for the attribute ``example_inputs`` of the network or
-            of its factory.
+            folder is searched too), `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` for a folder that
+            transformers saved, or `hf:NAME`.
+        input_shape: shape of one input without its batch, (C, H, W) for images. None uses the
+            known shape of the network, or the attribute ``example_inputs`` of the network or of
+            its factory.
         arguments: keyword arguments of the factory, such as num_classes=100.
 
     Raises:
-        IntrafuseError: an unknown name (with near matches) or argument, a module that cannot be
-            imported, an extra that is not installed, or an unknown input shape.
+        IntrafuseError: the name (the message lists near matches), an argument or the input shape is
+            unknown, a module cannot be imported, or an extra is not installed.
 
     >>> resolved = resolve_model("digits_resnet", width=0.5)
     >>> resolved.model.linear.in_features, tuple(resolved.example_inputs[0].shape)
@@ -114,7 +114,7 @@ def resolve_model(
 
 
 def _example_inputs(example: object, name: str) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """Turn a shape, a tensor, a tuple or a dictionary of tensors into the arguments of forward."""
+    """Turn a shape, a tensor, or a tuple or dictionary of tensors into arguments of forward."""
     if isinstance(example, dict):
         return example
     if isinstance(example, Tensor):
@@ -134,7 +134,7 @@ def _example_inputs(example: object, name: str) -> tuple[Tensor, ...] | dict[str
             usage=True,
         )
     raise IntrafuseError(
-        "an input is given as positive sizes (C, H, W), a tensor or a tuple of tensors",
+        "an input must be positive sizes (C, H, W), a tensor or a tuple of tensors",
         value=example,
         layer=name,
         usage=True,
@@ -148,10 +148,10 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def from_zoo(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Shape]:
-    """Build a network of the zoo, in training mode, and tell the shape of one image.
+    """Build a network of the zoo in training mode; return it with the shape of one image.
 
     Raises:
-        IntrafuseError: an unknown name or argument, or one of a wrong kind.
+        IntrafuseError: the name or an argument is unknown, or an argument has the wrong type.
     """
     if name not in ZOO:
         raise IntrafuseError(
@@ -199,8 +199,8 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], name: str) 
 
 @contextmanager
 def _current_folder_importable() -> Iterator[None]:
-    # A console script, unlike python itself, does not search the current folder. Last in the
-    # path, so that a file there never hides an installed package.
+    # Unlike python itself, a console script does not search the current folder. The folder goes
+    # last in the path, so that a file in it never hides an installed package.
     folder = str(Path.cwd())
     if folder in sys.path or "" in sys.path:
         yield

@@ -1,4 +1,4 @@
-"""Load weights from safetensors: everything is checked before a tensor changes."""
+"""Load weights from safetensors. All checks run before any tensor changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file_sha256(path: str | Path) -> str:
         64 hexadecimal digits.
 
     Raises:
-        IntrafuseError: there is no such file, or it cannot be read.
+        IntrafuseError: the file does not exist or cannot be read.
 
     >>> file_sha256(__file__) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     True
@@ -46,16 +46,17 @@ def file_sha256(path: str | Path) -> str:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the weights of a safetensors file into a model of the same architecture.
 
-    Counters of batch norm (num_batches_tracked) may be absent; they then stay as they are. Of tied
-    parameters, which are one tensor under several names, one name is enough.
+    The file may lack counters of batch norm (num_batches_tracked); they then keep their values. Of
+    tied parameters, which are one tensor under several names, the file needs only one name.
 
     Args:
-        model: changed in place, and only when the whole file fits.
+        model: changed in place, but only if the whole file fits.
         path: a .safetensors file; floating-point types are converted to the model's.
 
     Raises:
-        IntrafuseError: a missing, truncated, corrupt or pickled file (nothing is unpickled);
-            missing, unexpected or misshapen keys, all in one message; NaN or Inf in a parameter.
+        IntrafuseError: the file is missing, truncated, corrupt or pickled (no file is unpickled);
+            keys are missing, unexpected or have the wrong shape (one message lists all); or a
+            parameter holds NaN or infinity.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -77,18 +78,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def is_finite(tensor: Tensor, *, infinite: bool = False) -> bool:
-    """Tell whether a tensor, of whatever type, holds no NaN, and unless allowed no infinity."""
+    """Tell whether a tensor of any dtype is free of NaN, and of infinity unless `infinite`."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    value = tensor.float() if tensor.itemsize == 1 else tensor  # float8 knows no isfinite
+    value = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
     return not bool((value.isnan() if infinite else ~value.isfinite()).any())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; nothing is unpickled.
+    """Read a safetensors file without unpickling anything.
 
     Raises:
-        IntrafuseError: a missing, truncated, corrupt or pickled file.
+        IntrafuseError: the file is missing, truncated, corrupt or pickled.
     """
     try:
         require_file(path)
@@ -98,11 +99,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise IntrafuseError(
             f"the weights cannot be read ({error.strerror})", value=str(path)
         ) from error
-    # Safetensors put eight bytes of length, which may look like a pickle's, before a brace.
+    # Safetensors start with eight bytes of length, which may look like a pickle, and a brace.
     pickled = start.startswith(_PICKLE_STARTS) and start[8:] != b"{"
     if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
         raise IntrafuseError(
-            "weights are read from safetensors only, and nothing is unpickled",
+            "weights are read only from safetensors, and nothing is unpickled",
             value=str(path),
             remedy="convert a state dict that you trust with safetensors.torch.save_file("
             "torch.load(FILE, weights_only=True), 'model.safetensors')",
@@ -111,12 +112,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
         raise IntrafuseError(
-            f"the file is no safetensors, or it is truncated or corrupt ({error})", value=str(path)
+            f"the file is not safetensors, or is truncated or corrupt ({error})", value=str(path)
         ) from error
     packed = sorted(name for name, tensor in tensors.items() if tensor.dtype == PACKED)
     if packed:
         raise IntrafuseError(
-            "two numbers in one byte cannot be computed with",
+            "a dtype that packs two numbers into one byte is not supported",
             value=str(path),
             layer=", ".join(packed),
         )
@@ -124,14 +125,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse a file whose names, shapes or kinds of numbers differ from the model's."""
+    """Refuse a file whose names, shapes or kinds of dtype differ from the model's."""
     wanted = model.state_dict(keep_vars=True)
     given = {id(wanted[name]) for name in tensors if name in wanted}
     missing = [
         name
         for name, tensor in wanted.items()
         if name not in tensors
-        and id(tensor) not in given  # else tied to a name that is there
+        and id(tensor) not in given  # else tied to a name in the file
         and not name.endswith("num_batches_tracked")
     ]
     unexpected = sorted(set(tensors) - set(wanted))

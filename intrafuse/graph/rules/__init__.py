@@ -1,7 +1,7 @@
-"""One rule for each operator says how axes flow through it (DESIGN: the channel graph).
+"""Operator rules: one rule for each operator describes how axes flow through it.
 
-A new rule is one function with `register("operator")` in the file of its kind; a new file is
-imported here.
+To add a rule, write one function with `register("operator")` in the file of its kind. Import a new
+file here.
 """
 
 from intrafuse.graph.rules import (

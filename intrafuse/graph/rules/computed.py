@@ -1,7 +1,7 @@
-"""Rules for layers whose weight is computed from parameters: weight norm, weight standardisation.
+"""Rules for layers whose weight is computed from parameters: weight norm, weight standardization.
 
-The axes of the computed weight say which channels a parameter writes or reads. Channels along
-which a statistic of the weight is taken stay: filters that lose inputs would be scaled otherwise.
+The axes of the computed weight show which channels a parameter writes or reads. Axes over which
+the weight takes a statistic are locked: a filter that loses inputs would change its scale.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ INSIDE_GROUP = "position inside a group of a grouped operator (whole groups are 
 
 
 def layer_of_computed(scope: Scope, node: Node, x: Tree, reader: int) -> Tree:
-    """Couple a layer with a computed weight, and return its outputs.
+    """Couple a layer that has a computed weight, and return the tree of its outputs.
 
     Args:
-        scope, node: the trace, and the layer's operator.
-        x: the axis of the input that it sums over.
-        reader: the axis of the weight that holds inputs; outputs lie along the other of the first
-            two.
+        scope, node: the trace and the layer's operator.
+        x: the axis of the input that the layer sums over.
+        reader: the axis of the weight, 0 or 1, that holds inputs; the other one holds outputs.
     """
     args, table = scope.arguments(node), scope.table
     if args.get("groups", 1) != 1:
@@ -63,7 +62,7 @@ def layer_of_computed(scope: Scope, node: Node, x: Tree, reader: int) -> Tree:
 def _groups_of_computed(
     scope: Scope, node: Node, x: Tree, groups: int, *, transposed: bool
 ) -> Tree:
-    """Couple a grouped convolution with a computed weight, whose groups go as a whole."""
+    """Couple a grouped convolution with a computed weight; groups are removed as a whole."""
     args, table = scope.arguments(node), scope.table
     which, out = grouped(scope, x, scope.axes(args["weight"]), groups, transposed)
     if args["bias"] is not None:
@@ -87,7 +86,7 @@ def _groups_of_computed(
 def grouped(
     scope: Scope, channels: Tree, weight: Axes, groups: int, transposed: bool
 ) -> tuple[Tree, Tree]:
-    """Couple the axes of a grouped convolution; return its groups and its output channels."""
+    """Couple the axes of a grouped convolution; return the trees of its groups and outputs."""
     table = scope.table
     side = weight[0]  # (groups x outputs) of a convolution, (groups x inputs) if transposed
     split = table.factor(channels, (groups, table.measure(channels) // groups))
@@ -103,7 +102,7 @@ def grouped(
 
 
 def _claim(scope: Scope, weight: Node, sides: Mapping[Role, Tree]) -> None:
-    """Record what the parameters that a weight is computed from do for the channels on them."""
+    """Record the roles of the parameters that a computed weight depends on."""
     atoms: dict[Role, set[int]] = {
         role: set(leaves(scope.table.resolve(tree))) for role, tree in sides.items()
     }
@@ -124,17 +123,17 @@ def _sources(scope: Scope, weight: Node) -> list[str]:
         if node in scope.parameters:
             found[scope.parameters[node]] = None
         elif node.op == "placeholder" and any(not scope.is_fixed(t) for t in scope.axes(node)):
-            raise LockError("its weight is computed, and not from parameters alone")
+            raise LockError("its weight is not computed from parameters only")
         new = [source for source in node.all_input_nodes if source not in seen]
         seen.update(new)
         waiting += new
     if not scope.trained.intersection(found):
-        raise LockError("its weight is computed, and from no parameter")
+        raise LockError("its weight is computed without any parameter")
     return [*found]
 
 
 def _follow(scope: Scope, node: Node, inputs: Tree, out: Tree) -> None:
-    """Let the sizes that a layer's module holds follow."""
+    """Let the size attributes of a layer's module follow its axes."""
     owner = _owner(node)
     if isinstance(scope.model.get_submodule(owner), FOLLOWING):
         for name, tree in (("in_channels", inputs), ("out_channels", out)):
@@ -144,13 +143,14 @@ def _follow(scope: Scope, node: Node, inputs: Tree, out: Tree) -> None:
 def _owner(node: Node) -> str:
     """Name the module in whose forward an operator was recorded."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return re.sub(r"@\d+", "", stack[-1]) if stack else ""  # a second call is module@1
+    return re.sub(r"@\d+", "", stack[-1]) if stack else ""  # the path of a second call ends in @1
 
 
 def claim_functions(scope: Scope) -> None:
-    """Let parameters that meet channels element by element, in whatever function, be carriers.
+    """Make parameters that act on channels element by element carriers, whatever the function.
 
-    Such as a decay exp(-exp(a)). What is no sum and no product may not be combined.
+    An example is a decay exp(-exp(a)). Channels may be combined only if the parameter acts by sums
+    and products.
     """
     for node, name in scope.parameters.items():
         met = _meetings(scope, node)
@@ -164,9 +164,9 @@ def claim_functions(scope: Scope) -> None:
 
 
 def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
-    """Name the operators in which a parameter meets channels, with None for others than pointwise.
+    """Name the operators in which a parameter meets channels; None stands for a non-pointwise one.
 
-    A function of the parameter, before it meets them, adds an empty name.
+    A function of the parameter alone, before it meets channels, adds an empty name.
     """
     found: set[str | None] = set()
     waiting, seen = [parameter], {parameter}
@@ -188,7 +188,7 @@ def _meetings(scope: Scope, parameter: Node) -> set[str | None]:
 
 @register("_weight_norm")
 def weight_norm(scope: Scope, node: Node) -> Axes:
-    """Scale a direction to a length, for each position of one dimension."""
+    """Scale directions v to lengths g: one direction for each position of one dimension."""
     args = scope.arguments(node)
     v, g = scope.axes(args["v"]), scope.axes(args["g"])
     dim = args["dim"] % len(v)

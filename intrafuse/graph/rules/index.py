@@ -1,4 +1,4 @@
-"""Rules for operators that move positions by number: index, gather, roll, repeat."""
+"""Rules for operators that address positions by number: index, gather, roll, repeat."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NUMBERED = "its positions are taken by number"
 
 @register("index", "_unsafe_index")
 def index(scope: Scope, node: Node) -> Axes:
-    """Take positions of some dimensions by tensors of numbers; the others stay as they are."""
+    """Index some dimensions with tensors of numbers; the other dimensions pass unchanged."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     wanted = [*args["indices"], *[None] * (len(x) - len(args["indices"]))]
     given = [dim for dim, tensor in enumerate(wanted) if tensor is not None]
     if any(wanted[dim].meta["val"].dtype.itemsize == 1 for dim in given):
-        raise LockError("its result has as many positions as a mask says")
+        raise LockError("the size of its result depends on a mask")
     for dim in given:
         scope.table.lock(x[dim], NUMBERED)
     rest = [tree for dim, tree in enumerate(x) if dim not in given]
@@ -31,7 +31,7 @@ def index(scope: Scope, node: Node) -> Axes:
 
 @register("gather", "take_along_dim")
 def gather(scope: Scope, node: Node) -> Axes:
-    """Take positions of one dimension, by numbers for each place of the others."""
+    """Index one dimension with numbers for each position of the other dimensions."""
     args = scope.arguments(node)
     x, numbers = scope.axes(args["self"]), scope.axes(args.get("index") or args["indices"])
     if args["dim"] is None or len(x) != len(numbers):
@@ -46,7 +46,7 @@ def gather(scope: Scope, node: Node) -> Axes:
 
 @register("index_select")
 def index_select(scope: Scope, node: Node) -> Axes:
-    """Take positions of one dimension by a list of numbers."""
+    """Index one dimension with a list of numbers."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
@@ -56,7 +56,7 @@ def index_select(scope: Scope, node: Node) -> Axes:
 
 @register("roll")
 def roll(scope: Scope, node: Node) -> Axes:
-    """Move positions along dimensions, by a number."""
+    """Shift positions along dimensions by a number."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     for dim in args["dims"] or range(len(x)):
@@ -66,7 +66,7 @@ def roll(scope: Scope, node: Node) -> Axes:
 
 @register("repeat", "tile")
 def repeat(scope: Scope, node: Node) -> Axes:
-    """Lay copies of a tensor side by side."""
+    """Concatenate copies of a tensor."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     counts = args["repeats" if operator_name(node) == "repeat" else "dims"]
@@ -89,7 +89,7 @@ def repeat_interleave(scope: Scope, node: Node) -> Axes:
     """Repeat each position of a dimension."""
     args = scope.arguments(node)
     if not isinstance(args.get("repeats"), int) or args["dim"] is None:
-        raise LockError("its result has as many positions as a tensor says")
+        raise LockError("the size of its result depends on a tensor")
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
     copies = scope.fixed(args["repeats"], "copies")
@@ -98,7 +98,7 @@ def repeat_interleave(scope: Scope, node: Node) -> Axes:
 
 @register("index_add", "index_copy", "index_fill")
 def index_add(scope: Scope, node: Node) -> Axes:
-    """Change positions of one dimension, given by a list of numbers."""
+    """Change the positions of one dimension that a list of numbers names."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
@@ -114,7 +114,7 @@ def index_add(scope: Scope, node: Node) -> Axes:
 
 @register("scatter", "scatter_add", "scatter_reduce")
 def scatter(scope: Scope, node: Node) -> Axes:
-    """Change positions of one dimension, given by numbers for each place of the others."""
+    """Change positions of one dimension, with numbers for each position of the others."""
     args = scope.arguments(node)
     x, numbers = scope.axes(args["self"]), scope.axes(args["index"])
     dim = args["dim"] % len(x)
@@ -124,6 +124,6 @@ def scatter(scope: Scope, node: Node) -> Axes:
             if other == dim:
                 scope.table.lock(tree, NUMBERED)
             else:
-                scope.table.unify(x[other], tree)  # locks both where the numbers are fewer
+                scope.table.unify(x[other], tree)  # locks both axes if there are fewer numbers
     scope.table.lock(x[dim], NUMBERED)
     return scope.axes(args["self"])

@@ -1,4 +1,4 @@
-"""Rules for layers with parameters: convolution, linear, normalisation, PReLU, embedding."""
+"""Rules for layers with parameters: convolution, linear, normalization, PReLU, embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from intrafuse.graph.rules.registry import (
 from intrafuse.graph.rules.views import parameter_pieces, parameter_view
 
 PRODUCTS = frozenset("matmul mm bmm mv addmm baddbmm einsum dot vdot inner tensordot".split())
-# Attributes of torch.nn.MultiheadAttention that say how wide its keys and values are.
+# Attributes of torch.nn.MultiheadAttention that hold the widths of its keys and values.
 INPUT_WIDTHS = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}
 TRAINING = "batch norm takes its statistics over it"
 STANDARDISED = f"{TRAINING}, on weights (store them as it gives them, in a plain layer, first)"
@@ -30,9 +30,10 @@ STANDARDISED = f"{TRAINING}, on weights (store them as it gives them, in a plain
 def declare(
     scope: Scope, node: Node, weight: str, bias: str | None, axes: tuple[int, int], out: Tree
 ) -> str | None:
-    """Record a layer and name its bias: one that it has, or one that its module could hold.
+    """Record a layer and return the name of its bias, also of a bias that it lacks but could take.
 
-    A module takes a bias that it is given where torch's own code runs it, not products by hand.
+    A module can take a new bias if torch's own code runs it, but not if the model's code computes
+    the product by hand.
     """
     name = weight.rpartition(".")[0]
     module = scope.model.get_submodule(name)
@@ -42,7 +43,7 @@ def declare(
         bias = f"{name}.bias"
         scope.parameter_axes.setdefault(bias, [out])
     layer = Layer(name, operator_name(node), weight, bias, *axes)
-    scope.layers.setdefault(weight, layer)  # a shared weight keeps the bias of its first call
+    scope.layers.setdefault(weight, layer)  # a shared weight keeps the bias of the first call
     return bias
 
 
@@ -71,9 +72,9 @@ def linear(scope: Scope, node: Node) -> Axes:
 
 
 def _part_of_linear(scope: Scope, node: Node, channels: Tree) -> Tree:
-    """Couple a linear map whose weight or bias is a part of a parameter, as in packed attention.
+    """Couple a linear map whose weight or bias is part of a parameter, as in packed attention.
 
-    A bias may also be joined of several parameters and buffers.
+    A bias may also be a concatenation of several parameters and buffers.
     """
     args = scope.arguments(node)
     rows, columns = scope.axes(args["weight"])
@@ -90,7 +91,7 @@ def _part_of_linear(scope: Scope, node: Node, channels: Tree) -> Tree:
         scope.table.unify(rows, scope.axes(args["bias"])[0])
         for piece in pieces:
             if scope.roles.get((piece.parameter, piece.axis)) == ("carrier", "shift"):
-                del scope.roles[piece.parameter, piece.axis]  # which `cat` takes it for
+                del scope.roles[piece.parameter, piece.axis]  # `cat` had set this role
             scope.use(piece.parameter, piece.axis, "writer", "bias")
     scope.table.unify(columns, channels)
     follower = INPUT_WIDTHS.get(weight.rpartition(".")[2])
@@ -147,13 +148,13 @@ def _convolution(scope: Scope, node: Node, spatial: int, transposed: bool) -> Ax
 
 @register("conv1d", "conv2d", "conv3d")
 def convolution(scope: Scope, node: Node) -> Axes:
-    """Convolve; weight (outputs, inputs / groups, kernel...)."""
+    """Convolve with a weight (outputs, inputs / groups, kernel...)."""
     return _convolution(scope, node, int(operator_name(node)[4]), False)
 
 
 @register("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(scope: Scope, node: Node) -> Axes:
-    """Convolve transposed; weight (inputs, outputs / groups, kernel...)."""
+    """Transposed convolution with a weight (inputs, outputs / groups, kernel...)."""
     return _convolution(scope, node, int(operator_name(node)[14]), True)
 
 
@@ -198,7 +199,7 @@ def batch_norm(scope: Scope, node: Node) -> Axes:
 
 
 def _layer_before(scope: Scope, node: Node) -> str | None:
-    """Name the weight of the layer whose only reader is a norm, if the norm can fold into it."""
+    """Name the weight of the layer that feeds only this norm, if the norm can fold into it."""
     if operator_name(node) == "getitem" or len(node.users) != 1 or node.op != "call_function":
         return None
     args = scope.arguments(node)
@@ -217,7 +218,7 @@ def _layer_before(scope: Scope, node: Node) -> str | None:
 
 @register("prelu")
 def prelu(scope: Scope, node: Node) -> Axes:
-    """Multiply negative values by a slope for each channel, or by one slope."""
+    """Multiply negative values by one slope, or by one slope per channel."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     weight = scope.parameter(args["weight"], "weight")
@@ -231,7 +232,7 @@ def prelu(scope: Scope, node: Node) -> Axes:
 
 @register("group_norm")
 def group_norm(scope: Scope, node: Node) -> Axes:
-    """Normalise within groups of channels: whole groups may go, the inside stays."""
+    """Normalize within groups of channels; only whole groups can be removed."""
     args = scope.arguments(node)
     x = scope.axes(args["input"])
     groups = args["num_groups"]
@@ -257,7 +258,7 @@ def group_norm(scope: Scope, node: Node) -> Axes:
 
 
 def _rows(scope: Scope, node: Node) -> Tree:
-    """Write the columns of an embedding's rows, which it looks up; the vocabulary stays."""
+    """Return the columns of an embedding's weight as written channels; lock its vocabulary."""
     source = scope.arguments(node)["weight"]
     weight = scope.parameter(source, "weight")
     rows, columns = scope.axes(source)
@@ -269,17 +270,17 @@ def _rows(scope: Scope, node: Node) -> Tree:
 
 @register("embedding")
 def embedding(scope: Scope, node: Node) -> Axes:
-    """Look up rows of the weight: dimension 0 is the vocabulary and stays."""
+    """Look up rows of the weight. Dimension 0, the vocabulary, is locked."""
     columns = _rows(scope, node)
     return [*scope.axes(scope.arguments(node)["indices"]), columns]
 
 
 @register("embedding_bag")
 def embedding_bag(scope: Scope, node: Node) -> list[Axes]:
-    """Sum, average or take the largest of rows of the weight, for each bag of indices."""
+    """Reduce rows of the weight to their sum, mean or maximum, for each bag of indices."""
     columns = _rows(scope, node)
     bags, *others = node.meta["val"]
     fixed = [[scope.fixed(int(n), "bags") for n in other.shape] for other in others]
-    if scope.arguments(node)["mode"] == 2 and len(fixed[-1]) == 2:  # the largest row's, by channel
+    if scope.arguments(node)["mode"] == 2 and len(fixed[-1]) == 2:  # argmax per channel
         fixed[-1][1] = columns
     return [[scope.fixed(int(bags.shape[0]), "bags"), columns], *fixed]

@@ -1,10 +1,10 @@
 """Rules for norms over channels: layer norm, RMS norm, and RMS norm written by hand.
 
-Such a norm divides by the root of a mean over the channels. Where m of n channels stay, the mean
-is taken over these, and the weight of the norm takes the factor sqrt(n / m): then the channels are
-divided by what they would be if the others were zero (docs/research.md). Layer norm subtracts the
-mean of those that stay. Channels that are combined have other statistics, so they may be chosen
-among only.
+Such a norm divides by the root of a mean over the channels. If m of n channels remain, the norm
+takes the mean over these m, and its weight is multiplied by sqrt(n / m). The channels are then
+divided by the same number as if the others were zero (docs/research.md). Layer norm also subtracts
+the mean of the remaining channels. Combined channels have other statistics, so channels may be
+removed but not combined.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["norm_after", "other_uses"]
 
 @register("layer_norm", "rms_norm")
 def layer_norm(scope: Scope, node: Node) -> Axes:
-    """Normalise over the last dimension, whose channels may be chosen among."""
+    """Normalize over the last dimension; its channels may be removed but not combined."""
     args = scope.arguments(node)
     x = scope.axes(args["input"])
     normalised = x[len(x) - len(args["normalized_shape"]) :]
@@ -59,7 +59,7 @@ def layer_norm(scope: Scope, node: Node) -> Axes:
 
 @register("mean")
 def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
-    """Reduce dimensions to one value; channels stay, but where a norm is written by hand."""
+    """Average over dimensions. Lock their channels, except in an RMS norm written by hand."""
     norm = norm_after(node)
     weight = None if norm is None else _weight_after(scope, norm)
     if weight is None:
@@ -72,7 +72,7 @@ def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
 
 
 def _scale(scope: Scope, weight: str, axis: int, tree: Tree, offset: float = 0.0) -> None:
-    """Let the weight of a norm make up for the number of channels that it is taken over."""
+    """Rescale the weight of a norm with the number of channels that the norm reduces over."""
     scope.table.choose(tree, NORMED)
     scope.table.unify(scope.parameter_axes[weight][axis], tree)
     scope.normed[weight] += 1
@@ -81,13 +81,13 @@ def _scale(scope: Scope, weight: str, axis: int, tree: Tree, offset: float = 0.0
 
 
 def norm_after(node: Node) -> Node | None:
-    """Find the operator that divides a tensor by the root of the mean of its own squares.
+    """Find the operator that divides a tensor by its own root mean square.
 
     Args:
-        node: the mean, over one dimension, which is kept.
+        node: the mean over one dimension, with keepdim.
 
     Returns:
-        The product or quotient, or None where the mean is used otherwise.
+        The product or quotient; None if the mean is used in another way.
     """
     args = arguments(node)
     dims = args.get("dim")
@@ -118,7 +118,7 @@ def norm_after(node: Node) -> Node | None:
 
 
 def _squared(node: Node) -> Node | None:
-    """Find what a tensor is the square of."""
+    """Find the tensor that a node squares; None if the node is not a square."""
     name = operator_name(node) if node.op == "call_function" else ""
     first = node.args[0] if node.args else None
     twice = name == "mul" and node.args[1] is first
@@ -128,7 +128,7 @@ def _squared(node: Node) -> Node | None:
 
 
 def _weight_after(scope: Scope, node: Node) -> tuple[str, int, float] | None:
-    """Find the parameter that alone multiplies a tensor: its name, its axis, what is added."""
+    """Find the only parameter that multiplies a tensor: (name, axis, number added to it)."""
     after = _only_user(node)
     if after is None or operator_name(after) != "mul":
         return None
@@ -148,14 +148,14 @@ def _weight_after(scope: Scope, node: Node) -> tuple[str, int, float] | None:
 
 
 def _uncast(node: Node) -> Node:
-    """Go back over operators that change nothing but the type."""
+    """Go back over operators that change only the dtype."""
     while node.op == "call_function" and operator_name(node) in CASTS:
         node = node.all_input_nodes[0]
     return node
 
 
 def _only_user(node: Node) -> Node | None:
-    """Find the one operator that takes a tensor, after changes of its type."""
+    """Find the only operator that uses a tensor, after any changes of dtype."""
     while True:
         users = [user for user in node.users if operator_name(user) not in CHECKS]
         if len(users) != 1 or users[0].op != "call_function":
@@ -166,7 +166,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def other_uses(scope: Scope) -> Iterator[str]:
-    """List the weights of norms that other operators take as well."""
+    """List the weights of norms that other operators use, too."""
     for name, calls in sorted(scope.normed.items()):
         users = [u for n, known in scope.parameters.items() if known == name for u in n.users]
         if sum(operator_name(user) not in CHECKS for user in users) != calls:

@@ -1,4 +1,4 @@
-"""Rules for operators that trade positions for channels: pixel shuffle, patches, sampling."""
+"""Rules for operators that turn positions into channels: pixel shuffle, patches, sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATCH = "positions of a patch"
 def _factor(scope: Scope, tree: Tree, sizes: tuple[int, ...]) -> list[Tree]:
     factors = scope.table.factor(tree, sizes)
     if factors is None:
-        raise LockError("its channels cannot be divided as it asks")
+        raise LockError("its channels cannot be divided into equal parts")
     return factors
 
 
@@ -26,7 +26,7 @@ def _lock_positions(scope: Scope, trees: Axes) -> None:
 
 
 def _spatial(scope: Scope, node: Node, back: int) -> Axes:
-    """Make the last dimensions of a result, which have positions of their own."""
+    """Make new locked axes for the last `back` dimensions of a result."""
     shape = scope.shape(node)
     return [scope.fixed(n, "spatial") for n in shape[len(shape) - back :]]
 
@@ -57,7 +57,7 @@ def pixel_unshuffle(scope: Scope, node: Node) -> Axes:
 
 @register("channel_shuffle")
 def channel_shuffle(scope: Scope, node: Node) -> Axes:
-    """Interleave g groups of channels; their number stays."""
+    """Interleave g groups of channels; g is locked."""
     args = scope.arguments(node)
     batch, channels, *rest = scope.axes(args["self"])
     g = args["groups"]
@@ -68,7 +68,7 @@ def channel_shuffle(scope: Scope, node: Node) -> Axes:
 
 @register("im2col")
 def im2col(scope: Scope, node: Node) -> Axes:
-    """Lay the positions of each window beside each channel: (C, H, W) -> (C k, L)."""
+    """Turn the positions of each window into channels: (C, H, W) -> (C k, L)."""
     args = scope.arguments(node)
     *batch, channels, height, width = scope.axes(args["self"])
     _lock_positions(scope, [height, width])
@@ -79,7 +79,7 @@ def im2col(scope: Scope, node: Node) -> Axes:
 
 @register("col2im")
 def col2im(scope: Scope, node: Node) -> Axes:
-    """Add windows up to an image: (C k, L) -> (C, H, W)."""
+    """Sum windows into an image: (C k, L) -> (C, H, W)."""
     args = scope.arguments(node)
     *batch, columns, windows = scope.axes(args["self"])
     k = prod(args["kernel_size"])
@@ -102,7 +102,7 @@ def unfold(scope: Scope, node: Node) -> Axes:
 
 @register("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sampler(scope: Scope, node: Node) -> Axes:
-    """Sample every channel alike at positions that a grid gives."""
+    """Sample all channels at the positions of a grid."""
     args = scope.arguments(node)
     batch, channels, *positions = scope.axes(args["input"])
     samples, *grid = scope.axes(args["grid"])
@@ -113,7 +113,7 @@ def grid_sampler(scope: Scope, node: Node) -> Axes:
 
 @register("reshape_as", "view_as")
 def reshape_as(scope: Scope, node: Node) -> Axes:
-    """Read the same elements in the shape of another tensor."""
+    """Reshape to the shape of another tensor."""
     args = scope.arguments(node)
     axes = reshape(scope, scope.axes(args["self"]), scope.shape(node))
     scope.unify(axes, scope.axes(args["other"]))

@@ -32,7 +32,7 @@ BINARY = (
     "masked_fill copysign fmax fmin multiply divide subtract true_divide copy __and__ __or__ "
     "__xor__"
 ).split()
-# How a parameter that meets the channels in an operator acts on them.
+# The kind of a parameter that meets channels in an operator.
 PARAMETER_KIND: dict[str, Kind] = {
     "add": "shift",
     "sub": "shift",
@@ -43,7 +43,7 @@ PARAMETER_KIND: dict[str, Kind] = {
 
 @register(*UNARY)
 def unary(scope: Scope, node: Node) -> Axes:
-    """Act on each element; a second tensor (the exponent of pow) makes it a binary operator."""
+    """Act on each element. With a second tensor, such as the exponent of pow, act as `binary`."""
     if sum(isinstance(argument, Node) for argument in node.args) > 1:
         return binary(scope, node)
     return scope.axes(node.all_input_nodes[0])
@@ -51,13 +51,13 @@ def unary(scope: Scope, node: Node) -> Axes:
 
 @register("type_as")
 def type_as(scope: Scope, node: Node) -> Axes:
-    """Take the type of another tensor, and nothing else of it."""
+    """Convert to the dtype of another tensor."""
     return scope.axes(node.all_input_nodes[0])
 
 
 @register(*BINARY)
 def binary(scope: Scope, node: Node) -> Axes:
-    """Combine tensors element by element, broadcast as NumPy does from the last dimension."""
+    """Combine tensors element by element, with NumPy's broadcasting."""
     result = broadcast(scope, node.all_input_nodes, len(scope.shape(node)))
     kind = PARAMETER_KIND.get(operator_name(node))
     if kind is not None:
@@ -67,7 +67,7 @@ def binary(scope: Scope, node: Node) -> Axes:
 
 
 def broadcast(scope: Scope, operands: Sequence[Node], dimensions: int) -> Axes:
-    """Lay tensors over each other from the last dimension; those of size 1 are repeated."""
+    """Broadcast tensors from the last dimension; dimensions of size 1 are repeated."""
     result: Axes = [UNIT] * dimensions
     sizes = [1] * dimensions
     for operand in operands:
@@ -84,7 +84,7 @@ def broadcast(scope: Scope, operands: Sequence[Node], dimensions: int) -> Axes:
 
 @register("softmax", "log_softmax", "_softmax", "_log_softmax")
 def softmax(scope: Scope, node: Node) -> Axes:
-    """Normalise along one dimension, whose size enters the result and stays."""
+    """Normalize along one dimension, which is locked because its size affects the result."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     scope.table.lock(x[args["dim"]], "softmax is taken over it")

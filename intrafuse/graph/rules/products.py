@@ -1,9 +1,10 @@
-"""Rules for products of two tensors: matmul, einsum, and attention, fused or written by hand.
+"""Rules for products of two tensors: matmul, einsum, and attention (fused or written by hand).
 
-A product with a parameter is a layer: it reads the axis that is summed over and writes the one
-that only the parameter has. A product of two activations couples them: queries with keys, weights
-of attention with values. What is summed over then, and what lies beside it in both (heads), can
-be chosen among, but not combined (see `intrafuse.pruning.each_group.merge_groups`).
+A product with a parameter is a layer: it reads the axis that it sums over, and writes the axis that
+only the parameter has. A product of two activations couples their axes: queries with keys,
+attention weights with values. Channels of the summed axis, and of axes that both activations and
+the result have (heads), may be removed but not combined (see
+`intrafuse.pruning.each_group.merge_groups`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SHARING = "the query heads of one key-value head stay together"
 
 @register("matmul", "bmm", "mm", "mv")
 def matmul(scope: Scope, node: Node) -> Axes:
-    """Sum over the last dimension of the first tensor and the last but one of the second."""
+    """Sum over the last dimension of the first tensor and the second-to-last of the second."""
     args = scope.arguments(node)
     second = next(args[name] for name in ("mat2", "other", "vec") if name in args)
     return _product(scope, node, args["self"], second)
@@ -42,7 +43,7 @@ def matmul(scope: Scope, node: Node) -> Axes:
 
 @register("dot", "vdot", "inner", "tensordot")
 def inner(scope: Scope, node: Node) -> Axes:
-    """Sum over the last dimension of both tensors, or over dimensions that are named."""
+    """Sum over the last dimension of both tensors, or over the given dimensions."""
     args = scope.arguments(node)
     a = args["self"]
     b = next(args[name] for name in ("tensor", "other") if name in args)
@@ -57,7 +58,7 @@ def inner(scope: Scope, node: Node) -> Axes:
 
 @register("linalg_vecdot")
 def vecdot(scope: Scope, node: Node) -> Axes:
-    """Sum over one dimension, that which both tensors have."""
+    """Sum over one common dimension."""
     args = scope.arguments(node)
     operands = args["x"], args["y"]
     rank = max(len(scope.shape(x)) for x in operands)
@@ -80,7 +81,7 @@ def addmm(scope: Scope, node: Node) -> Axes:
                 scope.table.unify(result[-back], other)
         return [scope.table.resolve(tree) for tree in result]
     if args["beta"] != 1 or args["alpha"] != 1:
-        raise LockError("it multiplies its weight or its bias with a number")
+        raise LockError("it multiplies its weight or bias by a number")
     name = scope.parameters[bias]
     result = _product(scope, node, args["mat1"], second, name)
     scope.table.unify(result[-1], scope.axes(bias)[0])
@@ -89,9 +90,9 @@ def addmm(scope: Scope, node: Node) -> Axes:
 
 
 def _product(scope: Scope, node: Node, a: Node, b: Node, bias: str | None = None) -> Axes:
-    """Write a product of matrices, with dimensions before them that broadcast, as labels.
+    """Write a matrix product with broadcast leading dimensions as labels for `contract`.
 
-    A vector has no other dimension than the one that is summed over.
+    A vector has only the summed dimension.
     """
     rows, columns = len(scope.shape(a)), len(scope.shape(b))
     batch = max(rows, columns, 2) - 2
@@ -116,8 +117,8 @@ def einsum(scope: Scope, node: Node) -> Axes:
 def _read_equation(equation: str, ranks: list[int]) -> tuple[list[list[int]], list[int]] | None:
     """Turn an equation into labels for the dimensions of each tensor and of the result.
 
-    Dots stand for dimensions that broadcast from the last one. None for a letter that stands twice
-    in one term.
+    An ellipsis stands for dimensions that broadcast from the last one. Return None if a letter
+    occurs twice in one term.
     """
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -139,7 +140,7 @@ def _read_equation(equation: str, ranks: list[int]) -> tuple[list[list[int]], li
 
 @register("outer", "ger")
 def outer(scope: Scope, node: Node) -> Axes:
-    """Multiply each position of one vector with each of another."""
+    """Multiply each position of one vector by each position of another."""
     args = scope.arguments(node)
     return [*scope.axes(args["self"]), *scope.axes(args["vec2"])]
 
@@ -147,12 +148,12 @@ def outer(scope: Scope, node: Node) -> Axes:
 def contract(
     scope: Scope, node: Node, operands, labels, output: list[int], bias: str | None = None
 ) -> Axes:
-    """Couple the axes of two tensors that carry the same label, and name what each is for.
+    """Couple axes of two tensors that have the same label, and record the role of each axis.
 
     Args:
-        scope, node: as for a rule.
+        scope, node: the trace and the operator, as for a rule.
         operands: the two tensors.
-        labels: for each, a label for each of its dimensions.
+        labels: for each tensor, one label per dimension.
         output: the labels of the result; the others are summed over.
         bias: a parameter that is added to the result.
     """
@@ -183,7 +184,7 @@ def contract(
 
 
 def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
-    """Say what a product of two activations allows."""
+    """Record that channels in a product of two activations may be removed but not combined."""
     beside = [n for n in trees if n in output and all(n in names for names in labels)]
     beside = [name for name in beside if sizes[name] > 1]
     for name in trees:
@@ -205,7 +206,7 @@ def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
 def _layer(
     scope: Scope, node: Node, operand: Node, own, others, output, trees, bias: str | None
 ) -> None:
-    """Name what a parameter does in a product with an activation."""
+    """Record the role of a parameter in a product with an activation."""
     known = parameter_view(scope, operand)
     assert known is not None
     parameter, axes = known
@@ -234,12 +235,12 @@ def _layer(
 
 @register("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_product(scope: Scope, node: Node) -> Axes:
-    """Multiply runs of rows by the matrix of the expert that they were sent to."""
+    """Multiply each run of rows by the matrix of its expert."""
     x, weight = node.args[0], node.args[1]
     assert isinstance(x, Node) and isinstance(weight, Node)
     known, trees = parameter_view(scope, weight), scope.axes(weight)
     if known is None or None in known[1] or len(trees) != 3 or len(scope.shape(x)) != 2:
-        raise LockError("its weight is no parameter with a matrix for each expert")
+        raise LockError("its weight is not a parameter with one matrix per expert")
     parameter, axes = known
     experts, columns, rows = trees
     scope.table.lock(experts, "tokens are sent to experts by number")
@@ -255,7 +256,7 @@ def grouped_product(scope: Scope, node: Node) -> Axes:
 
 @register("scaled_dot_product_attention")
 def attention(scope: Scope, node: Node) -> Axes:
-    """softmax(q k^T scale) v: heads are coupled, widths of queries and keys, and lengths."""
+    """softmax(q k^T scale) v: couple heads, widths of queries and keys, and lengths."""
     args = scope.arguments(node)
     q, k, v = (scope.axes(args[name]) for name in ("query", "key", "value"))
     table = scope.table
@@ -294,7 +295,7 @@ def attention(scope: Scope, node: Node) -> Axes:
 
 
 def _couple_mask(scope: Scope, mask: Node, products: Axes) -> None:
-    """Couple what is added to the products of queries and keys, such as relative positions."""
+    """Couple a bias on the products of queries and keys, such as relative positions."""
     scope.carry(mask, "shift")
     axes, shape = scope.axes(mask), scope.shape(mask)
     for back, other in enumerate(reversed(products), 1):
@@ -314,7 +315,7 @@ def _share_heads(scope: Scope, queries, keys) -> None:
 
 
 def _together(scope: Scope, heads) -> None:
-    """Let the query heads of one key-value head, repeated before the product, go together."""
+    """Lock single query heads that share a repeated key-value head: they go together."""
     tree = scope.table.resolve(heads)
     if isinstance(tree, Product):
         free = [factor for factor in tree.factors if not scope.is_fixed(factor)]
@@ -323,9 +324,9 @@ def _together(scope: Scope, heads) -> None:
 
 
 def tie_packed_heads(scope: Scope) -> None:
-    """Couple the heads of `torch.nn.MultiheadAttention`, together, with the width of its queries.
+    """Couple the joint width of the heads of `torch.nn.MultiheadAttention` with its query width.
 
-    Its code divides that width among the heads, so neither can be another without the other.
+    Its code divides the query width among the heads, so both widths change only together.
     """
     for path, module in scope.model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):

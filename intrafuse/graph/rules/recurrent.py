@@ -1,7 +1,8 @@
-"""Rules for recurrent layers: LSTM, GRU and plain RNN, as layers and as single cells.
+"""Rules for recurrent layers: LSTM, GRU and plain RNN, as layers and as cells.
 
-The gates of a unit lie one after the other along the rows of its weights and move together. All
-layers and directions of one module share its attribute `hidden_size`, so they keep the same units.
+The rows of the weights hold the gates one after the other. All gates of a unit are removed
+together. All layers and directions of one module share its attribute `hidden_size`, so they keep
+the same units.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class _Units:
     """The axes that all layers and directions of one recurrent module share."""
 
     hidden: Tree
-    output: Tree  # of one direction: the hidden units, or their projection
+    output: Tree  # outputs of one direction: the hidden units or their projection
     rows: Tree  # the gates of all hidden units
 
 
 def _units(scope: Scope, node: Node, weights: list[Node], projected: bool) -> _Units:
-    """Make the axes, and let the module's attributes follow them."""
+    """Make the axes that all layers and directions share."""
     last = weights[-1] if projected else weights[1]
     hidden = scope.table.atom(scope.shape(last)[1])
     output = scope.table.atom(scope.shape(last)[0]) if projected else hidden
@@ -37,7 +38,7 @@ def _units(scope: Scope, node: Node, weights: list[Node], projected: bool) -> _U
 def _direction(
     scope: Scope, node: Node, weights: list[Node], x: Tree, units: _Units, steps: float
 ) -> None:
-    """Couple one direction of one layer: weight_ih, weight_hh, two biases or none, projection."""
+    """Couple one direction of one layer: weight_ih, weight_hh, 0 or 2 biases, projection."""
     projection = [(units.output, units.hidden)] if len(weights) % 2 else []
     biases = len(weights) - 2 - len(projection)
     sides = [(units.rows, x), (units.rows, units.output), *[(units.rows,)] * biases, *projection]
@@ -52,10 +53,10 @@ def _direction(
 
 @register("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(scope: Scope, node: Node) -> list[Axes]:
-    """Run over a sequence, in several layers and in one or both directions."""
+    """Run over a sequence in one or more layers, in one or both directions."""
     args = scope.arguments(node)
     if "batch_sizes" in args:
-        raise LockError("a packed sequence has another length for every sample")
+        raise LockError("samples of a packed sequence differ in length")
     weights, x = list(args["params"]), scope.axes(args["input"])
     time = 1 if args["batch_first"] else 0
     scope.table.lock(x[time], "positions of a sequence")
@@ -87,9 +88,9 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
 
 
 def _enter_states(scope: Scope, states: list[Node], batch: Tree, ends: list[Tree]) -> None:
-    """Couple initial states with the units."""
+    """Couple initial states with the units of their ends."""
     for state, end in zip(states, ends, strict=True):
-        scope.carry(state, "shift")  # one that is learned
+        scope.carry(state, "shift")  # a learned initial state
         *layers, samples, units = scope.axes(state)
         for tree in layers:
             scope.table.lock(tree, "layers of a recurrent module")

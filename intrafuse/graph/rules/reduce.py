@@ -24,7 +24,7 @@ UPSAMPLE = [
 
 @register(*POOLS, *UPSAMPLE, *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)))
 def resample(scope: Scope, node: Node) -> Axes | list[Axes]:
-    """Change the spatial sizes of every channel alike."""
+    """Change the spatial sizes of all channels in the same way."""
     match = re.search(r"(\d)d", operator_name(node))
     assert match is not None
     spatial = int(match[1])
@@ -40,7 +40,7 @@ def resample(scope: Scope, node: Node) -> Axes | list[Axes]:
 
 @register("amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "any")
 def reduce(scope: Scope, node: Node) -> Axes | list[Axes]:
-    """Reduce dimensions to one value, to which every position contributes."""
+    """Reduce dimensions to one value and lock them, because every position contributes."""
     args = scope.arguments(node)
     x = scope.axes(node.all_input_nodes[0])
     dims = args.get("dim")

@@ -1,9 +1,9 @@
-"""The registry of operator rules, and the scope through which a rule sees one trace.
+"""The registry of operator rules, and the scope that gives a rule access to one trace.
 
-A rule is a function ``rule(scope, node) -> axes``: it states with `Scope.table` which axes are
-the same, records which parameters take part, and returns the axes of the operator's result
-(a list of trees, or a list of such lists for an operator with several results). Operators are
-named as in ATen, without overload and trailing underscore: `conv2d`, `add`, `relu`.
+A rule is a function ``rule(scope, node) -> axes``. It unifies equal axes in `Scope.table`, records
+the roles of parameters, and returns the axes of the operator's result: a list of trees, or a list
+of such lists for an operator with several results. Operators have their ATen names, without
+overload and trailing underscore: `conv2d`, `add`, `relu`.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ DROPOUTS = frozenset(  # give what they take, in evaluation mode
 RESHAPES = SHAPES | REPEATS
 VIEWS = PERMUTATIONS | CASTS | RESHAPES | CUTS
 
-CHECKS = frozenset(("_assert_tensor_metadata",))  # operators that give nothing
-START = -1  # ends `Literal.at` of a slice where the number is how many positions lie before it
+CHECKS = frozenset(("_assert_tensor_metadata",))  # operators without a result
+START = -1  # ends `Literal.at` if the number counts the positions before a slice
 Rule = Callable[["Scope", Node], Any]
 AnyRule = TypeVar("AnyRule")
 RULES: dict[str, Rule] = {}
-# Modules of PyTorch whose forward takes sizes from attributes that may be set.
+# PyTorch modules whose forward reads sizes from attributes that may be set.
 FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
 
 
 @dataclass(frozen=True)
 class Literal:
-    """A size that an operator was given as a number, so that the code may not follow the size.
+    """A size that an operator receives as a number, so that the code may not follow the size.
 
     Attributes:
         node: the operator.
-        axis: the tree that is locked where the code does not follow.
+        axis: the tree to lock if the code does not follow the size.
         part: the tree whose size is the number.
-        at: where the part lies in the result: its dimension, or the number of a result first;
-            a dimension and `START` for what lies before a slice.
+        at: the place of the part in the result: (dimension,), or (index of the result, dimension)
+            for several results; (dimension, `START`) for the positions before a slice.
     """
 
     node: Node
@@ -89,7 +89,7 @@ class Literal:
 
 
 class LockError(Exception):
-    """Raised by a rule that cannot say how axes flow: every axis that enters is locked."""
+    """Raised by a rule that cannot describe how axes flow; all axes of the operands are locked."""
 
 
 def register(*operators: str) -> Callable[[Rule], Rule]:
@@ -100,7 +100,7 @@ def register(*operators: str) -> Callable[[Rule], Rule]:
 def entering(
     rules: dict[str, AnyRule], operators: Sequence[str], kind: str
 ) -> Callable[[AnyRule], AnyRule]:
-    """Make the decorator that enters a rule for some operators, each of which has one at most."""
+    """Make a decorator that enters a rule for operators; each operator has at most one rule."""
 
     def add(rule: AnyRule) -> AnyRule:
         for name in operators:
@@ -113,9 +113,9 @@ def entering(
 
 
 def operator_name(node: Node) -> str:
-    """Name a node's operator without namespace, overload and in-place underscore.
+    """Return the name of a node's operator without namespace, overload and in-place underscore.
 
-    Operators outside ATen keep their namespace, so that no rule is taken for them by accident.
+    Operators outside ATen keep their namespace, so that no ATen rule applies to them by accident.
     """
     target = node.target
     schema = getattr(target, "_schema", None)
@@ -128,25 +128,25 @@ def operator_name(node: Node) -> str:
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of a node by name, with the operator's defaults."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    found = {a.name: a.default_value for a in schema if a.has_default_value()}
-    found.update(zip((a.name for a in schema), node.args, strict=False))
-    return {**found, **node.kwargs}
+    named = {a.name: a.default_value for a in schema if a.has_default_value()}
+    named.update(zip((a.name for a in schema), node.args, strict=False))
+    return {**named, **node.kwargs}
 
 
 def location(node: Node) -> str:
-    """Name file and line of the model's code where a node was recorded; empty if unknown."""
+    """Return "FILE:LINE" of the model's code that recorded a node; empty if unknown."""
     file, line = line_of(node) or ("", "")
     return f"{file.rpartition('/')[2]}:{line}" if file else ""
 
 
 def line_of(node: Node) -> tuple[str, str] | None:
-    """Name the whole path of that file, and the line; None if unknown."""
+    """Return the full path of that file, and the line; None if unknown."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return found[-1] if found else None
 
 
 class Scope:
-    """What a rule may ask of the trace, and where it records what it found."""
+    """The state of one trace: rules read it and record their results in it."""
 
     def __init__(self, model: nn.Module, batch: int, aliases: Mapping[str, str]) -> None:
         self.table = AxisTable()
@@ -156,7 +156,7 @@ class Scope:
         self.aliases = aliases  # other name of a shared parameter -> the name used here
         self.values: dict[Node, Any] = {}  # node -> axes of its tensor, or a list of these
         self.parameters: dict[Node, str] = {}  # placeholder -> name in the state dict
-        self.parameter_axes: dict[str, Axes] = {}  # also for biases that a layer may be given
+        self.parameter_axes: dict[str, Axes] = {}  # also for biases that a layer could take
         self.origins: dict[Node, str] = {}  # reshaped parameter -> name in the state dict
         self.roles: dict[tuple[str, int], tuple[Role, Kind]] = {}
         self.layers: dict[str, Layer] = {}
@@ -165,13 +165,13 @@ class Scope:
         self.hints: list[Hint] = []
         self.costs: list[Cost] = []
         self.literals: list[Literal] = []  # sizes that the code may hold as numbers
-        self.contracted: dict[Node, Tree] = {}  # product of activations -> what it sums over
-        self.heads: list[tuple[Node, str, Tree]] = []  # attention, what an axis is to it, the axis
+        self.contracted: dict[Node, Tree] = {}  # product of activations -> summed axis
+        self.heads: list[tuple[Node, str, Tree]] = []  # attention, role of the axis, the axis
         self.rescales: list[Rescale] = []
-        self.tied: set[tuple[str, int]] = set()  # parameter axes that write, and read elsewhere
-        self.normed: Counter[str] = Counter()  # weight of a norm over channels -> its calls
+        self.tied: set[tuple[str, int]] = set()  # parameter axes that write here and read elsewhere
+        self.normed: Counter[str] = Counter()  # weight of a norm over channels -> number of calls
         self.scales: dict[Node, tuple[Tree, float]] = {}  # number = constant * size ** exponent
-        self.starts: dict[Node, Tree] = {}  # slice -> what lies before it
+        self.starts: dict[Node, Tree] = {}  # slice -> the positions before it
 
     def arguments(self, node: Node) -> dict[str, Any]:
         """Return the arguments of a node by name, with the operator's defaults."""
@@ -190,7 +190,7 @@ class Scope:
         return self.table.atom(size, reason)
 
     def is_fixed(self, tree: Tree) -> bool:
-        """Tell whether no channel of an axis may be removed."""
+        """Tell whether all atoms of an axis are locked."""
         return not self.free_atoms(tree)
 
     def free_atoms(self, tree: Tree) -> list[int]:
@@ -202,47 +202,47 @@ class Scope:
             self.table.unify(x, y)
 
     def begin(self, node: Node, axis: Tree, before: Tree, dim: int) -> None:
-        """Note which part of an axis lies before a slice, so that the code must begin behind it."""
+        """Record the part of an axis before a slice; the slice must begin after it at any size."""
         if not self.is_fixed(before):
             self.starts[node] = before
             self.literal(axis, node, dim, START, part=before)
 
     def literal(self, tree: Tree, node: Node, *at: int, part: Tree | None = None) -> None:
-        """Note an axis whose size, or that of a part of it, the operator was given as a number.
+        """Record an axis if the operator receives its size, or the size of a part, as a number.
 
-        Whether the code computes the number from shapes and attributes is found out by running it
-        (`intrafuse.graph.sizes.literals`); the axis is locked where it does not.
+        Trials at other sizes (`intrafuse.graph.sizes.literals`) find out whether the code computes
+        the number from shapes and attributes. If not, the axis is locked.
         """
         if not self.is_fixed(tree):
             self.literals.append(Literal(node, tree, tree if part is None else part, at))
 
     def follow(self, node: Node, what: str, tree: Tree) -> None:
-        """Note what an axis is to attention, for attributes that say how large it is."""
+        """Record the role of an axis in attention, for attributes that hold its size."""
         self.heads.append((node, what, tree))
 
     def where(self, node: Node) -> str:
-        """Say at which line of the model's code a node was recorded, for a sentence."""
-        found = location(node)
-        return f" at {found}" if found else ""
+        """Return " at FILE:LINE" of the code that recorded a node, for use in a sentence."""
+        place = location(node)
+        return f" at {place}" if place else ""
 
     def parameter(self, node: Node, what: str) -> str:
-        """Name the parameter behind an argument; a computed one cannot be pruned."""
+        """Return the name of the parameter behind an argument; `what` names it in errors."""
         if node not in self.parameters:
             raise LockError(f"its {what} is computed, not a parameter")
         return self.parameters[node]
 
     def uses(self, node: Node) -> int:
-        """Count the operators that take the parameter behind a node, under any of its names."""
+        """Count the operators that use the parameter behind a node, under any of its names."""
         name = self.parameters.get(node)
         same = [n for n, known in self.parameters.items() if known == name] if name else [node]
         return sum(len(n.users) for n in same)
 
     def optional_parameter(self, node: Node | None, what: str) -> str | None:
-        """Name the parameter behind an argument that may be absent."""
+        """Return the name of the parameter behind an argument; None if the argument is absent."""
         return None if node is None else self.parameter(node, what)
 
     def use(self, parameter: str | None, axis: int, role: Role, kind: Kind) -> None:
-        """Record which part a parameter axis plays for the channels that lie on it."""
+        """Record the role and kind of a parameter axis for the channels on it."""
         if parameter is None:
             return
         known = self.roles.setdefault((parameter, axis), (role, kind))
@@ -253,7 +253,7 @@ class Scope:
                 self.table.lock(tree, f"{parameter} is used as {known[0]} and as {role}")
 
     def carry(self, node: Node, kind: Kind) -> None:
-        """Record that a parameter, perhaps reshaped, acts on channels that others write."""
+        """Record a parameter, or a view of one, as carrier of channels that other layers write."""
         parameter = self.parameters.get(node) or self.origins.get(node)
         for axis in range(len(self.parameter_axes[parameter])) if parameter else ():
             self.use(parameter, axis, "carrier", kind)
@@ -261,7 +261,7 @@ class Scope:
     def attribute(self, parameter: str, name: str, tree: Tree, *, needed: bool = False) -> None:
         """Let an attribute of a parameter's module follow the size of an axis.
 
-        An attribute that is needed but absent or different locks the axis.
+        If the attribute is needed but absent or different, lock the axis.
         """
         names = [parameter, *(alias for alias, to in self.aliases.items() if to == parameter)]
         for module in (alias.rpartition(".")[0] for alias in names):
@@ -278,9 +278,9 @@ class Scope:
         return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def cost(self, node: Node, layer: str, positions: float, *trees: Tree) -> None:
-        """Count multiply-accumulates: for each sample, positions times the sizes of the axes."""
+        """Add multiply-accumulates per sample: positions times the product of the axis sizes."""
         self.costs.append(Cost(layer, positions / self.batch, trees))
 
     def positions(self, node: Node, channels: int) -> float:
-        """Count the elements of a tensor for one channel (batch included)."""
+        """Count the elements of a tensor per channel, over the whole batch."""
         return prod(self.shape(node)) / max(channels, 1)

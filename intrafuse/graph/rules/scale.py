@@ -1,8 +1,8 @@
-"""Numbers that follow a size: attention divides by the root of the width of its queries.
+"""Numbers in the code that follow a size: attention divides by the root of its query width.
 
-When the width shrinks, the code's own number changes with it, and with it what is computed from
-the channels that stay. The layer that writes the queries then takes the ratio into its weights,
-where nothing but products with constants lies between the two.
+When the width shrinks, the code's number changes, and with it the result for the remaining
+channels. To correct this, the layer that writes the queries takes the ratio into its weights. This
+works if only linear operators without constant terms lie between the layer and the number.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LAYERS = frozenset(("linear", "addmm", "matmul", "mm", "conv1d", "conv2d"))
 
 
 def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: float) -> None:
-    """Let the layer behind a tensor make up for a number that follows a size, or lock the size.
+    """Rescale the layer behind a tensor to correct a number that follows a size, or lock the size.
 
     Args:
         scope: the trace.
         node: the operator with the number.
-        source: the tensor that it multiplies, in degree one.
+        source: the tensor that the number multiplies, linearly.
         size: the tree of the size d.
-        exponent: the layer is multiplied by (m / d) ** exponent where m of d channels stay.
+        exponent: if m of d channels remain, the layer is multiplied by (m / d) ** exponent.
     """
     found = _writer(scope, node, source, size)
     scaled = None if found is None else _scaled(scope, *found)
@@ -58,7 +58,7 @@ def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: fl
 def _scaled(
     scope: Scope, layer: Node, before: Tree, part: Tree
 ) -> list[tuple[str, str | None, int, Tree, Tree]] | None:
-    """List the tensors that a range of a layer's outputs is linear in, with the range of each."""
+    """List the parameters that scale a range of a layer's outputs, with the range in each."""
     name, axis = _output(scope, layer)
     args = scope.arguments(layer)
     given = args.get("bias", args["self"] if operator_name(layer) == "addmm" else None)
@@ -82,13 +82,13 @@ def _scaled(
 
 
 def _writer(scope: Scope, node: Node, source: Node, size: Tree) -> tuple[Node, Tree, Tree] | None:
-    """Find the layer that a tensor is linear in, and which of its outputs the tensor holds."""
+    """Find the layer that writes a tensor linearly, and the range of outputs in the tensor."""
     chain = list(_back(scope, source, size))
     if not chain or not _is_layer(scope, chain[-1]):
         return None
     layer = chain[-1]
     weight = _weight(scope, layer)
-    while weight not in scope.parameters:  # seen otherwise, as transposed
+    while weight not in scope.parameters:  # a view, such as a transposed weight
         if len(weight.users) != 1:
             return None
         weight = weight.all_input_nodes[0]
@@ -115,14 +115,14 @@ def _weight(scope: Scope, layer: Node) -> Node:
 
 
 def _is_layer(scope: Scope, node: Node) -> bool:
-    """Tell whether an operator multiplies its input with a parameter, perhaps a transposed one."""
+    """Tell whether an operator multiplies its input by a parameter or a view of one."""
     if operator_name(node) not in LAYERS:
         return False
     return parameter_view(scope, _weight(scope, node)) is not None
 
 
 def _output(scope: Scope, layer: Node) -> tuple[str, int]:
-    """Name a layer's weight, and the axis of it that holds outputs; -1 where it is not one."""
+    """Return a layer's weight name, and its output axis; -1 if there is not exactly one."""
     view = parameter_view(scope, _weight(scope, layer))
     assert view is not None
     roles = {axis: role for (name, axis), (role, _) in scope.roles.items() if name == view[0]}
@@ -135,7 +135,7 @@ def _dimension(layer: Node) -> int:
 
 
 def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
-    """Go back from a tensor, along those that hold the size, until a layer writes it."""
+    """Go back from a tensor, along tensors that have the size, to the layer that writes it."""
     wanted = set(leaves(scope.table.resolve(size)))
     while node.op == "call_function":
         yield node
@@ -158,7 +158,7 @@ def _trees(scope: Scope, node: Node) -> list[Tree]:
 
 
 def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
-    """Tell whether a tensor reaches nothing but one operator, and that in degree one."""
+    """Tell whether a tensor reaches only one operator, and reaches it linearly."""
     scaled, waiting = {start}, [start]
     seen: set[Node] = set()
     while waiting:
@@ -173,7 +173,7 @@ def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
                 seen.discard(user)
                 waiting.append(user)
             else:
-                seen.add(user)  # its other operands may turn out to be scaled as well
+                seen.add(user)  # its other operands may turn out to be scaled, too
     if seen:
         return False
     operands = [n for n in end.all_input_nodes if n in scaled]
@@ -181,7 +181,7 @@ def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
 
 
 def _is_linear(node: Node, scaled: set[Node]) -> bool:
-    """Tell whether an operator's result is multiplied by whatever the scaled tensors are."""
+    """Tell whether a factor on the scaled tensors becomes the same factor on the result."""
     name = operator_name(node)
     tensors = node.all_input_nodes
     if name in MOVES or name == "neg":
@@ -199,7 +199,7 @@ def _is_linear(node: Node, scaled: set[Node]) -> bool:
 
 
 def _rows(scope: Scope, chain: list[Node], dim: int) -> tuple[int, int] | None:
-    """Find which outputs of a layer, at the end of a chain, its first tensor holds: a range."""
+    """Find the range of outputs of a layer, at the end of a chain, in its first tensor."""
     shape = scope.shape(chain[-1])
     count = shape[dim]
     line = torch.arange(count).view([-1 if i == dim % len(shape) else 1 for i in range(len(shape))])
@@ -211,13 +211,13 @@ def _rows(scope: Scope, chain: list[Node], dim: int) -> tuple[int, int] | None:
             value = value[node.args[1]]
         else:
             value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    found = value.unique()
-    low, high = int(found[0]), int(found[-1]) + 1
-    return (low, high) if high - low == len(found) else None
+    rows = value.unique()
+    low, high = int(rows[0]), int(rows[-1]) + 1
+    return (low, high) if high - low == len(rows) else None
 
 
 def _range(scope: Scope, tree: Tree, low: int, high: int) -> tuple[Tree, Tree] | None:
-    """Write a range of an axis as the trees of what lies before it and of what it holds."""
+    """Return the trees of the positions before a range of an axis and of the range itself."""
     if isinstance(tree, Sum):
         pieces = list(tree.parts)
     elif isinstance(tree, Product) and isinstance(tree.factors[0], int):

@@ -1,4 +1,4 @@
-"""Rules for operators that move channels without computing: cat, split, view, permute, pad."""
+"""Rules for operators that only move channels: cat, split, view, permute, pad."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from intrafuse.graph.rules.views import permutation
 
 @register(*sorted(JOINS))
 def cat(scope: Scope, node: Node) -> Axes:
-    """Lay tensors one after the other along a dimension."""
+    """Concatenate tensors along a dimension."""
     args = scope.arguments(node)
     tensors = [t for t in args["tensors"] if scope.shape(t) != (0,)]
     dim = args["dim"] % len(scope.shape(node))
@@ -35,13 +35,13 @@ def cat(scope: Scope, node: Node) -> Axes:
         scope.unify(first[:dim] + first[dim + 1 :], axes[:dim] + axes[dim + 1 :])
     joined = Sum(tuple(scope.axes(tensor)[dim] for tensor in tensors))
     for tensor in tensors:
-        scope.carry(tensor, "shift")  # such as a token that is put before the others
+        scope.carry(tensor, "shift")  # such as a learned token before the others
     return [*first[:dim], scope.table.resolve(joined), *first[dim + 1 :]]
 
 
 @register("stack")
 def stack(scope: Scope, node: Node) -> Axes:
-    """Lay tensors one after the other along a new dimension."""
+    """Stack tensors along a new dimension."""
     args = scope.arguments(node)
     dim = args["dim"] % len(scope.shape(node))
     first = scope.axes(args["tensors"][0])
@@ -54,7 +54,7 @@ def stack(scope: Scope, node: Node) -> Axes:
 def chunk(scope: Scope, node: Node) -> list[Axes]:
     """Divide a dimension into equal parts.
 
-    The parts stay equal when channels go, so their channels are coupled position by position.
+    The parts stay equal when channels are removed, so their channels are coupled by position.
     """
     args = scope.arguments(node)
     x = scope.axes(args["self"])
@@ -81,7 +81,7 @@ def _split(scope: Scope, node: Node, x: Axes, dim: int, sizes: Sequence[int]) ->
 
 @register(*sorted(SPLITS - {"chunk"}))
 def split(scope: Scope, node: Node) -> list[Axes]:
-    """Divide a dimension at positions that the code holds as numbers."""
+    """Divide a dimension at positions that the code gives as numbers."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
@@ -90,14 +90,14 @@ def split(scope: Scope, node: Node) -> list[Axes]:
         scope.literal(x[dim], node, i, dim, part=part[dim])
     size = args.get("split_size")
     if isinstance(size, int) and scope.table.measure(x[dim]) == size * len(results):
-        for other in results[1:]:  # one number for all of them: they stay equal
+        for other in results[1:]:  # one number sets all sizes: the parts stay equal
             scope.table.unify(results[0][dim], other[dim])
     return results
 
 
 @register("unbind")
 def unbind(scope: Scope, node: Node) -> list[Axes]:
-    """Take a dimension apart."""
+    """Return each position of a dimension as a tensor."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dim = args["dim"] % len(x)
@@ -130,10 +130,10 @@ def slice_(scope: Scope, node: Node) -> Axes:
         part, _ = scope.table.cut(rest, max(stop - start, 0))
         scope.literal(x[dim], node, dim, part=part)
         scope.begin(node, x[dim], before, dim)
-    elif stop == size and size % step == 0 and start < step:  # one of every few neighbours
+    elif stop == size and size % step == 0 and start < step:  # one of every `step` positions
         factors = scope.table.factor(x[dim], (size // step, step))
         if factors is None:
-            raise LockError("its positions cannot be divided as it asks")
+            raise LockError("its positions cannot be divided by its step")
         part = factors[0]
         scope.table.lock(factors[1], "one of its positions is selected by number")
         scope.literal(x[dim], node, dim, part=part)
@@ -144,7 +144,7 @@ def slice_(scope: Scope, node: Node) -> Axes:
 
 
 def slice_range(node: Node, size: int) -> tuple[int, int, int]:
-    """Return start, stop and step of a slice of an axis with a number of positions."""
+    """Return start, stop and step of a slice along an axis of the given size."""
     args = arguments(node)
     if operator_name(node) == "narrow":
         start = args["start"] + (size if args["start"] < 0 else 0)
@@ -154,7 +154,7 @@ def slice_range(node: Node, size: int) -> tuple[int, int, int]:
 
 @register("pad", "constant_pad_nd")
 def pad(scope: Scope, node: Node) -> Axes:
-    """Add positions before and after; how many is a number in the code, so these stay."""
+    """Add positions before and after; they are locked, because their number is in the code."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     amounts = args["pad"]
@@ -179,7 +179,7 @@ def pad(scope: Scope, node: Node) -> Axes:
 
 @register("flatten")
 def flatten(scope: Scope, node: Node) -> Axes:
-    """Join neighbouring dimensions into one."""
+    """Join adjacent dimensions into one."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     if not x:
@@ -191,7 +191,7 @@ def flatten(scope: Scope, node: Node) -> Axes:
 
 @register("view", "reshape", "_unsafe_view", "unflatten")
 def view(scope: Scope, node: Node) -> Axes:
-    """Read the same elements in another shape; sizes given as numbers stay."""
+    """Reshape; sizes that are given as numbers are recorded as literals."""
     args = scope.arguments(node)
     shape = scope.shape(node)
     axes = reshape(scope, scope.axes(args["self"]), shape)
@@ -207,7 +207,7 @@ def view(scope: Scope, node: Node) -> Axes:
 
 
 def reshape(scope: Scope, x: Axes, shape: Sequence[int]) -> Axes:
-    """Match runs of old dimensions with runs of new ones of the same number of elements."""
+    """Match runs of old dimensions with runs of new ones that have the same number of elements."""
     if 0 in shape:
         raise LockError("empty tensor")
     old_ends = list(accumulate((scope.table.measure(tree) for tree in x), lambda a, b: a * b))
@@ -221,7 +221,7 @@ def reshape(scope: Scope, x: Axes, shape: Sequence[int]) -> Axes:
         while old < len(x) and (old_ends[old] <= total) and total % old_ends[old] == 0:
             old += 1
         reached = old_ends[old - 1] if old else 1
-        while reached != total:  # the runs end at different places: widen both
+        while reached != total:  # the runs end at different positions: extend them
             if reached < total:
                 old += 1
             else:
@@ -260,7 +260,7 @@ def unsqueeze(scope: Scope, node: Node) -> Axes:
 
 @register("squeeze")
 def squeeze(scope: Scope, node: Node) -> Axes:
-    """Drop dimensions of size 1; one that may be pruned to size 1 must not be dropped then."""
+    """Drop dimensions of size 1; lock other named ones, which pruning could make size 1."""
     args = scope.arguments(node)
     x, shape = scope.axes(args["self"]), scope.shape(args["self"])
     wanted = args.get("dim", range(len(x)))
@@ -299,6 +299,6 @@ def expand(scope: Scope, node: Node) -> Axes:
 
 @register("getitem")
 def getitem(scope: Scope, node: Node) -> Axes:
-    """Take one result of an operator that has several."""
+    """Return one result of an operator with several results."""
     (source,) = node.all_input_nodes
     return scope.values[source][node.args[1]]

@@ -1,8 +1,8 @@
-"""Tell whether channels are zero wherever the weights that write them are.
+"""Decide whether channels are zero if the weights that write them are zero.
 
-What sums over channels loses nothing with a channel that is zero: a product of two activations, a
-sum, the length of a vector. Features such as elu(x) + 1 are never zero: without such a channel
-another sum is computed. An operator that is not known here counts as one that is never zero.
+Operators that sum over channels (a product of two activations, a sum, the length of a vector) lose
+nothing with a zero channel. Features such as elu(x) + 1 are never zero, so removing such a channel
+changes the sum. An operator without a rule here counts as never zero.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ LAYERS = (
 
 
 class _Search:
-    """What is known of the tensors that lead to one.
+    """Results for the tensors that lead to one tensor.
 
     Attributes:
         scope: the trace.
-        atoms: those of the channels.
-        known: whether a tensor is zero in them; only tensors that have them are asked for.
+        atoms: the atoms of the channels.
+        known: tensor with the channels -> whether it is zero in them.
     """
 
     def __init__(self, scope: Scope, atoms: set[int]) -> None:
@@ -85,12 +85,12 @@ RULES: dict[str, Rule] = {}
 
 
 def is_silent(scope: Scope, node: Node, atoms: set[int]) -> bool:
-    """Tell whether a tensor is zero in the channels whose weights are.
+    """Tell whether a tensor is zero in channels whose weights are zero.
 
     Args:
         scope: the trace.
         node: the tensor.
-        atoms: those of the channels.
+        atoms: the atoms of the channels.
     """
     search = _Search(scope, atoms)
     waiting = [node]
@@ -119,8 +119,8 @@ def _is_zero(search: _Search, node: Node) -> bool:
 
 
 def _values(search: _Search, node: Node) -> Iterator[Node]:
-    """List the tensors with the channels that an operator takes values from, not positions."""
-    only = 1 if operator_name(node).endswith("_as") else None  # another tensor's shape or type
+    """List operands that have the channels and contribute values instead of positions."""
+    only = 1 if operator_name(node).endswith("_as") else None  # the second gives only its shape
     for operand in node.all_input_nodes[:only]:
         value = operand.meta.get("val")
         if search.has(operand) and (not isinstance(value, torch.Tensor) or _counts(value)):
@@ -132,9 +132,9 @@ def _counts(value: torch.Tensor) -> bool:
 
 
 def _keeps_zero(search: _Search, node: Node) -> bool:
-    """Tell whether a function of each element gives zero for zero, by computing it.
+    """Tell whether an elementwise function maps zero to zero, by computing it.
 
-    A function of a parameter counts as never zero: masks leave such parameters as they are.
+    A function of a parameter counts as never zero, because masks leave such parameters unchanged.
     """
     (source, *others) = node.all_input_nodes
     if others or not search.silent(source) or parameter_view(search.scope, source) is not None:
@@ -235,4 +235,4 @@ def _padded(search: _Search, node: Node, args: dict[str, Any]) -> bool:
 
 @_register("_weight_norm")
 def _computed(search: _Search, node: Node, args: dict[str, Any]) -> bool:
-    return False  # a norm that may not be zero
+    return False  # a norm that must not be zero

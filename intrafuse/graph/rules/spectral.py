@@ -17,7 +17,7 @@ register("complex", "polar")(binary)
 
 @register(*ONE, *SEVERAL, "fft_fftshift", "fft_ifftshift")
 def transform(scope: Scope, node: Node) -> Axes:
-    """Transform along dimensions, to which every position contributes; the others pass."""
+    """Transform along dimensions and lock them; the other dimensions pass."""
     args = scope.arguments(node)
     x, shape = scope.axes(args.get("self") or args["input"]), scope.shape(node)
     dims = args.get("dim")
@@ -39,6 +39,6 @@ def view_as_complex(scope: Scope, node: Node) -> Axes:
 
 @register("view_as_real")
 def view_as_real(scope: Scope, node: Node) -> Axes:
-    """Lay the two parts of complex numbers along a new last dimension."""
+    """Put the two parts of complex numbers along a new last dimension."""
     x = scope.axes(node.all_input_nodes[0])
     return [*x, scope.fixed(2, "the two parts of a complex number")]

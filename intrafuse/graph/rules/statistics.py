@@ -1,4 +1,4 @@
-"""Rules for operators that take statistics or an order along a dimension."""
+"""Rules for operators that compute statistics or an order along a dimension."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ register("var_mean", "std_mean", "argmax", "argmin", "all")(reduce)
 
 @register("instance_norm")
 def instance_norm(scope: Scope, node: Node) -> Axes:
-    """Normalise every channel by its own statistics, of the input or running ones."""
+    """Normalize each channel by its own statistics, either of the input or running."""
     args = scope.arguments(node)
     x = scope.axes(args["input"])
     for tree in x[2:]:
@@ -35,7 +35,7 @@ def instance_norm(scope: Scope, node: Node) -> Axes:
 
 @register("sort", "argsort", "topk", "kthvalue", "cumsum", "cumprod", "logcumsumexp", "flip")
 def ordered(scope: Scope, node: Node) -> Axes | list[Axes]:
-    """Depend on the order of the positions along dimensions, which stay."""
+    """Lock dimensions on whose order of positions the result depends."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dims = args.get("dims", args.get("dim", -1))

@@ -1,8 +1,8 @@
-"""Rules for sums over channels, and for lengths and distances, whose channels are added up.
+"""Rules for sums over channels, including lengths and distances.
 
-A channel that is zero adds exactly nothing, so channels may be chosen among where they are zero
-without the weights that write them; others stay. What is left is another sum where channels are
-combined, so they are not.
+A zero channel adds nothing to a sum. So channels may be removed if they are zero when the weights
+that write them are zero; other channels are locked. Combining channels would change the sum, so
+they may not be combined.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from intrafuse.graph.rules.silent import is_silent
 __all__ = ["ADDED"]
 
 ADDED = "its channels are added up"
-EPS = 1e-6  # what `pairwise_distance` adds to each difference by default
+EPS = 1e-6  # the default number that `pairwise_distance` adds to each difference
 
 
 def _add_up(scope: Scope, node: Node, operands: Sequence[Node], trees: Iterable[Tree]) -> None:
-    """Let channels be chosen among that are zero without their weights; lock the others.
+    """Let channels be removed if they are zero without their weights; lock the others.
 
-    A weight that is divided by a sum over it stays: filters that lose inputs would be scaled.
+    A sum over a weight locks the weight: if the weight is divided by the sum, a filter that loses
+    inputs changes its scale.
     """
     summed, given = [], any(_is_activation(scope, x) for x in operands)
     for operand in operands if given else ():
-        scope.carry(operand, "shift")  # such as the prototypes that distances are taken to
+        scope.carry(operand, "shift")  # such as prototypes in a distance
     for tree in trees:
         free = scope.free_atoms(tree) if given else []
         if free and all(is_silent(scope, x, {atom}) for x in operands for atom in free):
@@ -67,7 +68,7 @@ def _reduced(x: Axes, dims: Sequence[int], keep: bool) -> Axes:
 
 @register("sum")
 def total(scope: Scope, node: Node) -> Axes:
-    """Add up dimensions."""
+    """Sum over dimensions."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
     dims = _dimensions(args.get("dim"), len(x))
@@ -77,7 +78,7 @@ def total(scope: Scope, node: Node) -> Axes:
 
 @register("linalg_vector_norm", "norm", "linalg_norm", "linalg_matrix_norm")
 def length(scope: Scope, node: Node) -> Axes | list[Axes]:
-    """Take the root of a sum of powers; with infinity, the largest."""
+    """Compute a p-norm: the root of a sum of powers, or the maximum if p is infinity."""
     args = scope.arguments(node)
     x = scope.axes(node.all_input_nodes[0])
     order = args.get("ord", args.get("p", 2))
@@ -96,18 +97,18 @@ def length(scope: Scope, node: Node) -> Axes | list[Axes]:
 
 @register("cosine_similarity")
 def cosine_similarity(scope: Scope, node: Node) -> Axes:
-    """Divide the product of two vectors by their lengths."""
+    """Divide the dot product of two vectors by their lengths."""
     args = scope.arguments(node)
     return _compare(scope, node, args["x1"], args["x2"], args["dim"])
 
 
 @register("pairwise_distance")
 def pairwise_distance(scope: Scope, node: Node) -> Axes:
-    """Take the length of the difference of two tensors along the last dimension."""
+    """Compute the length of the difference of two tensors along the last dimension."""
     args = scope.arguments(node)
     added = args["eps"] == 0 or (args["eps"] <= EPS and args["p"] >= 2)
     if args["p"] <= 0 or not added:
-        raise LockError("what it adds to each difference counts")
+        raise LockError("the number that it adds to each difference is not negligible")
     axes = _compare(scope, node, args["x1"], args["x2"], -1)
     return [*axes, UNIT] if args["keepdim"] else axes
 
@@ -121,22 +122,22 @@ def _compare(scope: Scope, node: Node, a: Node, b: Node, dim: int) -> Axes:
 
 @register("dist")
 def dist(scope: Scope, node: Node) -> Axes:
-    """Take the length of the difference of two tensors, over all dimensions."""
+    """Compute the length of the difference of two tensors over all dimensions."""
     args = scope.arguments(node)
     operands = [args["self"], args["other"]]
     if args["p"] <= 0:
-        raise LockError("it counts differences")
+        raise LockError("its result depends on the number of channels")
     _add_up(scope, node, operands, broadcast(scope, operands, len(scope.shape(args["self"]))))
     return []
 
 
 @register("cdist")
 def cdist(scope: Scope, node: Node) -> Axes:
-    """Take the length of the difference of each row of one tensor and each of another."""
+    """Compute the distance of each row of one tensor to each row of another."""
     args = scope.arguments(node)
     one, two = scope.axes(args["x1"]), scope.axes(args["x2"])
     if args["p"] <= 0 or len(one) != len(two):
-        raise LockError("it counts differences")
+        raise LockError("its result depends on the number of channels")
     scope.unify(one[:-2], two[:-2])
     scope.table.unify(one[-1], two[-1])
     _add_up(scope, node, [args["x1"], args["x2"]], [scope.axes(args["x1"])[-1]])

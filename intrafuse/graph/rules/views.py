@@ -1,4 +1,4 @@
-"""Tensors that are a parameter seen otherwise: with other dimensions, another type, or in part."""
+"""Recognize views of parameters: reshaped, permuted, cast, or a part of a parameter."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Piece", "parameter_pieces", "parameter_view", "permutation"]
 
 
 def permutation(node: Node) -> list[int]:
-    """List which dimension of its input each dimension of a permuted tensor was."""
+    """List the input dimension of each dimension of a permuted tensor."""
     rank = node.all_input_nodes[0].meta["val"].dim()
-    sizes = range(2, 2 + rank)  # each another, so that a size tells its dimension
+    sizes = range(2, 2 + rank)  # all different, so that a size identifies its dimension
     moved = node.target(  # type: ignore[operator]
         torch.empty(*sizes, device="meta"), *node.args[1:], **node.kwargs
     )
@@ -35,9 +35,9 @@ def permutation(node: Node) -> list[int]:
 
 
 def parameter_view(scope: Scope, node: Node) -> tuple[str, list[int | None]] | None:
-    """Name the parameter that a tensor is, with the parameter's axis behind each dimension.
+    """Return the parameter that a tensor is a view of, and the parameter's axis at each dimension.
 
-    None where the tensor is no parameter, or one whose numbers were changed or mixed.
+    Return None if the tensor is not a view of a parameter, or if its numbers were changed or mixed.
     """
     if node in scope.parameters:
         return scope.parameters[node], list(range(len(scope.shape(node))))
@@ -63,8 +63,8 @@ def parameter_view(scope: Scope, node: Node) -> tuple[str, list[int | None]] | N
 def _reshaped(
     axes: list[int | None], old: tuple[int, ...], new: tuple[int, ...]
 ) -> list[int | None] | None:
-    """Follow axes where dimensions of size 1 come, go or are repeated; None for any other shape."""
-    if prod(new) != prod(old):  # repeated: dimensions lie over each other from the last one
+    """Follow axes when dimensions of size 1 are added, dropped or repeated; None otherwise."""
+    if prod(new) != prod(old):  # repeated: align dimensions from the last one
         front = len(new) - len(old)
         pairs = [*zip(axes, old, new[front:], strict=True)]
         if any(n not in (1, m) for _, n, m in pairs):
@@ -79,12 +79,12 @@ def _reshaped(
 
 @dataclass(frozen=True)
 class Piece:
-    """A whole parameter among those that a vector is joined of, or the one that it is a part of.
+    """One parameter in a concatenated vector, or the parameter that the vector is a part of.
 
     Attributes:
-        parameter, axis: its name, and the axis that lies along the vector.
-        start: where it begins.
-        size: how many positions of the vector are of it.
+        parameter, axis: the name, and the axis that lies along the vector.
+        start: the first position in the vector.
+        size: the number of positions in the vector.
     """
 
     parameter: str
@@ -94,9 +94,9 @@ class Piece:
 
 
 def parameter_pieces(scope: Scope, node: Node) -> list[Piece] | None:
-    """List what a vector is joined of: one parameter, or a part of it, or several whole ones.
+    """List the parameters in a vector: one parameter or part of one, or several whole ones.
 
-    None where it is anything else.
+    Return None for any other vector.
     """
     view = parameter_view(scope, node)
     if view is not None:
@@ -105,18 +105,18 @@ def parameter_pieces(scope: Scope, node: Node) -> list[Piece] | None:
         return None if axis is None else [Piece(view[0], axis, 0, size)]
     names: list[str] = []
     where = _elements(scope, node, names)
-    found, start = [], 0
+    pieces, start = [], 0
     for which, run in groupby([] if where is None else where.tolist(), lambda n: n >> 32):
         name, got = names[which], [n & 0xFFFFFFFF for n in run]
         if got != [*range(scope.table.measure(scope.parameter_axes[name][0]))]:
             return None
-        found.append(Piece(name, 0, start, len(got)))
+        pieces.append(Piece(name, 0, start, len(got)))
         start += len(got)
-    return found or None
+    return pieces or None
 
 
 def _elements(scope: Scope, node: Node, names: list[str]) -> torch.Tensor | None:
-    """Compute for each element of a joined vector which one of which vector it is."""
+    """Compute the source of each element of a concatenated vector: index + (parameter << 32)."""
     if node in scope.parameters:
         if len(scope.shape(node)) != 1:
             return None

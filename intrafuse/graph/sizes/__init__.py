@@ -1,1 +1,1 @@
-"""Which numbers in a model's code follow the sizes of its channels."""
+"""Find the numbers in a model's code that follow the sizes of its channels."""

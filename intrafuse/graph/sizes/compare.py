@@ -1,4 +1,4 @@
-"""Compare what a resized network runs with what its channel graph expects, operator by operator."""
+"""Compare a resized network with its channel graph, operator by operator."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ IDLE = SAME | CHECKS | {"_set_grad_enabled", "_enter_autocast", "_exit_autocast"
 
 @dataclass(frozen=True)
 class Difference:
-    """The first operator that does not do what was expected.
+    """The first operator that differs from the expectation.
 
     Attributes:
         node: the operator of the traced network.
-        rule: what it should do, in words.
-        value: what it does.
-        expected: the shape that it should give, where that is what differs.
-        numbers: what it computes with, where that is what differs.
-        start: where a slice begins, where that is what differs.
-        failed: the operator that failed, with what it was given.
+        rule: the expectation in words.
+        value: the observed value.
+        expected: the expected shape, if the shape differs.
+        numbers: the observed numbers, if the numbers differ.
+        start: the observed start of a slice, if the start differs.
+        failed: the operator that failed, with its arguments.
     """
 
     node: Node
@@ -49,20 +49,20 @@ class Difference:
 
     @property
     def explained(self) -> bool:
-        """Whether it is known what differs, rather than that another operator runs or one fails."""
+        """Whether a shape, number or start differs, rather than the operator or an error."""
         return not (self.expected is None and self.numbers is None and self.start is None)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What operators do at any sizes.
+    """The expected results of operators at any sizes.
 
     Attributes:
         nodes: the traced operators.
         values: the trees of each result.
         scales: numbers that follow a size: operator -> (tree of the size, exponent).
-        starts: what lies before a slice: operator -> tree.
-        sizes: of every atom when traced.
+        starts: slice -> tree of the positions before it.
+        sizes: the traced size of every atom.
     """
 
     nodes: Iterable[Node]
@@ -73,12 +73,12 @@ class Expected:
 
 
 def calls(nodes: Iterable[Node]) -> list[Node]:
-    """List the operators among the nodes of a graph, but for copies, which may be left out."""
+    """List the operators of a graph except copies, which an export may drop."""
     return [n for n in nodes if n.op == "call_function" and operator_name(n) not in IDLE]
 
 
 def numbers(node: Node) -> tuple[float, ...]:
-    """List the numbers that an operator was given, also those of a constant tensor."""
+    """List the numbers that an operator receives, including those of a constant tensor."""
     if operator_name(node) in LIFTS:
         constant = node.all_input_nodes[0].meta.get(CONSTANT)
         if constant is None or constant.is_meta or constant.is_complex():
@@ -92,25 +92,25 @@ def numbers(node: Node) -> tuple[float, ...]:
 def first_difference(
     expected: Expected, new: Iterable[Node], sizes: Mapping[int, int], *, whole: bool = True
 ) -> Difference | None:
-    """Find the first operator whose kind, result, numbers or start are not what sizes make of them.
+    """Find the first operator whose kind, shape, numbers or start differ from the expectation.
 
     Args:
-        expected: what the traced network does.
-        new: the operators of the resized one.
-        sizes: the size of every atom now.
-        whole: whether the resized network ran to its end; else only sizes and numbers count.
+        expected: the results of the traced network, by sizes.
+        new: the operators of the resized network.
+        sizes: the size of every atom in the resized network.
+        whole: whether the resized network ran to its end; if not, compare only sizes and numbers.
     """
     first, second = calls(expected.nodes), calls(new)
     for node, now in zip(first, second, strict=False):
         if operator_name(node) != operator_name(now):
             different = Difference(node, "runs another operator", operator_name(now))
             return different if whole else None
-        wanted_shape, shape = _wanted(expected.values[node], sizes), _shape(now.meta.get("val"))
-        if shape is not None and shape != wanted_shape:
-            return Difference(node, f"should give {wanted_shape}", shape, wanted_shape)
-        found = _other_numbers(expected, node, now, sizes) or _elsewhere(expected, node, now, sizes)
-        if found is not None:
-            return found
+        right, shape = _sizes_of(expected.values[node], sizes), _shape(now.meta.get("val"))
+        if shape is not None and shape != right:
+            return Difference(node, f"should return {right}", shape, right)
+        other = _other_numbers(expected, node, now, sizes) or _elsewhere(expected, node, now, sizes)
+        if other is not None:
+            return other
     if whole and len(first) != len(second):
         return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
     return None
@@ -119,7 +119,7 @@ def first_difference(
 def _other_numbers(
     expected: Expected, node: Node, now: Node, sizes: Mapping[int, int]
 ) -> Difference | None:
-    """Tell whether an operator computes with other numbers than its sizes make of them."""
+    """Return the difference if an operator computes with unexpected numbers."""
     if operator_name(node) not in NUMERIC:
         return None
     wanted, given = numbers(node), numbers(now)
@@ -137,7 +137,7 @@ def _other_numbers(
 def _elsewhere(
     expected: Expected, node: Node, now: Node, sizes: Mapping[int, int]
 ) -> Difference | None:
-    """Tell whether a slice begins elsewhere, or takes steps of another length, than it should."""
+    """Return the difference if a slice has an unexpected start or step."""
     if operator_name(node) not in ("slice", "narrow"):
         return None
     old, given = _range(node), _range(now)
@@ -155,7 +155,7 @@ def _elsewhere(
 
 
 def _range(node: Node) -> tuple[int, int] | None:
-    """Return start and step of a slice; None where they are no numbers."""
+    """Return start and step of a slice; None if they are not numbers."""
     args = arguments(node)
     shape = node.all_input_nodes[0].meta["val"].shape
     if not all(a is None or isinstance(a, int) for k, a in args.items() if k != "self"):
@@ -164,13 +164,13 @@ def _range(node: Node) -> tuple[int, int] | None:
     return start, step
 
 
-def _wanted(trees: list, sizes: Mapping[int, int]) -> list:
+def _sizes_of(trees: list, sizes: Mapping[int, int]) -> list:
     """Compute the shape of a result, or of each of several results."""
-    return [_wanted(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
+    return [_sizes_of(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
 
 
 def _shape(value: Any) -> list | None:
-    """Read the shape of a result, or of each of several results; None where it has none."""
+    """Return the shape of a result, or of each of several results; None without a shape."""
     if isinstance(value, Tensor):
         return [int(n) for n in value.shape]
     if isinstance(value, tuple | list) and all(isinstance(item, Tensor) for item in value):

@@ -1,8 +1,8 @@
-"""Numbers in a model's code that are computed from the size of another axis.
+"""Couple axes if the code computes the size of one from the size of the other.
 
-Attention gives its heads together the width of what enters it, or each the width of that divided
-by the number of heads. Such a number follows the other axis, so the two are coupled: channels of
-one then go with channels of the other, and the code computes what is right.
+In attention, the joint width of the heads may equal the input width, or the width of each head may
+equal the input width divided by the number of heads. Such a number follows the input axis, so the
+two axes are coupled. Their channels are then removed together, and the code stays correct.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from intrafuse.graph.sizes.trials import Trials, modules_of, value_at
 
 __all__ = ["couple", "divide"]
 
-MOST = 8  # equal parts that code divides an axis into
+MOST = 8  # most equal parts into which code divides an axis
 
 
 def couple(
     trials: Trials, items: list[Literal], node: Node, number: int, sizes: Mapping[int, int]
 ) -> bool:
-    """Couple an axis with the one whose size a number follows, in every layer that has the code.
+    """Couple an axis with the axis whose size a number follows, in every layer with this code.
 
     Args:
-        trials: what is known.
+        trials: the results of the trials so far.
         items: the number at one place of the code, in every layer that runs it.
-        node: the operator where it was seen at other sizes.
-        number: what it was there.
-        sizes: of all atoms, there.
+        node: the operator that received the number at other sizes.
+        number: the number at these sizes.
+        sizes: these sizes of all atoms.
 
     Returns:
-        Whether there was such an axis that may shrink.
+        Whether there is such an axis that may shrink.
     """
     own = next((item for item in items if item.node is node), None)
     measure, resolve = trials.scope.table.measure, trials.scope.table.resolve
@@ -56,20 +56,20 @@ def couple(
 
 
 def divide(trials: Trials, items: list[Literal], number: int, sizes: Mapping[int, int]) -> bool:
-    """Couple the equal parts of an axis that code divides by its own size (`x.shape[1] // 2`).
+    """Couple the equal parts of an axis if the code divides its size (`x.shape[1] // 2`).
 
     Args:
-        trials: what is known.
+        trials: the results of the trials so far.
         items: the number at one place of the code, in every layer that runs it.
-        number: what it was at other sizes.
-        sizes: of all atoms, there.
+        number: the number at other sizes.
+        sizes: these sizes of all atoms.
 
     Returns:
-        Whether the number is such a quotient, and the parts were not coupled before.
+        Whether the number is such a quotient and the parts were not coupled before.
     """
     table, coupled = trials.scope.table, False
-    found = [(item, _quotient(trials, item, number, sizes)) for item in items]
-    for item, q in found:  # all were measured before the first cut, which makes new atoms
+    quotients = [(item, _quotient(trials, item, number, sizes)) for item in items]
+    for item, q in quotients:  # computed before the first cut, which makes new atoms
         axis = table.resolve(item.axis)
         first, rest = table.cut(axis, table.measure(axis) // q)
         for _ in range(q - 1):
@@ -80,18 +80,18 @@ def divide(trials: Trials, items: list[Literal], number: int, sizes: Mapping[int
 
 
 def _quotient(trials: Trials, item: Literal, number: int, sizes: Mapping[int, int]) -> int:
-    """Say into how many equal parts a number divides its axis; 1 where it is no such quotient."""
+    """Return the number of equal parts into which a number divides its axis; 1 if none fits."""
     table = trials.scope.table
     axis, size = table.resolve(item.axis), table.measure(item.part)
     share = Fraction(size, table.measure(axis))
     p, q, total = share.numerator, share.denominator, tree_size(axis, sizes)
-    rounded = abs(number * q - total * p) < q  # however it is rounded
+    rounded = abs(number * q - total * p) < q  # rounded up or down
     return q if q <= MOST and number != size and rounded else 1
 
 
 @dataclass(frozen=True)
 class _Spot:
-    """An axis of a tensor that an operator takes (its number) or gives (-1)."""
+    """An axis of an operand (by its index) or of the result (index -1) of an operator."""
 
     node: Node
     operand: int
@@ -101,7 +101,7 @@ class _Spot:
 def _unify(
     trials: Trials, items: list[Literal], own: Literal, spot: _Spot, other: Literal | None
 ) -> None:
-    """Couple the number at each layer with the same axis of that layer."""
+    """Couple the number in each layer with the same axis of that layer."""
     kind = _kind(trials, own.node, spot.node)
     back = [n for n in _before(trials, own.node) if _kind(trials, own.node, n) == kind]
     for item in items:
@@ -117,25 +117,25 @@ def _unify(
 
 
 def _beside(trials: Trials, item: Literal) -> list[Literal]:
-    """List the other numbers that an operator was given."""
+    """List the other numbers that the operator receives."""
     return [o for o in trials.scope.literals if o.node is item.node and o.at != item.at]
 
 
 def _kind(trials: Trials, node: Node, other: Node) -> tuple:
-    """Say which operator of a module another is: the same for every copy of the module."""
+    """Identify an operator within a module, in the same way for every copy of the module."""
     module, inside = ((modules_of(n) or [""])[0] for n in (node, other))
     return trials.places[other], inside.removeprefix(module)
 
 
 def _before(trials: Trials, node: Node) -> list[Node]:
-    """List an operator, and those that its module, and modules in it, ran before; latest first."""
+    """List an operator and all earlier ones of its module and submodules, latest first."""
     module = (modules_of(node) or [""])[0]
     before = calls(trials.nodes[: trials.nodes.index(node) + 1])
     return [n for n in reversed(before) if module in modules_of(n)]
 
 
 def _spots(trials: Trials, node: Node) -> Iterator[_Spot]:
-    """List the axes that an operator's module, and those inside it, met before; latest first."""
+    """List the earlier axes in an operator's module and submodules, latest first."""
     for peer in _before(trials, node):
         for operand in range(-1, len(peer.all_input_nodes)):
             if operand >= 0 or peer is not node:

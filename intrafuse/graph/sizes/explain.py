@@ -1,4 +1,4 @@
-"""What the trials of a model's code teach: attributes that follow, scales, and locks."""
+"""Draw conclusions from trials of a model's code: attributes that follow, scales, and locks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from intrafuse.support.modules import held_sizes
 
 __all__ = ["follow_names", "give_up", "learn", "reconsider"]
 
-# Attributes that say how large an axis of attention is, whether or not the code reads them.
+# Usual names of attributes that hold a size of attention, even if the code does not read them.
 NAMES = {
     "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads"),
     "key heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
@@ -26,7 +26,7 @@ NAMES = {
 
 
 def follow_names(trials: Trials) -> None:
-    """Let attributes with usual names follow heads and widths of attention."""
+    """Let attributes with the usual names follow heads and widths of attention."""
     scope = trials.scope
     for node, what, tree in scope.heads:
         size = scope.table.measure(tree)
@@ -38,43 +38,44 @@ def follow_names(trials: Trials) -> None:
                     trials.attributes.setdefault((path, name), tree)
 
 
-def learn(trials: Trials, found: Difference, atoms: list[int]) -> bool:
-    """Draw the conclusion from a trial: another attribute, a scale that follows, or a lock.
+def learn(trials: Trials, difference: Difference, atoms: list[int]) -> bool:
+    """Draw a conclusion from a trial: another attribute, a scale that follows, or a lock.
 
     Returns:
-        Whether there was one.
+        Whether there was a conclusion.
     """
-    place = trials.places[found.node]
+    place = trials.places[difference.node]
     here = [item for item in trials.at_stake(atoms) if trials.places[item.node] == place]
     if here:
-        _explain(trials, found, here, trials.sizes(atoms))
+        _explain(trials, difference, here, trials.sizes(atoms))
         return True
-    if _scales(trials, found, atoms):
+    if _scales(trials, difference, atoms):
         return True
-    if not found.explained or found.start is not None:  # it may not be the number's own fault
+    if not difference.explained or difference.start is not None:  # another number may be the cause
         return False
     around = [node for node in trials.nodes if trials.places[node] == place]
     return any([_lock_around(trials.scope, node, set(atoms)) for node in around])
 
 
-def reconsider(trials: Trials, found: Difference | None) -> bool:
-    """Take another attribute where the one that was tried last did harm.
+def reconsider(trials: Trials, difference: Difference | None) -> bool:
+    """Try another attribute if the last one made things worse.
 
-    An attribute that has the size of an axis by chance, such as the size of an image, makes the
-    code fail, or makes an operator differ that did not before.
+    An attribute may have the size of an axis by chance, such as the size of an image. Changing it
+    makes the code fail, or makes an earlier operator differ.
 
     Args:
-        trials: what is known.
-        found: what differs now; None where the code fails outside any operator.
+        trials: the results of the trials so far.
+        difference: the present difference; None if the code fails outside any operator.
 
     Returns:
-        Whether it did harm; then another is tried, or its numbers are locked.
+        Whether things became worse. In that case another attribute is tried, or the numbers are
+        locked.
     """
     if trials.attempt is None:
         return False
     (place, items), trials.attempt = trials.attempt, None
     order = {node: i for i, node in enumerate(trials.nodes)}
-    if found is not None and order[found.node] >= min(order[item.node] for item in items):
+    if difference is not None and order[difference.node] >= min(order[item.node] for item in items):
         return False
     if not _try_next(trials, place, items):
         trials.forget(place)
@@ -84,7 +85,7 @@ def reconsider(trials: Trials, found: Difference | None) -> bool:
 
 
 def give_up(trials: Trials, lines: list[tuple[str, str]], atoms: list[int]) -> bool:
-    """Lock the numbers in the code that failed outside any operator; tell whether there are any."""
+    """Lock numbers in code that failed outside any operator; return whether there are any."""
     at_stake = trials.at_stake(atoms)
     files = {file for file, _ in lines}
     near = [item for item in at_stake if (line_of(item.node) or ("", ""))[0] in files]
@@ -98,16 +99,16 @@ def _lock(scope: Scope, item: Literal) -> None:
     scope.table.lock(item.axis, f"{operator_name(item.node)} takes its size as a number{where}")
 
 
-def _lock_around(scope: Scope, node: Node, wanted: set[int]) -> bool:
-    """Lock what enters and leaves an operator; tell whether something of that was wanted."""
+def _lock_around(scope: Scope, node: Node, atoms: set[int]) -> bool:
+    """Lock operands and result of an operator; return whether any of them holds the atoms."""
     where = scope.where(node)
     reason = f"operator {operator_name(node)}{where} works with the size that was traced"
     trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
     trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
-    found = [t for t in trees if not wanted.isdisjoint(leaves(scope.table.resolve(t)))]
-    for tree in found:
+    held = [t for t in trees if not atoms.isdisjoint(leaves(scope.table.resolve(t)))]
+    for tree in held:
         scope.table.lock(tree, reason)
-    return bool(found)
+    return bool(held)
 
 
 def _flat(values: list) -> Iterator[Tree]:
@@ -116,30 +117,30 @@ def _flat(values: list) -> Iterator[Tree]:
 
 
 def _explain(
-    trials: Trials, found: Difference, here: list[Literal], sizes: Mapping[int, int]
+    trials: Trials, difference: Difference, here: list[Literal], sizes: Mapping[int, int]
 ) -> None:
-    """Try the next attribute that may be where a number comes from; without one, lock.
+    """Try the next attribute that may be the source of a number; lock if there is none.
 
-    Only numbers that were wrong are tried for, one after the other; `here` holds those of every
-    layer where the same code runs.
+    Only wrong numbers are tried, one after the other. `here` holds the numbers of every layer that
+    runs the same code.
     """
-    wrong = _wrong(trials.scope, found, sizes)
-    if wrong and _share(trials, found.node, wrong, {item.at for item in here}, sizes):
+    wrong = _wrong(trials.scope, difference, sizes)
+    if wrong and _share(trials, difference.node, wrong, {item.at for item in here}, sizes):
         return
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
-            place = (trials.places[found.node], at)
+            place = (trials.places[difference.node], at)
             if wrong and (
                 divide(trials, items, wrong[at], sizes)
-                or couple(trials, items, found.node, wrong[at], sizes)
+                or couple(trials, items, difference.node, wrong[at], sizes)
             ):
                 trials.forget(place)
                 return
             if _try_next(trials, place, items):
                 return
     guilty = [item for item in here if wrong is None or item.at in wrong] or here
-    # A number that is what it was when traced is one of the code's; others may follow from it.
+    # A number that did not change is a literal of the code; others may be computed from it.
     measure = trials.scope.table.measure
     same = [i for i in guilty if wrong and wrong.get(i.at) == measure(i.part)]
     for item in same or guilty:
@@ -153,10 +154,10 @@ def _share(
     open_: set[tuple[int, ...]],
     sizes: Mapping[int, int],
 ) -> bool:
-    """Couple what an attribute follows with an axis that has its size from it as well, and stays.
+    """Couple the axis that an attribute follows with another axis of the same source.
 
     Returns:
-        Whether there was such an attribute.
+        Whether there is such an attribute.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
     for at in sorted(at for at in set(wrong) - open_ if at[-1] != START):
@@ -175,28 +176,28 @@ def _share(
 
 
 def _wrong(
-    scope: Scope, found: Difference, sizes: Mapping[int, int]
+    scope: Scope, difference: Difference, sizes: Mapping[int, int]
 ) -> dict[tuple[int, ...], int] | None:
-    """Map where a result differs in size to the size that it has; None where it is not known.
+    """Map the places where a result has a wrong size to that size; None if unknown.
 
-    A slice that begins elsewhere differs in the size of what lies before it.
+    For a slice with a wrong start, the wrong size is the number of positions before it.
     """
-    if found.start is not None:
-        dim = arguments(found.node)["dim"] % len(scope.values[found.node])
-        return {(dim, START): found.start}
-    if found.failed is not None:
-        resolve, values = scope.table.resolve, scope.values[found.node]
-        given = _given(found.failed)
+    if difference.start is not None:
+        dim = arguments(difference.node)["dim"] % len(scope.values[difference.node])
+        return {(dim, START): difference.start}
+    if difference.failed is not None:
+        resolve, values = scope.table.resolve, scope.values[difference.node]
+        given = _given(difference.failed)
         wanted = {at: tree_size(resolve(value_at(values, at)), sizes) for at in given}
         return {at: n for at, n in given.items() if wanted[at] != n} or None
-    if found.expected is None or not isinstance(found.value, list):
+    if difference.expected is None or not isinstance(difference.value, list):
         return None
-    wanted, given = dict(_indexed(found.expected)), dict(_indexed(found.value))
+    wanted, given = dict(_indexed(difference.expected)), dict(_indexed(difference.value))
     return {at: given.get(at, -1) for at, size in wanted.items() if given.get(at) != size}
 
 
 def _given(node: Node) -> dict[tuple[int, ...], int]:
-    """Map where sizes lie in the result of an operator to the numbers that it was given."""
+    """Map places in the result of an operator to the numbers that the operator received."""
     args = arguments(node)
     dim = args.get("dim", 0) % max(node.all_input_nodes[0].meta["val"].dim(), 1)
     if "split_sizes" in args:
@@ -215,13 +216,13 @@ def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]
 
 
 def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
-    """Let another attribute follow the axis that a number belongs to; tell whether there is one."""
+    """Let another attribute follow the axis of a number; return whether there is one."""
     tried = trials.tried.setdefault(place, [])
     options = [_candidates(trials, item) for item in items]
     name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
     if name is None:
         return False
-    trials.forget(place)  # the last one did not help
+    trials.forget(place)  # the last attribute did not help
     tried.append(name)
     trials.added[place], trials.attempt = [], (place, items)
     for item, keys in zip(items, options, strict=True):
@@ -229,20 +230,20 @@ def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
         if key not in trials.attributes:
             trials.attributes[key] = item.part
             trials.added[place].append(key)
-        trials.scope.table.unify(trials.attributes[key], item.part)  # one number: they stay equal
+        trials.scope.table.unify(trials.attributes[key], item.part)  # one number: stay equal
     return True
 
 
 def _candidates(trials: Trials, item: Literal) -> dict[str, tuple[str, str]]:
-    """Map names of attributes that equal a number to the module and the name that stand for them.
+    """Map names of attributes that equal a number to their (module, name).
 
-    First those of the innermost module, last those that follow another axis already. One that
-    follows this axis is no explanation of a number that does not.
+    Attributes of the innermost module come first, those that already follow another axis come last.
+    Attributes that already follow this axis are left out: they do not explain the number.
     """
     scope, resolve = trials.scope, trials.scope.table.resolve
     size = scope.table.measure(item.part)
     known: dict[str, tuple[str, str]] = {}
-    found: dict[str, tuple[str, str]] = {}
+    unused: dict[str, tuple[str, str]] = {}
     for path in modules_of(item.node):
         module = scope.model.get_submodule(path)
         for name, value, holder in held_sizes(module):
@@ -251,16 +252,16 @@ def _candidates(trials: Trials, item: Literal) -> dict[str, tuple[str, str]]:
             key = (path, name) if holder is module else trials.shared(path, name, holder)
             tree = trials.attributes.get(key)
             if tree is None:
-                found.setdefault(name, key)
+                unused.setdefault(name, key)
             elif resolve(tree) != resolve(item.part):
                 known.setdefault(name, key)
-    return found | known
+    return unused | known
 
 
-def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
-    """Note a number that follows the root of a size, and what makes up for it."""
-    scope, node = trials.scope, found.node
-    old, new = numbers(node), found.numbers
+def _scales(trials: Trials, difference: Difference, atoms: list[int]) -> bool:
+    """Record a number that follows a power of a size, and rescale the layers before it."""
+    scope, node = trials.scope, difference.node
+    old, new = numbers(node), difference.numbers
     if new is None or len(old) != 1 or len(new) != 1 or operator_name(node) not in ("mul", "div"):
         return False
     sizes = trials.sizes(atoms)
@@ -274,7 +275,7 @@ def _scales(trials: Trials, found: Difference, atoms: list[int]) -> bool:
 
 
 def _follow(trials: Trials, node: Node, power: float) -> None:
-    """Let the layers before a scale, at every place where the code has it, follow its size."""
+    """Rescale the layers before a scale with its size, at every place that runs the code."""
     for other in (n for n in trials.nodes if trials.places[n] == trials.places[node]):
         for tree, source in _summed_before(trials.scope, other)[:1]:
             trials.scope.scales[other] = (tree, power)
@@ -283,9 +284,9 @@ def _follow(trials: Trials, node: Node, power: float) -> None:
 
 
 def _summed_before(scope: Scope, node: Node) -> list[tuple[Tree, Node]]:
-    """List sizes that a scale may belong to, with the tensor that it multiplies.
+    """List the sizes that a scale may follow, with the tensor that it multiplies.
 
-    That is what the product before it sums over, or the last dimension of the tensor itself.
+    Candidates are the summed axis of the product before it and the last dimension of the tensor.
     """
     source = node.all_input_nodes[0]
     trees = [scope.contracted.get(source), *scope.values.get(source, [])[-1:]]

@@ -1,12 +1,12 @@
-"""Find out by trial which sizes in a model's code follow when channels go.
+"""Find out by trials which sizes in a model's code follow when channels are removed.
 
-Code is full of sizes: `x.view(b, t, self.heads, -1)`, `x[..., : x.shape[-1] // 2]`, a literal 64.
-A trace shows numbers only. So a copy of the model is given other sizes in every group that may be
-pruned, without any values, and is traced again: a number that changed as the graph expects was
-computed from shapes. One that did not may come from an attribute of the module; then the attribute
-is changed as well, and the trial repeated. What does not follow in the end is locked. So is
-attention whose scale follows the width in a way that no layer before it can make up for. A last
-trial with smaller sizes tells what agreed by chance, as quotients do.
+Code contains many sizes: `x.view(b, t, self.heads, -1)`, `x[..., : x.shape[-1] // 2]`, a literal
+64. A trace shows only numbers. So a trial builds a copy of the model, without values, that has
+other sizes in every prunable group, and traces it again. If a number changes as the graph expects,
+the code computes it from shapes. If not, the number may come from an attribute of the module: the
+next trial changes the attribute, too. Sizes that do not follow in the end are locked, and so is
+attention with a scale that no layer before it can correct. A last trial with smaller sizes finds
+numbers, such as quotients, that agreed by chance.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = ["Workshop", "settle"]
 
 Export = Callable[[nn.Module], Any]
 Build = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Mapping[str, int]]], nn.Module]
-# Operators whose number may be a size.
+# Operators whose number argument may be a size.
 ARITHMETIC = frozenset("add sub rsub mul div pow multiply divide true_divide floor_divide".split())
-ROUNDS = 24  # of trials; what is open after them is locked
+ROUNDS = 24  # most trials; sizes that are still open are locked
 
 
 class _Elsewhere(Exception):
-    """Raised where a model fails at another size, but not in an operator of the trace.
+    """Raised if a model fails at another size outside the operators of the trace.
 
     Attributes:
         lines: (file, line) of each call, innermost last.
-        where: the last of them, and what was raised there, for a sentence.
+        where: the innermost line and its exception, for use in a sentence.
     """
 
     def __init__(self, lines: list[tuple[str, str]], cause: BaseException) -> None:
@@ -57,14 +57,14 @@ class _Elsewhere(Exception):
 
 @dataclass(frozen=True)
 class Workshop:
-    """How a model is put together and run at other sizes.
+    """Functions that build a model at other sizes and run it.
 
     Attributes:
-        build: makes a copy of the model with parameters of other shapes, and other attributes.
-        record: lists the operators that a model runs; those that lead nowhere are among them.
-        export: lists those that an export keeps.
-        cached: lists those that it runs where it makes a cache for its next call; None where it
-            makes none by default.
+        build: makes a copy of the model with other parameter shapes and attributes.
+        record: lists all operators that a model runs, including those without any use.
+        export: lists the operators that an export keeps.
+        cached: lists the operators of a model that builds a cache for its next call; None if the
+            model does not do so by default.
     """
 
     build: Build
@@ -76,19 +76,19 @@ class Workshop:
 def settle(
     scope: Scope, nodes: list[Node], free: Callable[[], list[int]], workshop: Workshop
 ) -> None:
-    """Lock the sizes that the code does not follow, and note the attributes that it needs.
+    """Lock sizes that the code does not follow, and record the attributes that it needs.
 
     Args:
-        scope: the trace; its literals are what is open.
-        nodes: its operators.
-        free: lists the atoms that may be pruned now.
+        scope: the trace; its literals are the open questions.
+        nodes: the operators of the trace.
+        free: lists the atoms that may be pruned at present.
         workshop: runs the model at other sizes.
     """
     trials = Trials(scope, nodes)
     follow_names(trials)
     if _open(scope, nodes, free()):
         _explore(trials, free, workshop)
-    trials.smaller = True  # what agreed by chance, as quotients do, does not agree again
+    trials.smaller = True  # a number that agreed by chance does not agree again
     works = partial(_works, trials, workshop=workshop)
     if not follow_unread(trials, free(), works) and _open(scope, nodes, free()):
         _explore(trials, free, workshop)
@@ -100,16 +100,16 @@ def settle(
 
 
 def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) -> None:
-    """Run the model at other sizes, and learn, until it does what the graph expects."""
+    """Run the model at other sizes, and learn from each trial, until it agrees with the graph."""
     works = partial(_works, trials, workshop=workshop)
     for left in range(ROUNDS, 0, -1):
         atoms = free()
         try:
-            found = _trial(trials, atoms, workshop) if atoms else None
-            if found is None:
-                trials.attempt = None  # it was right
+            difference = _trial(trials, atoms, workshop) if atoms else None
+            if difference is None:
+                trials.attempt = None  # the last attribute was right
                 return
-            learnt = reconsider(trials, found) or learn(trials, found, atoms)
+            learnt = reconsider(trials, difference) or learn(trials, difference, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
             learnt = reconsider(trials, None) or give_up(trials, failure.lines, atoms)
@@ -120,7 +120,7 @@ def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) 
 
 
 def _lock_uncached(trials: Trials, atoms: list[int], workshop: Workshop) -> None:
-    """Lock the sizes at which a model fails in its default mode, where it makes a cache."""
+    """Lock the sizes at which a model fails in its default mode, in which it builds a cache."""
 
     def works(some: list[int]) -> bool:
         assert workshop.cached is not None
@@ -148,7 +148,7 @@ def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
 def _lock_culprits(
     trials: Trials, atoms: list[int], works: Callable[[list[int]], bool], budget: int
 ) -> None:
-    """Find by halving which sizes the code does not bear, and lock these."""
+    """Find by bisection the sizes that the code does not tolerate, and lock them."""
     waiting = [atoms]
     while waiting:
         some = waiting.pop()
@@ -164,9 +164,9 @@ def _lock_culprits(
 
 
 def _open(scope: Scope, nodes: list[Node], atoms: list[int]) -> bool:
-    """Tell whether some number in the code may belong to the atoms that may be pruned.
+    """Tell whether any number in the code may belong to the given prunable atoms.
 
-    A number that tensors are multiplied with may be the size of any axis.
+    A number in arithmetic with tensors may be the size of any axis.
     """
     wanted = set(atoms)
     trees = [item.axis for item in scope.literals] + [tree for _, _, tree in scope.heads]
@@ -180,7 +180,7 @@ def _open(scope: Scope, nodes: list[Node], atoms: list[int]) -> bool:
 def _resized(
     trials: Trials, sizes: Mapping[int, int]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, int]]]:
-    """List shapes of parameters and attributes of modules at other sizes."""
+    """Compute shapes of parameters and attributes of modules at other sizes."""
     scope, resolve = trials.scope, trials.scope.table.resolve
     shapes = {
         name: tuple(tree_size(resolve(tree), sizes) for tree in trees)
@@ -201,8 +201,8 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     """Run the model at other sizes.
 
     Returns:
-        None where it does what the graph expects, else the first difference. An operator that
-        fails is one.
+        None if the model agrees with the graph, else the first difference. An operator that fails
+        is a difference.
     """
     scope = trials.scope
     sizes, resolve = trials.sizes(atoms), scope.table.resolve
@@ -222,15 +222,15 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     except IntrafuseError as error:
         cause = error.__cause__ or error
         ran = recorded(cause)
-        found = first_difference(expected, ran, sizes, whole=False)
+        difference = first_difference(expected, ran, sizes, whole=False)
         lines = _lines(cause)
         done = calls(ran)
         failed = done.pop() if done and "val" not in done[-1].meta else None
         following = calls(trials.nodes)[len(done) :]
-        if found is None and not (following and line_of(following[0]) in lines):
+        if difference is None and not (following and line_of(following[0]) in lines):
             raise _Elsewhere(lines, cause) from error
-        return found or Difference(following[0], "runs", "an error", failed=failed)
-    found = first_difference(expected, new, sizes)
-    if found is not None and not found.explained:
+        return difference or Difference(following[0], "runs", "an error", failed=failed)
+    difference = first_difference(expected, new, sizes)
+    if difference is not None and not difference.explained:
         return first_difference(expected, workshop.export(model), sizes)
-    return found
+    return difference

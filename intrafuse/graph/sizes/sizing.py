@@ -1,7 +1,7 @@
-"""Choose the sizes at which a model's code is tried.
+"""Choose the sizes of a trial.
 
-Two numbers that were equal when traced tell nothing of which is which. At the sizes of a trial
-different axes of one module must differ, or code that takes one for the other would look right.
+If two axes have equal sizes, a trace does not show which one a number belongs to. So in a trial
+different axes of one module must have different sizes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from intrafuse.graph.axes import Tree, tree_size
 
 __all__ = ["trial_sizes"]
 
-PATTERNS = 6  # of sizes that are compared
-LARGE = 64  # from here on sizes vary by more
+PATTERNS = 6  # patterns of sizes to compare
+LARGE = 64  # sizes from here on vary more
 
 
 def trial_sizes(
     traced: Sequence[int], atoms: Sequence[int], met: Iterable[frozenset[Tree]], *, smaller: bool
 ) -> dict[int, int]:
-    """Choose a new size for some atoms: none is the old one, and different axes differ.
+    """Choose new sizes for some atoms: none keeps its size, and different axes differ.
 
     Args:
         traced: the size of every atom.
-        atoms: those that change.
-        met: the trees that meet in one module, for each module; the fewer of them have equal sizes
-            that are different trees, the better.
-        smaller: make atoms smaller, as pruning does, where they have three channels or more.
+        atoms: the atoms that change.
+        met: for each module, the trees that occur in it. The choice minimizes the number of
+            different trees that have equal sizes.
+        smaller: shrink atoms, as pruning does, if they have at least three channels.
     """
     groups = [group for group in met if len(group) > 1]
     options = [_sizes(traced, atoms, pattern, smaller) for pattern in range(PATTERNS)]

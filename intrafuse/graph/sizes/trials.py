@@ -1,4 +1,4 @@
-"""What the trials of a model's code have found so far, and where in the code operators stand."""
+"""The results of the trials of a model's code, and the places of operators in the code."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["Trials", "modules_of", "value_at"]
 
 @dataclass
 class Trials:
-    """What the trials have found so far.
+    """The results of the trials so far.
 
     Attributes:
         scope, nodes: the trace.
         attributes: (module, attribute) -> the tree that it follows.
-        tried: attributes by the place in the code that they were tried for.
-        added: what the last of them added to `attributes`.
-        holders: object with numbers in it -> the module and the attribute that stand for it.
-        attempt: what an attribute was tried for last: the place, and its numbers.
-        failure: where a model failed last, in no operator of the trace, and how.
-        smaller: whether trials make sizes smaller, as pruning does.
-        reads: numbers that modules hold, (module, name) -> whether the code was seen to read it.
+        tried: place in the code -> the attributes that were tried for it.
+        added: place in the code -> the keys that the last tried attribute added to `attributes`.
+        holders: object that holds numbers -> the (module, attribute) that represents it.
+        attempt: the place and the numbers of the last tried attribute.
+        failure: place and error of the last failure outside the operators of the trace.
+        smaller: whether trials shrink sizes, as pruning does.
+        reads: numbers that modules hold, (module, name) -> whether the code has read it.
     """
 
     scope: Scope
@@ -47,7 +47,7 @@ class Trials:
     _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
 
     def sizes(self, atoms: list[int]) -> dict[int, int]:
-        """Choose sizes for a trial, the same whenever the same is asked."""
+        """Choose sizes for a trial; equal atoms get equal sizes each time."""
         table = self.scope.table
         key = (*atoms, len(table.size), self.smaller)
         if key not in self._sizes:
@@ -56,7 +56,7 @@ class Trials:
         return self._sizes[key]
 
     def _met(self) -> dict[str, frozenset[Tree]]:
-        """List the axes that each module's own operators take and give."""
+        """List the axes of operands and results of each module's own operators."""
         found: dict[str, set[Tree]] = {}
         for node in self.nodes:
             for module in modules_of(node)[:1]:
@@ -70,18 +70,18 @@ class Trials:
                     yield self.scope.table.resolve(tree)
 
     def forget(self, place: tuple) -> None:
-        """Let the attributes that were tried last for a place be as they were."""
+        """Undo the last tried attribute of a place."""
         for key in self.added.pop(place, ()):
             del self.attributes[key]
 
     def shared(self, path: str, name: str, holder: object) -> tuple[str, str]:
-        """Name a number in an object that several modules may hold, the same for all of them."""
+        """Return one (module, name) for a number in an object that several modules may share."""
         first = self.holders.setdefault(id(holder), (path, name.partition(".")[0]))
         return first[0], f"{first[1]}.{name.partition('.')[2]}"
 
     @cached_property
     def places(self) -> dict[Node, tuple]:
-        """Where in the code each operator stands: the same for the same layer of another block."""
+        """The place of each operator in the code; equal for equal layers of different blocks."""
         count: Counter[tuple] = Counter()
         found = {}
         for node in self.nodes:
@@ -92,20 +92,20 @@ class Trials:
         return found
 
     def at_stake(self, atoms: list[int]) -> list[Literal]:
-        """List the numbers that may belong to atoms."""
+        """List the literals whose axes hold any of the atoms."""
         wanted, resolve = set(atoms), self.scope.table.resolve
         items = self.scope.literals
         return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
 
 
 def modules_of(node: Node) -> list[str]:
-    """List the modules whose forward an operator was recorded in, innermost first."""
+    """List the modules whose forward recorded an operator, innermost first."""
     stack = (node.meta.get("nn_module_stack") or {}).values()
     return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
 
 
 def value_at(values: Any, at: tuple[int, ...]) -> Tree:
-    """Look up the tree of one axis among those of a result, or of several results."""
+    """Return the tree at a place in the axes of a result, or of several results."""
     for i in at:
         values = values[i]
     return values

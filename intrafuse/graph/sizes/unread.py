@@ -1,8 +1,8 @@
-"""Numbers that a model's modules hold, that name a size, and that the traced code did not read.
+"""Numbers in a model's modules that may be sizes although the traced code does not read them.
 
-Another path may read them: a forward that only an exporter takes, a cache, a head that is reset.
-A number belongs to the axis of its size on the nearest parameters below its module. Where these
-have several axes of that size, it names all of them: it follows them as long as they stay equal.
+Another code path may read them: a forward without export, a cache, a reset of the head. A number
+belongs to the axis of its size on the nearest parameters below its module. If there are several
+axes of that size, the number follows them while they stay equal.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from intrafuse.support.modules import held_sizes
 
 __all__ = ["follow_unread", "watch"]
 
-Key = tuple[str, str]  # a module's path and the name of what it holds
+Key = tuple[str, str]  # the path of a module and the name of a number in it
 
 
 def follow_unread(trials: Trials, atoms: list[int], works: Callable[[list[int]], bool]) -> bool:
-    """Note numbers that the code does not read, with the axes that each may name (`Scope.hints`).
+    """Record numbers that the code does not read, with their possible axes, in `Scope.hints`.
 
     Args:
-        trials: what is known.
-        atoms: those that may be pruned.
-        works: tells whether the model does what the graph expects at other sizes of some atoms, and
-            lets `Trials.reads` tell which numbers its code reads on the way.
+        trials: the results of the trials so far.
+        atoms: the prunable atoms.
+        works: tells whether the model agrees with the graph at other sizes of some atoms. It also
+            records in `Trials.reads` which numbers the code reads.
 
     Returns:
-        Whether the model was found to work.
+        Whether the model agrees with the graph.
     """
     scope, free = trials.scope, set(atoms)
     axes = {n: [*map(scope.table.resolve, trees)] for n, trees in scope.parameter_axes.items()}
@@ -54,15 +54,15 @@ def follow_unread(trials: Trials, atoms: list[int], works: Callable[[list[int]],
 
 
 def watch(model: nn.Module, reads: dict[Key, bool]) -> None:
-    """Let a copy of a model note which of some numbers that its modules hold are read."""
-    wanted: dict[str, set[str]] = {}
+    """Make a copy of a model record in `reads` which of the given numbers its code reads."""
+    watched: dict[str, set[str]] = {}
     for path, name in reads:
-        wanted.setdefault(path, set()).add(name)
-    for path, names in wanted.items():
+        watched.setdefault(path, set()).add(name)
+    for path, names in watched.items():
         module = model.get_submodule(path)
         try:
             module.__class__ = _watching(type(module), path, names, reads)
-        except TypeError:  # a class that no other may take the place of
+        except TypeError:  # a class that cannot be replaced
             reads.update({(path, name): True for name in names})
 
 
@@ -82,19 +82,19 @@ def _named_sizes(
     sizes: Mapping[int, int] | Sequence[int],
     known: Collection[Key],
 ) -> dict[Key, tuple[Tree, ...]]:
-    """Map numbers that modules hold to the axes that they may name.
+    """Map numbers that modules hold to their possible axes.
 
-    Modules of PyTorch are left out: rules follow what they hold. So are numbers in lists and
-    dictionaries, which may be settings of another kind, such as those of a training.
+    PyTorch's own modules are skipped, because rules handle their attributes. Numbers in lists and
+    dictionaries are skipped, because they may be other settings, such as those of training.
 
     Args:
         model: the network.
         axes: the trees of every parameter.
-        sizes: of every atom.
-        known: (module, name) of numbers that follow an axis already.
+        sizes: the size of every atom.
+        known: (module, name) of numbers that already follow an axis.
 
     Returns:
-        (module, name) -> trees of that size on the nearest parameters that have one.
+        (module, name) -> trees of that size on the nearest parameters with such an axis.
     """
     below = _below(axes)
     parts = {name: _by_size(trees, sizes) for name, trees in axes.items()}
@@ -112,7 +112,7 @@ def _named_sizes(
 
 
 def _below(axes: Iterable[str]) -> dict[str, dict[int, list[str]]]:
-    """List the parameters below each module, by how many modules lie between."""
+    """List the parameters below each module, by the number of modules in between."""
     found: dict[str, dict[int, list[str]]] = {}
     for name in axes:
         owners = name.split(".")[:-1]
@@ -145,7 +145,7 @@ def _by_size(
 
 
 def _parts(tree: Tree) -> Iterator[Tree]:
-    """Iterate over an axis, what it is laid out of, and neighbouring factors together."""
+    """Iterate over an axis, its parts, and runs of adjacent factors."""
     yield tree
     if isinstance(tree, Sum):
         for part in tree.parts:

@@ -1,4 +1,4 @@
-"""Measure what a network is worth."""
+"""Measure accuracy, divergence, cost and sensitivity of networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a setting matter? Settings compared over groups and shares by the Kruskal-Wallis test."""
+"""Test whether a setting matters: the Kruskal-Wallis test over groups and shares."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MARGINALS = {
     for t in ("uniform", "importance")
     for s in ("uniform", "importance")
 }
-"""Source and target masses uniform or by importance (5.3): uTuS, uTiS, iTuS, iTiS."""
+"""Uniform or importance-based target and source masses (section 5.3): uTuS, uTiS, iTuS, iTiS."""
 TARGETS = {
     name: {"method": IntraFusion(target=name)} for name in ("important", "k-means", "mixture")
 }
 ORDERS = {f"p={p}": {"method": IntraFusion(p=p)} for p in (1, 2)}
 NORMALISATIONS = {n: {"method": IntraFusion(normalisation=n)} for n in ("paper", "barycentric")}
 METRICS = {n: {"importance": n} for n in ("l1", "l2", "linf", "lamp", "fpgm", "random")}
-"""Metrics of importance that need no data (C.4)."""
+"""Importance metrics that need no data (appendix C.4)."""
 SETTINGS = {
     "marginals": MARGINALS,
     "targets": TARGETS,
@@ -41,12 +41,12 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Ablation:
-    """Accuracies by setting, and whether they differ.
+    """Accuracies by setting, and a test of whether they differ.
 
     Attributes:
-        accuracies: {setting: percent for every group and share, in the same order}.
-        statistic: Kruskal and Wallis's H.
-        p_value: how likely such an H is if the settings are alike.
+        accuracies: setting -> percent for every group and share, in the same order.
+        statistic: H of the Kruskal-Wallis test.
+        p_value: the probability of at least this H if the settings do not differ.
     """
 
     accuracies: Mapping[str, tuple[float, ...]]
@@ -55,7 +55,7 @@ class Ablation:
 
     @classmethod
     def of(cls, accuracies: Mapping[str, Sequence[float]]) -> Ablation:
-        """Test accuracies; where all are equal nothing differs.
+        """Test accuracies. If all are equal, H is 0 and p is 1.
 
         >>> round(Ablation.of({"a": [1, 2, 3], "b": [4, 5, 6]}).statistic, 3)
         3.857
@@ -63,22 +63,24 @@ class Ablation:
         samples = {name: tuple(map(float, values)) for name, values in accuracies.items()}
         if len({value for values in samples.values() for value in values}) < 2:
             return cls(samples, 0.0, 1.0)
-        found = kruskal(*samples.values())
-        return cls(samples, float(found.statistic), float(found.pvalue))
+        test = kruskal(*samples.values())
+        return cls(samples, float(test.statistic), float(test.pvalue))
 
     @classmethod
-    def pooled(cls, found: Sequence[Ablation]) -> Ablation:
+    def pooled(cls, ablations: Sequence[Ablation]) -> Ablation:
         """Test the same settings over several networks at once.
 
         >>> one = Ablation.of({"a": [1, 2], "b": [3, 4]})
         >>> Ablation.pooled([one, one]).accuracies["a"]
         (1.0, 2.0, 1.0, 2.0)
         """
-        names = found[0].accuracies
-        return cls.of({n: [value for one in found for value in one.accuracies[n]] for n in names})
+        names = ablations[0].accuracies
+        return cls.of(
+            {n: [value for one in ablations for value in one.accuracies[n]] for n in names}
+        )
 
     def as_data(self) -> dict[str, Any]:
-        """Give the figures as JSON data."""
+        """Return the figures as JSON data."""
         return asdict(self)
 
 
@@ -95,34 +97,34 @@ def ablation(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Ablation:
-    """Prune every group alone under each setting, and test whether the settings differ.
+    """Prune each group alone with each setting, and test whether the settings differ.
 
     Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.3 and appendix C.3.
 
     Args:
         model: the network; it is not changed.
-        example_inputs: what it is traced with.
-        data: labelled images.
+        example_inputs: inputs to trace the network with.
+        data: labeled images.
         settings: arguments of `prune` by name, such as `MARGINALS`, `TARGETS`, `ORDERS`,
             `NORMALISATIONS`, or {"l1": {"importance": "l1"}, "random": {"importance": "random"}}.
-        shares: of channels to remove.
+        shares: shares of channels to remove.
         include, exclude: patterns of groups.
-        seed: of everything random.
-        device: where the model is.
-        progress: called with (networks measured, networks in all).
+        seed: seed of all random choices.
+        device: device of the model.
+        progress: called with (networks measured, networks in total).
 
     Raises:
-        IntrafuseError: fewer than two settings; as `prune` and `accuracy`.
+        IntrafuseError: there are fewer than two settings, or as for `prune` and `accuracy`.
     """
     if len(settings) < 2:
-        raise IntrafuseError("an ablation compares two settings or more", value=len(settings))
+        raise IntrafuseError("an ablation must compare at least two settings", value=len(settings))
     common: Any = {"include": include, "exclude": exclude, "seed": seed, "device": device}
-    found = each_group_alone(
+    results = each_group_alone(
         model, example_inputs, data, settings, shares=shares, progress=progress, **common
     )
     return Ablation.of(
         {
-            name: [value for by_name in found.values() for value in by_name[name]]
+            name: [value for by_name in results.values() for value in by_name[name]]
             for name in settings
         }
     )

@@ -1,4 +1,4 @@
-"""Measure the share of images that a classifier gets right."""
+"""Measure the share of images that a classifier labels correctly."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def accuracy(
     """Measure the top-1 accuracy of a classifier in evaluation mode.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes); left as it was, with its training
-            flags, also where an error is raised.
-        data: the images, in classes that the outputs of the model stand for.
+        model: maps images (B, C, H, W) to logits (B, classes). The model and its training flags
+            are not changed, also after an error.
+        data: the images, with the same classes as the outputs of the model.
         batch_size: images in a batch; the result does not depend on it. On a CPU about 100 is
             fastest for small images.
-        device: where the model is.
-        progress: called after each batch with the images done and the images in all.
+        device: device of the model.
+        progress: called after each batch with (images done, images in total).
 
     Returns:
         Accuracy in percent, 0 to 100.
 
     Raises:
-        IntrafuseError: the model is elsewhere, cannot take the images, has another number of
-            outputs than the data has classes, or puts out NaN.
+        IntrafuseError: the model is on another device, cannot take the images, does not return one
+            logit per class, or returns NaN.
 
     >>> from intrafuse.catalog.data import load_data
     >>> from intrafuse.catalog.zoo import resolve_model
@@ -77,10 +77,10 @@ def _logits(model: nn.Module, images: Tensor, data: Images) -> Tensor:
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (len(images), len(data.classes)):
         raise IntrafuseError(
-            f"the model must put out {len(data.classes)} logits for each image, one for each class",
+            f"the model must return {len(data.classes)} logits for each image, one for each class",
             value=tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__,
             layer=data.name,
         )
     if logits.isnan().any():
-        raise IntrafuseError("the model puts out NaN", layer=data.name)
+        raise IntrafuseError("the model returns NaN", layer=data.name)
     return logits

@@ -1,4 +1,4 @@
-"""Prune one network by several methods and amounts, and measure what each leaves."""
+"""Prune one network by several methods and amounts, and measure each result."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Comparison", "Row", "compare"]
 
 @dataclass(frozen=True)
 class Row:
-    """What one method left of the network.
+    """The result of one method at one amount.
 
     Attributes:
-        method: its name.
-        channels_removed, params_removed, macs_removed: shares that went, in [0, 1].
-        params, macs: what is left.
-        accuracy: in percent, without fine-tuning.
-        seconds: for tracing, planning and surgery (and repair).
+        method: name of the method.
+        channels_removed, params_removed, macs_removed: removed shares, in [0, 1].
+        params, macs: size after pruning.
+        accuracy: accuracy in percent, without fine-tuning.
+        seconds: time for tracing, planning, surgery and repair.
     """
 
     method: str
@@ -52,7 +52,7 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def as_data(self) -> dict[str, Any]:
-        """Give the figures as JSON data."""
+        """Return the figures as JSON data."""
         original = {**asdict(self.original), "accuracy": self.accuracy}
         return {"original": original, "rows": [asdict(row) for row in self.rows]}
 
@@ -75,15 +75,15 @@ def compare(
 
     Args:
         model: the trained network; it is not changed.
-        example_inputs: what it is traced with.
-        test: the images that accuracy is measured on.
+        example_inputs: inputs to trace the network with.
+        test: the images to measure accuracy on.
         channels: shares of channels to remove, each in [0, 1).
         methods: names or methods.
-        batch_size, device: of the measurement.
-        settings: of all prunings, but for method and amount.
+        batch_size, device: for the measurement.
+        settings: settings of all prunings, except method and amount.
         training: batches for metrics, methods and repairs that need data.
-        keep: called with each row and its pruned network, to save it, say.
-        progress: called with (networks done, networks in all), the unpruned one included.
+        keep: called with each row and its pruned network, for example to save it.
+        progress: called with (networks done, networks in total), including the unpruned one.
 
     Raises:
         IntrafuseError: as for `prune` and `accuracy`.
@@ -96,12 +96,12 @@ def compare(
     >>> found.original.params, found.rows[0].params
     (17226, 6570)
     """
-    chosen = [resolve_method(method) for method in methods]  # before anything slow
+    chosen = [resolve_method(method) for method in methods]  # fail before anything slow
     base = settings or Settings()
     total = 1 + len(channels) * len(chosen)
     report = progress or (lambda done, total: None)
     report(0, total)
-    graph = trace(model, example_inputs)  # fails early, and warms the tracer up for all rows
+    graph = trace(model, example_inputs)  # fail early, and warm up the tracer for all rows
     before = measure(graph, graph.sizes, Weights.of(graph, model).counted())
     unpruned = accuracy(model, test, batch_size=batch_size, device=device)
     report(1, total)

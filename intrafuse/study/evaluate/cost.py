@@ -1,4 +1,4 @@
-"""What a network costs where it runs: size, multiply-accumulates, memory, latency."""
+"""Measure the cost of a network on its device: size, multiply-accumulates, memory, latency."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Cost", "cost", "costs", "costs_record"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
-        params: parameters.
-        bytes: of parameters and buffers; a saved file has a header of some kilobytes more.
-        macs: multiply-accumulates for one sample; None where the network cannot be traced.
-        peak: most bytes that one call took beyond the network (`peak_memory`).
-        latency: of one call with the example inputs.
+        params: number of parameters.
+        bytes: bytes of parameters and buffers. A saved file adds a header of some kilobytes.
+        macs: multiply-accumulates for one sample; None if the network cannot be traced.
+        peak: peak bytes of one call beyond the network itself (`peak_memory`).
+        latency: latency of one call with the example inputs.
     """
 
     params: int
@@ -37,13 +37,14 @@ class Cost:
 
 
 def cost(model: nn.Module, example_inputs: ExampleInputs, *, runs: int = 30, warm: int = 5) -> Cost:
-    """Measure what a network costs.
+    """Measure the cost of a network.
 
     Args:
-        model: the network; left as it was.
-        example_inputs: a tensor, a tuple of args or a mapping of kwargs; their batch counts.
-        runs: calls that are timed.
-        warm: calls before these.
+        model: the network; it is not changed.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs, with the batch size to
+            measure.
+        runs: number of timed calls.
+        warm: number of warm-up calls before them.
 
     Raises:
         IntrafuseError: as for `latency`.
@@ -62,10 +63,10 @@ def costs(
     runs: int = 30,
     warm: int = 5,
 ) -> dict[str, Cost]:
-    """Measure several networks, such as those before and after; they are timed in turns.
+    """Measure several networks, such as those before and after pruning, timed in turns.
 
     Args:
-        models: networks on one device, by name; left as they were.
+        models: networks on one device, by name; they are not changed.
         example_inputs, runs, warm: as for `cost`.
 
     Raises:
@@ -75,10 +76,10 @@ def costs(
     return {name: _cost(model, example_inputs, times[name]) for name, model in models.items()}
 
 
-def costs_record(found: Mapping[str, Cost], example_inputs: ExampleInputs) -> dict[str, Any]:
-    """Give costs as JSON data; the first network is what the others are compared with."""
+def costs_record(costs: Mapping[str, Cost], example_inputs: ExampleInputs) -> dict[str, Any]:
+    """Return costs as JSON data. The first network is the reference for the others."""
     shapes = [list(t.shape) for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    rows = [{"network": name, **asdict(one)} for name, one in found.items()]
+    rows = [{"network": name, **asdict(one)} for name, one in costs.items()]
     return {"inputs": shapes, "rows": rows}
 
 

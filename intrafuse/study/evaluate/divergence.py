@@ -1,4 +1,4 @@
-"""How far a pruned network's outputs are from the original's, image by image and layer by layer."""
+"""Measure the distance between a pruned network's and the original's outputs, also by layer."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def divergence(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Measure how far two networks' outputs are apart, for each image.
+    """Measure the distance between two networks' outputs for each image.
 
     Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.1.
 
     Args:
-        original, other: map images (B, C, H, W) to logits (B, classes); left as they were.
+        original, other: map images (B, C, H, W) to logits (B, classes); they are not changed.
         data: the images; labels are ignored.
         kind: `logits`: L2 distance. `softmax`: L2 distance of class probabilities, at most
-            the root of 2. `cosine`: 1 minus the cosine of the logits, in [0, 2].
+            sqrt(2). `cosine`: 1 minus the cosine of the logits, in [0, 2].
         batch_size: images in a batch; the result does not depend on it.
-        device: where both networks are.
-        progress: called with (images done, images in all).
+        device: device of both networks.
+        progress: called with (images done, images in total).
 
     Returns:
         float64, (N,), in the order of the images.
 
     Raises:
-        IntrafuseError: an unknown kind, or outputs that are not finite.
+        IntrafuseError: the kind is unknown, or outputs are not finite.
 
     >>> from intrafuse.catalog.data import load_data
     >>> from intrafuse.catalog.zoo import resolve_model
@@ -73,7 +73,7 @@ def divergence(
             else:
                 apart = (a - b).norm(dim=1)
             if not apart.isfinite().all():
-                raise IntrafuseError("a network puts out numbers that are not finite")
+                raise IntrafuseError("a network returns numbers that are not finite")
             found.append(apart.cpu())
             done += len(images)
             if progress is not None:
@@ -83,13 +83,13 @@ def divergence(
 
 @dataclass(frozen=True)
 class LayerDivergence:
-    """How far one layer's outputs are from what the original's channels were merged into.
+    """The distance between a layer's outputs and the merged outputs of the original.
 
     Attributes:
-        layer: path of the module; a norm where one follows the layer.
-        error: squared distance over the variance of the original's within batches: 0 the same, 1
-            no better than their mean.
-        variance_ratio: variance of the pruned network's outputs over the original's.
+        layer: path of the module; the path of the norm if one follows the layer.
+        error: squared distance divided by the variance of the original's outputs within batches.
+            0 means equal, 1 means no better than their mean.
+        variance_ratio: variance of the pruned network's outputs divided by that of the original's.
     """
 
     layer: str
@@ -107,18 +107,18 @@ def layer_divergence(
     batch_size: int = 100,
     device: str | torch.device = "cpu",
 ) -> list[LayerDivergence]:
-    """Measure where the damage of a pruning starts.
+    """Measure the damage of a pruning layer by layer.
 
     Args:
         original: the network before pruning.
-        pruned: what `plan.apply(original)` gave, also repaired or fine-tuned.
+        pruned: the result of `plan.apply(original)`, perhaps repaired or fine-tuned.
         plan: the plan.
         data: the images; labels are ignored.
         batch_size: images in a batch.
-        device: where both networks are.
+        device: device of both networks.
 
     Returns:
-        One entry for each layer whose outputs can be watched, from input to output.
+        One entry for each layer with observable outputs, from input to output.
     """
     watched = _points(plan, original)
     sums = {point.name: torch.zeros(3, dtype=torch.double) for point in watched}
@@ -141,7 +141,7 @@ def layer_divergence(
 
 
 def _points(plan: Plan, model: nn.Module) -> list[Point]:
-    """List norms that follow a layer, and layers without one, in order of execution."""
+    """List norms that follow a layer, and layers without such a norm, in order of execution."""
     graph = plan.graph
     normed = {norm.layer: norm for norm in graph.norms if norm.layer is not None}
     found = []
@@ -154,7 +154,7 @@ def _points(plan: Plan, model: nn.Module) -> list[Point]:
 
 
 def _terms(a: Tensor, b: Tensor) -> Tensor:
-    """Sum what the ratios need: the distance, both variances, and the values of each channel."""
+    """Compute the terms of the ratios: squared distance and both sums of squared deviations."""
     rows = torch.stack([x.transpose(0, 1).flatten(1) for x in (a, b)])
     variances = rows.var(2, correction=0).sum(1) * rows.shape[2]
     apart = (rows[0] - rows[1]).square().sum()

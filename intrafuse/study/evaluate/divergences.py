@@ -1,4 +1,4 @@
-"""Prune one network by several methods and amounts, and measure how far the outputs go."""
+"""Prune one network by several methods and amounts, and measure the divergence of outputs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from intrafuse.support.arguments import check_choice
 __all__ = ["DivergenceRow", "Divergences", "divergences"]
 
 BINS = 40
-FAR = 99.5  # percentile of the histograms' upper end, beyond which everything is one bin
+FAR = 99.5  # percentile where the equal bins of a histogram end; one bin holds the rest
 
 
 @dataclass(frozen=True)
 class DivergenceRow:
-    """How far one pruned network's outputs are from the original's.
+    """The distance of one pruned network's outputs from the original's.
 
     Attributes:
-        method: its name.
-        channels_removed: the share that went, in [0, 1].
-        mean, quartiles: over the images.
-        edges: bounds of the histogram's bins, the same for all methods at one amount; the last is
-            the largest value.
-        counts: images in each bin.
-        layers: where the damage starts, from input to output; empty where it was not asked for.
+        method: name of the method.
+        channels_removed: the removed share, in [0, 1].
+        mean, quartiles: statistics over the images.
+        edges: bounds of the histogram's bins, equal for all methods at one amount. The last bound
+            is the largest value.
+        counts: number of images in each bin.
+        layers: divergence by layer, from input to output; empty if not requested.
     """
 
     method: str
@@ -58,8 +58,8 @@ class Divergences:
 
     Attributes:
         measure: logits, softmax or cosine.
-        images: how many were measured.
-        rows: one for each amount and method.
+        images: number of images.
+        rows: one row for each amount and method.
     """
 
     measure: str
@@ -67,7 +67,7 @@ class Divergences:
     rows: tuple[DivergenceRow, ...]
 
     def as_data(self) -> dict[str, Any]:
-        """Give the figures as JSON data."""
+        """Return the figures as JSON data."""
         return asdict(self)
 
 
@@ -87,23 +87,23 @@ def divergences(
     prune: Callable[..., Pruned] = prune,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergences:
-    """Measure how far pruned networks' outputs are from the original's, by method and amount.
+    """Measure the distance of pruned networks' outputs from the original's, by method and amount.
 
     Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.1 and figure 5.
 
     Args:
         model: the trained network; it is not changed.
-        example_inputs: what it is traced with.
+        example_inputs: inputs to trace the network with.
         data: the images; labels are ignored.
         channels: shares of channels to remove, each in [0, 1).
         methods: names or methods.
         kind: logits, softmax or cosine, as for `divergence`.
-        layers: also measure layer by layer.
-        batch_size, device: of the measurement.
-        settings: of all prunings, but for method and amount.
+        layers: True to measure layer by layer, too.
+        batch_size, device: for the measurement.
+        settings: settings of all prunings, except method and amount.
         training: batches for metrics, methods and repairs that need data.
-        prune: `intrafuse.prune`, or what gives networks that were pruned before.
-        progress: called with (networks done, networks in all).
+        prune: `intrafuse.prune`, or a function that returns saved pruned networks instead.
+        progress: called with (networks done, networks in total).
 
     Raises:
         IntrafuseError: as for `prune` and `divergence`.
@@ -117,7 +117,7 @@ def divergences(
     rows: list[DivergenceRow] = []
     advance(0, total)
     for share in channels:
-        found = []
+        measured = []
         for method in chosen:
             one = Settings.of(base, {"channels": share, "method": method})
             pruned = prune(model, example_inputs, one, data=training)
@@ -125,16 +125,16 @@ def divergences(
             inner = (
                 layer_divergence(model, pruned.model, pruned.plan, data, **common) if layers else ()
             )
-            found.append((method.name, pruned.report.reached["channels"], values, tuple(inner)))
-            advance(len(rows) + len(found), total)
-        edges = _edges([values for _, _, values, _ in found])
-        rows += [_row(edges, *one) for one in found]
+            measured.append((method.name, pruned.report.reached["channels"], values, tuple(inner)))
+            advance(len(rows) + len(measured), total)
+        edges = _edges([values for _, _, values, _ in measured])
+        rows += [_row(edges, *one) for one in measured]
     return Divergences(kind, len(data), tuple(rows))
 
 
-def _edges(found: Sequence[np.ndarray]) -> np.ndarray:
-    """Choose bins that all rows share: even ones up to where nearly all lie, and one beyond."""
-    values = np.concatenate(found) if found else np.zeros(1)
+def _edges(measured: Sequence[np.ndarray]) -> np.ndarray:
+    """Choose common bins for all rows: equal bins up to the percentile FAR, and one beyond."""
+    values = np.concatenate(measured) if measured else np.zeros(1)
     top = max(float(np.percentile(values, FAR)), 1e-12)
     return np.append(np.linspace(0, top, BINS), max(float(values.max()), top * (1 + 1e-9)))
 

@@ -1,4 +1,4 @@
-"""Put a pruned network back into the shapes of the original, with the same function."""
+"""Embed a pruned network in the shapes of the original, with the same function."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def folded(plan: Plan, model: nn.Module) -> Weights:
 def embed(plan: Plan, model: nn.Module) -> Weights:
     """Return the tensors of the pruned network at the shapes of the original.
 
-    A channel stands where the channel stood that it was kept from, or that counts most in it; what
-    writes the others, and what reads them, is zero. Batch norm is folded, as in `folded`.
+    Each channel takes the position of its original channel, or of one with a large weight in it.
+    Writers and readers of the other positions are zero. Batch norm is folded, as in `folded`.
 
     Args:
-        plan: what the network is pruned by.
+        plan: the plan of the pruned network.
         model: the network before pruning.
     """
     weights = plan.weights(model)
@@ -48,7 +48,7 @@ def embed(plan: Plan, model: nn.Module) -> Weights:
 
 
 def _positions(step: MergeMap) -> Tensor:
-    """Choose a place of its own among the n channels for each of the m."""
+    """Choose a different position among the n channels for each of the m channels."""
     if step.keep is not None:
         return step.keep
     _, columns = linear_sum_assignment(step.encode.abs().numpy(), maximize=True)

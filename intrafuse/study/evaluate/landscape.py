@@ -27,13 +27,13 @@ from intrafuse.surgery.install import install
 __all__ = ["Anchor", "Landscape", "landscape"]
 
 Kind = Literal["accuracy", "loss"]
-CELL = r"^(anchor \d+|\d+ \d+)$"  # what a value is called
-MARGIN = 0.25  # of the networks' extent, around them
+CELL = r"^(anchor \d+|\d+ \d+)$"  # names of values
+MARGIN = 0.25  # margin around the networks, as a share of their extent
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """One of the three networks: its name, its place on the plane, and its own value."""
+    """One of the three networks: its name, its place on the plane, and its value."""
 
     name: str
     x: float
@@ -48,8 +48,8 @@ class Landscape:
     Attributes:
         measure: accuracy in percent, or mean cross-entropy (loss).
         anchors: the original and two pruned networks.
-        x, y: coordinates of the grid's columns and rows, in units of weights.
-        values: by row, then by column.
+        x, y: coordinates of the grid's columns and rows, in units of the weights.
+        values: values by row, then by column.
     """
 
     measure: str
@@ -59,7 +59,7 @@ class Landscape:
     values: tuple[tuple[float, ...], ...]
 
     def as_data(self) -> dict[str, Any]:
-        """Give the figures as JSON data."""
+        """Return the figures as JSON data."""
         return asdict(self)
 
 
@@ -92,7 +92,7 @@ class _Plane:
         return cls(start, u, v, ((0.0, 0.0), (length, 0.0), (along, height)))
 
     def put(self, parameters: Mapping[str, Tensor], x: float, y: float) -> None:
-        """Write the point of the plane into parameters."""
+        """Write the weights at a point of the plane into parameters."""
         for name, parameter in parameters.items():
             point = self.start[name] + x * self.u[name] + y * self.v[name]
             parameter.copy_(point)
@@ -112,24 +112,26 @@ def landscape(
 ) -> Landscape:
     """Measure a grid on the plane through a network and two pruned versions of it.
 
-    Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.2. Batch norm is folded,
-    and pruned networks stand at the original's shapes (`embed`): their values are their own.
+    Theus et al., "Towards Meta-Pruning via Optimal Transport", section 5.2. Batch norm is folded.
+    Pruned networks are embedded in the original's shapes (`embed`), which does not change their
+    outputs.
 
     Args:
         model: the original; it is not changed.
-        plans: two plans for it, by the names of the networks that they make.
-        data: labelled images.
-        kind: what is measured.
-        points: of the grid, in each direction; a coarse grid is measured first.
-        state: file that every value is kept in; a later call with the same networks, grid and
-            images takes what it finds there. No other file is overwritten.
+        plans: two plans for the model, by the names of the pruned networks.
+        data: labeled images.
+        kind: the quantity to measure.
+        points: grid points in each direction; a coarse grid is measured first.
+        state: file that stores every value. A later call with the same networks, grid and images
+            reuses these values. No other file is overwritten.
         batch_size: images in a batch.
-        device: where to compute.
-        progress: called with (points measured, points in all).
+        device: device to compute on.
+        progress: called with (points measured, points in total).
 
     Raises:
-        IntrafuseError: not two plans, fewer than two points, three networks on one line, values
-            that are not finite, or a state that is none or of another landscape.
+        IntrafuseError: there are not two plans, or fewer than two points, the three networks lie on
+            one line, values are not finite, or the state file is broken or belongs to another
+            landscape.
     """
     check_choice("kind", kind, Kind)
     if len(plans) != 2 or type(points) is not int or points < 2:
@@ -140,7 +142,7 @@ def landscape(
         )
     first = next(iter(plans.values()))
     whole = folded(first, model)
-    network = copy.deepcopy(install(model, whole)).to(device).eval()  # no tensor of model's
+    network = copy.deepcopy(install(model, whole)).to(device).eval()  # shares no tensor with model
     parameters = {n: p for n, p in network.named_parameters() if p.is_floating_point()}
     states = [whole.state, *(embed(plan, model).state for plan in plans.values())]
     plane = _Plane.through(
@@ -175,7 +177,7 @@ def _value(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], kind: K
     for images, labels in batches:
         logits = network(images)
         if not logits.isfinite().all():
-            raise IntrafuseError("a network on the plane puts out numbers that are not finite")
+            raise IntrafuseError("a network on the plane returns numbers that are not finite")
         if kind == "accuracy":
             total += 100 * float((logits.argmax(1) == labels).sum())
         else:
@@ -195,7 +197,7 @@ def _line(places: Sequence[float], points: int) -> tuple[float, ...]:
 
 
 def _coarse_first(points: int) -> Iterator[tuple[int, int]]:
-    """Visit every cell of a grid once, those of coarse grids first."""
+    """Visit every cell of a grid once, cells of coarse grids first."""
     seen: set[tuple[int, int]] = set()
     step = 1 << max(0, (points - 1).bit_length() - 1)
     while step:
@@ -208,7 +210,7 @@ def _coarse_first(points: int) -> Iterator[tuple[int, int]]:
 
 
 class _State(BaseModel):
-    """What the file of a landscape holds."""
+    """The content of a landscape's state file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -218,7 +220,7 @@ class _State(BaseModel):
 
 @dataclass(eq=False)
 class _Kept:
-    """Values that were measured, in memory and in a file."""
+    """Measured values, in memory and in a file."""
 
     path: Path | None
     identity: str
@@ -228,24 +230,24 @@ class _Kept:
         if self.path is None or not self.path.exists():
             return
         try:
-            found = _State.model_validate(read_json(self.path))
-        except (OSError, ValueError) as error:  # of pydantic, too
+            state = _State.model_validate(read_json(self.path))
+        except (OSError, ValueError) as error:  # also pydantic's errors
             told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise IntrafuseError(
                 f"the state of a landscape cannot be read ({told})",
                 value=str(self.path),
-                remedy="give another file, or delete it",
+                remedy="choose another file, or delete this one",
             ) from error
-        if found.identity != self.identity:
+        if state.identity != self.identity:
             raise IntrafuseError(
-                "this is the state of another landscape: of other networks, grid or images",
+                "this is the state of another landscape, with other networks, grid or images",
                 value=str(self.path),
-                remedy="give another file, or delete it",
+                remedy="choose another file, or delete this one",
             )
-        self.values.update(found.values)
+        self.values.update(state.values)
 
     def note(self, name: str, value: float) -> None:
-        """Keep a value."""
+        """Store a value."""
         self.values[name] = value
         if self.path is not None:
             with replacing(self.path) as temporary:
@@ -254,7 +256,7 @@ class _Kept:
 
 
 def _digest(plane: _Plane, data: Images, kind: str, *lines: Sequence[float]) -> str:
-    """Tell landscapes apart, by what decides their values."""
+    """Hash everything that determines the values of a landscape."""
     told = hashlib.sha256(f"{kind} {lines} {data.digest()}".encode())
     for tensors in (plane.start, plane.u, plane.v):
         for tensor in tensors.values():

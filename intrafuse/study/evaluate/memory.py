@@ -1,4 +1,4 @@
-"""How much memory a call of a network takes at most."""
+"""Measure the peak memory of a call of a network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(model: nn.Module, example_inputs: ExampleInputs) -> int:
-    """Measure how many bytes one call takes beyond the network and its inputs, at most.
+    """Measure the peak bytes of one call beyond the network and its inputs.
 
-    On a GPU PyTorch's allocator counts. Elsewhere the tensors that operators return are counted
-    while they live; what a kernel takes for itself while it runs is not, nor are sparse tensors.
+    On a GPU, PyTorch's allocator counts. Elsewhere, the tensors that operators return are counted
+    while they live. Temporary memory inside a kernel and sparse tensors are not counted.
 
     Args:
-        model: the network; left as it was.
-        example_inputs: a tensor, a tuple of args or a mapping of kwargs; their batch counts.
+        model: the network; it is not changed.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs, with the batch size to
+            measure.
 
     >>> peak_memory(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(1, 4))
     40
@@ -48,7 +49,7 @@ def peak_memory(model: nn.Module, example_inputs: ExampleInputs) -> int:
 
 
 class _Counting(TorchDispatchMode):
-    """Count the bytes of tensors from the operator that makes them until nothing holds them."""
+    """Count the bytes of tensors from their creation until they are freed."""
 
     def __init__(self, known: list[Any]) -> None:
         super().__init__()

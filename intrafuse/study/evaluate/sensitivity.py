@@ -1,4 +1,4 @@
-"""Which groups bear pruning: every group alone, by share and method."""
+"""Measure which groups tolerate pruning: each group alone, by share and method."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class GroupSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning each group alone costs.
+    """The accuracy lost by pruning each group alone.
 
     Attributes:
         original: accuracy of the network in percent.
-        shares: of channels removed.
-        rows: one for each group and method.
+        shares: removed shares of channels.
+        rows: one row for each group and method.
     """
 
     original: float
@@ -47,10 +47,10 @@ class Sensitivity:
         """Order groups from the most volatile to the most resilient.
 
         Args:
-            method: whose rows count.
+            method: name of the method.
 
         Returns:
-            (group, points of accuracy lost on average over the shares).
+            (group, mean points of accuracy lost over the shares).
         """
         lost = [
             (row.group, self.original - sum(row.accuracies) / len(row.accuracies))
@@ -60,7 +60,7 @@ class Sensitivity:
         return sorted(lost, key=lambda pair: -pair[1])
 
     def as_data(self) -> dict[str, Any]:
-        """Give the figures as JSON data."""
+        """Return the figures as JSON data."""
         return asdict(self)
 
 
@@ -77,37 +77,37 @@ def sensitivity(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
-    """Prune every group alone, and measure what is left.
+    """Prune each group alone, and measure the accuracy.
 
     Theus et al., "Towards Meta-Pruning via Optimal Transport", appendix E.
 
     Args:
         model: the network; it is not changed.
-        example_inputs: what it is traced with.
-        data: labelled images.
-        shares: of channels to remove.
+        example_inputs: inputs to trace the network with.
+        data: labeled images.
+        shares: shares of channels to remove.
         methods: names of methods.
         include, exclude: patterns of groups.
-        seed: of everything random.
-        device: where the model is.
-        progress: called with (networks measured, networks in all).
+        seed: seed of all random choices.
+        device: device of the model.
+        progress: called with (networks measured, networks in total).
 
     Raises:
-        IntrafuseError: as `prune` and `accuracy`.
+        IntrafuseError: as for `prune` and `accuracy`.
     """
 
     def advance(done: int, total: int) -> None:
         if progress is not None:
-            progress(done, total + 1)  # one more for the original
+            progress(done, total + 1)  # plus one for the original
 
     settings = {method: {"method": method} for method in methods}
     common: Any = {"include": include, "exclude": exclude, "seed": seed, "device": device}
-    found = each_group_alone(
+    results = each_group_alone(
         model, example_inputs, data, settings, shares=shares, progress=advance, **common
     )
     rows = [
         GroupSensitivity(group, method, accuracies)
-        for group, by_method in found.items()
+        for group, by_method in results.items()
         for method, accuracies in by_method.items()
     ]
     original = accuracy(model, data, device=device)
@@ -128,7 +128,7 @@ def each_group_alone(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Prune one group at a time under every setting, and measure each network.
+    """Prune one group at a time with every setting, and measure each network.
 
     Args:
         settings: arguments of `prune` by name.
@@ -139,20 +139,20 @@ def each_group_alone(
         {group: {setting: accuracy in percent for each share}}.
 
     Raises:
-        IntrafuseError: no groups; as `prune` and `accuracy`.
+        IntrafuseError: there are no groups, or as for `prune` and `accuracy`.
     """
     groups = choose_groups(trace(model, example_inputs, include=include or ()), include, exclude)
     if not groups:
         raise IntrafuseError(
-            "no channel group is left to prune alone",
+            "there is no channel group to prune",
             value={"include": include, "exclude": exclude},
             remedy="intrafuse inspect lists the groups of a network",
         )
     total = len(groups) * len(settings) * len(shares)
-    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    results: dict[str, dict[str, tuple[float, ...]]] = {}
     done = 0
     for group in groups:
-        found[group.name] = {}
+        results[group.name] = {}
         for name, arguments in settings.items():
             accuracies = []
             for share in shares:
@@ -162,5 +162,5 @@ def each_group_alone(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            found[group.name][name] = tuple(accuracies)
-    return found
+            results[group.name][name] = tuple(accuracies)
+    return results

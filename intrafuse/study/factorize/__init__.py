@@ -1,4 +1,4 @@
-"""Factorised training: networks trained on parts of the data in parallel become one."""
+"""Factorized training: train networks on parts of the data in parallel, and make one of them."""
 
 from __future__ import annotations
 

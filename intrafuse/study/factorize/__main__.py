@@ -1,4 +1,4 @@
-"""One worker of a factorised training: `python -m intrafuse.study.factorize FOLDER`."""
+"""Run one worker of a factorized training: `python -m intrafuse.study.factorize FOLDER`."""
 
 from __future__ import annotations
 

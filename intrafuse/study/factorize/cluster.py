@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: one that runs already, or one that is started on this machine."""
+"""Run workers on a Ray cluster: a running one, or a new one on this machine."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ POLL = 0.5  # seconds
 
 
 class _Board:
-    """Where workers write how far they are."""
+    """A shared object to which workers write their progress."""
 
     def __init__(self) -> None:
         self.lines: dict[int, tuple[str, int, int]] = {}
 
     def write(self, part: int, name: str, done: int, total: int) -> None:
-        """Note one worker's progress."""
+        """Store one worker's progress."""
         self.lines[part] = (name, done, total)
 
     def read(self) -> dict[int, tuple[str, int, int]]:
-        """Return all of them."""
+        """Return the progress of all workers."""
         return self.lines
 
 
 def _remote(run: str, sent: dict[str, bytes], board: Any) -> dict[str, bytes]:
-    """Work on one part in a folder of the node's own, and return the files of the last stage."""
+    """Work on one part in a folder of the node, and return the files of the last stage."""
     task = Task.model_validate_json(sent[TASK])
     folder = Path(tempfile.gettempdir()) / "intrafuse-workers" / f"{run}-{task.part}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,18 +70,18 @@ def run_ray(
     retries: int,
     report: Report,
 ) -> list[Failure]:
-    """Run workers as Ray tasks, and put what they return into their folders.
+    """Run workers as Ray tasks, and write the returned networks into their folders.
 
-    A worker keeps its stages in the node's folder for temporary files, and goes on from there
-    when it is started on that node again.
+    A worker keeps its stages in the node's folder for temporary files. A restarted worker on the
+    same node resumes from there.
 
     Args:
-        folders: one for each worker, with task and positions.
-        tasks: what each does.
-        address: of a cluster, or None for one on this machine, unless Ray runs already.
-        parallel: workers at once on a cluster that is started here.
-        retries: how often a worker that failed is started again.
-        report: called with (stage and worker, steps done, steps in all).
+        folders: one folder for each worker, with task and positions.
+        tasks: one task for each worker.
+        address: address of a cluster. None uses the running Ray, or starts it on this machine.
+        parallel: number of workers at once on a cluster that is started here.
+        retries: number of restarts of a failed worker.
+        report: called with (stage and worker, steps done, steps in total).
 
     Raises:
         IntrafuseError: Ray is not installed, or cannot be reached or started.
@@ -93,8 +93,8 @@ def run_ray(
         _connect(ray, address, size)
     try:
         board = ray.remote(num_cpus=0)(_Board).remote()
-        ray.get(board.read.remote())  # it stands before anybody writes
-        # A crash and an exception of the worker's code both start it again.
+        ray.get(board.read.remote())  # wait until the board exists
+        # Ray restarts a worker after a crash and after an exception.
         remote = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=True)(_remote)
         waiting = {}
         for folder, task in zip(folders, tasks, strict=True):
@@ -116,12 +116,12 @@ def _connect(ray: Any, address: str | None, size: dict[str, Any]) -> None:
         raise IntrafuseError(
             f"Ray cannot be reached or started ({' '.join(str(error).split())})",
             value=address,
-            remedy="start the cluster (ray start --head) and give its address",
+            remedy="start the cluster (ray start --head) and pass its address",
         ) from error
 
 
 def _run_name(folder: Path, sent: dict[str, bytes]) -> str:
-    """Name a run by what it is told and where its result goes."""
+    """Return a name that depends on the task and on the folder of the result."""
     told = str(folder.parent.resolve()).encode() + sent[TASK]
     return hashlib.sha256(told).hexdigest()[:16]
 

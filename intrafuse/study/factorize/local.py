@@ -1,4 +1,4 @@
-"""Workers as processes on this machine."""
+"""Run workers as processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["LOG", "Failure", "run_local"]
 
 LOG = "log.txt"
 POLL = 0.2  # seconds
-LINES = 3  # of a log that an error shows
-FULL = 2**16  # bytes that are free on a disk that counts as full
+LINES = 3  # last lines of a log that an error shows
+FULL = 2**16  # a disk with fewer free bytes counts as full
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that failed for good: the number of its part, and the end of its log."""
+    """A worker that failed after all retries: the number of its part, and the end of its log."""
 
     part: int
     reason: str
@@ -34,17 +34,17 @@ class Failure:
 def run_local(
     folders: Sequence[Path], tasks: Sequence[Task], *, parallel: int, retries: int, report: Report
 ) -> list[Failure]:
-    """Run workers, some at a time, each on a folder that is prepared.
+    """Run workers, a few at a time, each on a prepared folder.
 
     Args:
-        folders: one for each worker.
-        tasks: what each does.
-        parallel: workers at once.
-        retries: how often a worker that failed is started again.
-        report: called with (stage and worker, steps done, steps in all).
+        folders: one folder for each worker.
+        tasks: one task for each worker.
+        parallel: number of workers at once.
+        retries: number of restarts of a failed worker.
+        report: called with (stage and worker, steps done, steps in total).
 
     Returns:
-        The workers that failed; the others have finished.
+        The workers that failed. All others have finished.
     """
     waiting = [(i, retries) for i in range(len(folders))]
     running: dict[int, tuple[subprocess.Popen, int]] = {}
@@ -72,7 +72,7 @@ def run_local(
 
 
 def _start(folder: Path, task: Task) -> subprocess.Popen:
-    # The worker finds the modules that this process finds, and in the same order.
+    # The worker gets the same module search path as this process.
     path = os.pathsep.join(os.path.abspath(place) for place in sys.path)
     threads = str(task.threads)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
@@ -100,12 +100,12 @@ def _show(folder: Path, task: Task, report: Report) -> None:
 
 
 def _reason(folder: Path, code: int) -> str:
-    """Say how a worker ended, and what it said last."""
+    """Describe how a worker ended, with the last lines of its log."""
     ended = f"killed by signal {-code}" if code < 0 else f"exit {code}"
     try:
         lines = (folder / LOG).read_text("utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    if shutil.disk_usage(folder).free < FULL:  # the log may have found no place either
+    if shutil.disk_usage(folder).free < FULL:  # the log may be cut off, too
         ended += ", No space left on device"
     return f"{ended}: {' '.join(lines[-LINES:]) or 'no message'} (log: {folder / LOG})"

@@ -1,4 +1,4 @@
-"""The recipe of a factorised training: one file that says everything that decides its result."""
+"""The recipe of a factorized training: one file with all settings that determine its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from intrafuse.support.recipes import read_mapping
 __all__ = ["Fusing", "Pruning", "Recipe", "Splits", "make_recipe", "read_recipe", "write_recipe"]
 
 Scheme = Literal["whole", "paf", "fap"]
-MOST_FOLDS = 12  # of k-fold, which makes a network of every half of them
+MOST_FOLDS = 12  # k-fold trains a network on each choice of half the folds
 MOST_STEPS = 1000
 
 
@@ -36,19 +36,19 @@ class _Settings(BaseModel):
 
 
 class Splits(_Settings):
-    """How the training images are split into parts, one for each network.
+    """Settings for splitting the training images into parts, one for each network.
 
     Attributes:
         scheme: `disjoint`: k parts of equal size. `k-fold`: every union of k/2 of k subsets, for
-            even k (Theus et al., section 6.2). `overlapping`: as disjoint, and every part also
-            holds images of others. `dirichlet`: the classes are shared out unevenly (Hsu et al.,
-            arXiv 1909.06335). `files`: positions from files. `places`: every worker reads a data
-            set of its own.
-        folds: k.
-        overlap: share of every part that is drawn from the other parts.
-        alpha: of the Dirichlet distribution; the smaller, the more uneven.
-        files: of positions, .npy or text with one in a line, for each part; or for `places` the
-            SPEC of each data set, as its worker sees it.
+            even k (Theus et al., section 6.2). `overlapping`: disjoint parts, each with added
+            images of other parts. `dirichlet`: classes are distributed unevenly (Hsu et al.,
+            arXiv 1909.06335). `files`: positions from files. `places`: every worker reads its own
+            data set.
+        folds: the number k.
+        overlap: share of each part that comes from other parts.
+        alpha: parameter of the Dirichlet distribution; smaller is more uneven.
+        files: one file of positions for each part, .npy or text with one number per line. For
+            `places`: the SPEC of each data set, as its worker sees it.
     """
 
     scheme: Literal["disjoint", "k-fold", "overlapping", "dirichlet", "files", "places"] = (
@@ -64,27 +64,27 @@ class Splits(_Settings):
         if self.scheme == "k-fold" and self.folds % 2:
             raise ValueError("k-fold needs an even number of folds")
         if self.scheme == "k-fold" and self.folds > MOST_FOLDS:
-            raise ValueError(f"k-fold takes {MOST_FOLDS} folds at most, which make 924 parts")
+            raise ValueError(f"k-fold takes at most {MOST_FOLDS} folds, which make 924 parts")
         if (self.scheme in ("files", "places")) != bool(self.files):
-            raise ValueError("files belong to the schemes files and places, which need them")
+            raise ValueError("files must be set for, and only for, the schemes files and places")
         if self.files and len(self.files) < 2:
-            raise ValueError("two parts or more are needed")
+            raise ValueError("at least two parts are needed")
         if self.overlap and self.scheme != "overlapping":
             raise ValueError("overlap belongs to the scheme overlapping")
         if self.overlap > 1 - 1 / self.folds:
-            raise ValueError(f"overlap can be {1 - 1 / self.folds:.3g} at most with these folds")
+            raise ValueError(f"overlap can be at most {1 - 1 / self.folds:.3g} with these folds")
         if self.alpha != 0.5 and self.scheme != "dirichlet":
             raise ValueError("alpha belongs to the scheme dirichlet")
         return self
 
 
 class Pruning(_Settings):
-    """How networks are pruned.
+    """Settings of pruning.
 
     Attributes:
-        channels: share removed from every group in all.
+        channels: total share to remove from every group.
         method, importance, exclude: as for `intrafuse.prune`.
-        steps: in so many prunings of equal ratio, each with a fine-tuning of its own.
+        steps: number of prunings of equal ratio, each followed by fine-tuning.
     """
 
     channels: float = Field(default=0.5, ge=0, lt=1)
@@ -95,17 +95,18 @@ class Pruning(_Settings):
 
     @property
     def share(self) -> float:
-        """The share that one step removes of what is there."""
+        """The share of the present channels that one step removes."""
         return 1 - (1 - self.channels) ** (1 / self.steps)
 
 
 class Fusing(_Settings):
-    """How networks are fused: settings of `intrafuse.fuse`.
+    """Settings of fusing, as for `intrafuse.fuse`.
 
     Attributes:
-        features: `auto` takes activations where the data may be read, else weights.
-        samples: images that activations are compared on.
-        repair: `auto` takes `batchnorm` where the data may be read, else `analytic`.
+        method: as for `intrafuse.fuse`.
+        features: `auto` uses activations if the data may be read, else weights.
+        samples: number of images to compare activations on.
+        repair: `auto` uses `batchnorm` if the data may be read, else `analytic`.
     """
 
     method: Literal["ot", "assignment", "moment"] = "ot"
@@ -115,22 +116,23 @@ class Fusing(_Settings):
 
 
 class Recipe(_Settings):
-    """What to train, on what, and how it becomes one small network.
+    """Settings of a factorized training: data, training, pruning and fusing.
 
     Attributes:
-        scheme: `whole`: train on everything, prune, fine-tune. `paf`: on every part train, prune,
-            fine-tune; then fuse and fine-tune. `fap`: on every part train; then fuse, fine-tune,
+        scheme: `whole`: train on all data, prune, fine-tune. `paf`: on each part train, prune and
+            fine-tune; then fuse and fine-tune. `fap`: on each part train; then fuse, fine-tune,
             prune, fine-tune.
         model: a MODEL string, as on the command line.
-        arguments: of its factory.
+        arguments: arguments of the model's factory.
         data: SPEC of the data set.
-        splits: how the data become parts.
-        training, pruned, fused: how a network is trained at first, after each pruning, and after
-            the fusion (`whole` has as many epochs more); or the name of a preset.
-        pruning, fusing: how.
-        private: the parts' images are read by their workers only. Then nothing is trained once
-            networks are fused.
-        seed: of everything random; network i starts from seed + i.
+        splits: settings for splitting the data.
+        training, pruned, fused: settings or preset of the first training, of fine-tuning after
+            each pruning, and of fine-tuning after fusing. `whole` fine-tunes once more with
+            `fused`.
+        pruning, fusing: settings of pruning and fusing.
+        private: True if only the workers may read the images. Then no network is trained after
+            fusing.
+        seed: seed of all random choices; part i uses seed + i.
 
     >>> Recipe(scheme="fap", model="mlp", training="short").training.epochs
     10
@@ -155,7 +157,7 @@ class Recipe(_Settings):
         if not isinstance(value, str):
             return value
         if value not in PRESETS:
-            raise ValueError(f"no preset {value!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"no preset {value!r}; the presets are {', '.join(PRESETS)}")
         return PRESETS[value]
 
     @field_validator("arguments")
@@ -163,7 +165,7 @@ class Recipe(_Settings):
     def _of_factory(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         for name in ("input_shape", "name"):
             if name in value:
-                raise ValueError(f"{name} is no argument of a factory: model and data decide it")
+                raise ValueError(f"{name} cannot be set here: model and data determine it")
         return value
 
     @model_validator(mode="after")
@@ -171,32 +173,32 @@ class Recipe(_Settings):
         joint = {"paf": (self.fused,), "fap": (self.fused, self.pruned), "whole": ()}
         if not self.open:
             if self.scheme == "whole":
-                raise ValueError("whole reads all the data in one place, which private forbids")
+                raise ValueError("scheme whole reads all data in one place, which private forbids")
             if any(settings.epochs for settings in joint[self.scheme]):
                 raise ValueError(
-                    "with private data no network can be trained once it is fused: set epochs of "
+                    "with private data no network can be trained after fusing: set epochs of "
                     + ("fused to 0" if self.scheme == "paf" else "fused and pruned to 0")
                 )
             if self.fusing.features == "activations" or self.fusing.repair == "batchnorm":
-                raise ValueError("private data cannot be read to fuse: features or repair by it")
+                raise ValueError("features and repair of fusing cannot read private data")
         return self
 
     @property
     def open(self) -> bool:
-        """Whether the data may be read where networks are fused."""
+        """Whether the process that fuses networks may read the data."""
         return not self.private and self.splits.scheme != "places"
 
     @property
     def digest(self) -> str:
-        """A hash of all settings, by which a kept network tells what recipe made it."""
+        """A hash of all settings, which a saved network stores to identify its recipe."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def make_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """Check settings.
+    """Build a recipe from settings.
 
     Raises:
-        IntrafuseError: names the first field that is wrong.
+        IntrafuseError: a setting is wrong; the message names the first wrong field.
     """
     try:
         return Recipe.model_validate(settings)
@@ -211,27 +213,27 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
 
 
 def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe from a YAML file (or JSON, which is YAML).
+    """Read a recipe from a YAML or JSON file.
 
     Args:
-        path: of the file.
-        changes: settings that take the place of the file's, nested like it.
+        path: path of the file.
+        changes: settings that override those of the file, with the same nesting.
 
     Raises:
-        IntrafuseError: the file cannot be read, is no mapping, or holds a wrong setting.
+        IntrafuseError: the file cannot be read, is not a mapping, or holds a wrong setting.
     """
-    found = read_mapping(path)
+    settings = read_mapping(path)
     changes = changes or {}
     defaults = {
         name: field.default.model_dump()
         for name, field in Recipe.model_fields.items()
         if name in changes and isinstance(field.default, BaseModel)
     }
-    return make_recipe(_merged({**defaults, **found}, changes))
+    return make_recipe(_merged({**defaults, **settings}, changes))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML, with every setting."""
+    """Write a recipe as YAML, with all settings."""
     yaml = import_extra("yaml", "recipes")
     text = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
     with replacing(path) as temporary:
@@ -239,7 +241,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay nested settings over others."""
+    """Override nested settings by others."""
     merged = dict(old)
     for key, value in new.items():
         below: Any = merged.get(key)

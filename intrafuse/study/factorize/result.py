@@ -1,4 +1,4 @@
-"""What a factorised training took and gave: records of its stages, bytes moved, a JSON file."""
+"""The result of a factorized training: records of stages, bytes moved, and a JSON file."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a factorised training took and gave.
+    """The times, sizes and accuracies of a factorized training.
 
     Attributes:
         scheme: whole, paf or fap.
-        workers: `local` or `ray`; None where there are none.
-        parallel: workers at once.
-        threads: of each worker, and where the networks are fused.
-        records: of all stages, in order of their parts.
-        sent, received: bytes from and to where the networks are fused; what was sent is recipe
-            and positions, what was received are networks.
+        workers: `local` or `ray`; None without workers.
+        parallel: number of workers at once.
+        threads: threads of each worker; without workers, of this process.
+        records: records of all stages, in order of their parts.
+        sent, received: bytes sent to the workers (recipe and positions), and received from them
+            (networks).
         wall: seconds of the call that finished the run.
     """
 
@@ -47,27 +47,27 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Time with one machine for each part: the slowest part, and then the joint stages."""
+        """Seconds with one machine per part: the slowest part, plus the joint stages."""
         return max(self.parts.values(), default=0.0) + sum(
             record.seconds for record in self.records if record.part == 0
         )
 
     @property
     def parts(self) -> dict[int, float]:
-        """Seconds of every part."""
-        found: dict[int, float] = {}
+        """Seconds of each part."""
+        seconds: dict[int, float] = {}
         for record in self.records:
             if record.part:
-                found[record.part] = found.get(record.part, 0.0) + record.seconds
-        return found
+                seconds[record.part] = seconds.get(record.part, 0.0) + record.seconds
+        return seconds
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy of the network at the end, in percent."""
+        """Accuracy of the final network in percent."""
         return self.records[-1].accuracy if self.records else None
 
     def record(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything, and the recipe, as JSON data."""
+        """Return all fields and the recipe as JSON data."""
         stages = [{**asdict(record), "seconds": record.seconds} for record in self.records]
         figures = {"seconds": self.seconds, "accuracy": self.accuracy}
         return {**asdict(self), "records": stages, **figures, "recipe": dict(recipe)}
@@ -78,7 +78,7 @@ class Result:
 
 
 def write_result(result: Result, recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the records and the recipe to `result.json`, and return what it holds."""
+    """Write the result and the recipe to `result.json`, and return its content."""
     record = as_record("factorized", result.record(recipe))
     write_record(folder / RESULT, record)
     return record
@@ -88,7 +88,7 @@ def read_result(folder: Path) -> Result:
     """Read `result.json` of a folder.
 
     Raises:
-        IntrafuseError: there is none, or it is broken.
+        IntrafuseError: the file is missing or broken.
     """
     try:
         found = read_json(folder / RESULT)

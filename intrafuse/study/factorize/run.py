@@ -1,4 +1,4 @@
-"""Factorised training from one recipe: split, train in parallel, prune and fuse."""
+"""Run a factorized training from one recipe: split, train in parallel, prune and fuse."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ from intrafuse.support.files import folder_target, replacing, replacing_folder, 
 __all__ = ["NETWORK", "RECIPE", "Factorized", "Workers", "factorize"]
 
 RECIPE, NETWORK, PARTS, TIMELINE = "recipe.yaml", "network", "parts", "timeline.png"
-REPAIRED = 500  # images that the statistics of layers are estimated on
-TRIED = 8  # test images that a random network is run and pruned with, before all
+REPAIRED = 500  # images for estimating statistics in repair
+TRIED = 8  # test images for the first check, which runs and prunes a random network
 Workers = Literal["local", "ray"]
 
 
 @dataclass(frozen=True, eq=False)
 class Factorized:
-    """What a factorised training gave.
+    """The outcome of a factorized training.
 
     Attributes:
         model: the small network.
-        result: what every stage took and gave.
-        folder: where everything lies.
+        result: times, sizes and accuracies of all stages.
+        folder: the folder of the run.
     """
 
     model: nn.Module
@@ -78,33 +78,34 @@ def factorize(
     device: str = "auto",
     progress: Report | None = None,
 ) -> Factorized:
-    """Train networks on parts of the data in parallel, and make one small network of them.
+    """Train networks on parts of the data in parallel, and fuse them into one small network.
 
     Theus et al., "Towards Meta-Pruning via Optimal Transport", section 6 and appendix D. The
-    workers share nothing: each gets the recipe and the positions of its images, and gives back a
-    network. Called again with the same recipe and folder, a run goes on where it was stopped;
-    the network does not depend on that (bit for bit on a CPU with the same numbers of threads).
+    workers share nothing: each receives the recipe and the positions of its images, and returns a
+    network. A second call with the same recipe and folder resumes a stopped run. The resulting
+    network is the same (bit for bit on a CPU with the same numbers of threads).
 
     Args:
-        recipe: what to do.
-        out: folder of the run; new, or of a run of the same recipe.
+        recipe: the settings.
+        out: folder of the run: a new folder, or the folder of a run of the same recipe.
         workers: `local` processes, or `ray` tasks.
-        address: of a Ray cluster; by default one is started here, unless Ray runs already.
-        parallel: workers at once; by default one for each part, but no more than cores.
-        threads: of each worker; by default the cores are divided among them. Where networks are
-            fused, and for `whole`, PyTorch's own number counts.
-        retries: how often a worker that failed is started again.
-        device: where to compute; by default each worker takes a GPU where it finds one.
-        progress: called with (stage, steps done, steps in all).
+        address: address of a Ray cluster. None uses the running Ray, or starts it here.
+        parallel: number of workers at once; by default one for each part, up to the number of
+            cores.
+        threads: threads of each worker; by default the cores are divided among the workers. For
+            fusing, and for `whole`, PyTorch's setting applies.
+        retries: number of restarts of a failed worker.
+        device: device to compute on; by default each worker uses a GPU if it finds one.
+        progress: called with (stage, steps done, steps in total).
 
     Returns:
-        The network, and a record of all stages. In the folder: `recipe.yaml`, `network` (for
-        `intrafuse.load`), `result.json`, the positions and stages of every part, and with
-        matplotlib `timeline.png`.
+        The network, and records of all stages. The folder holds `recipe.yaml`, `network` (for
+        `intrafuse.load`), `result.json`, the positions and stages of every part, and, if
+        matplotlib is installed, `timeline.png`.
 
     Raises:
-        IntrafuseError: the folder is that of another run, a worker failed for good (what others
-            finished is kept), or a stage fails.
+        IntrafuseError: the folder belongs to another run, a worker failed after all retries
+            (finished work of other workers is kept), or a stage failed.
 
     >>> import tempfile
     >>> short = {"epochs": 1}
@@ -118,7 +119,7 @@ def factorize(
     check_choice("workers", workers, Workers)
     if not isinstance(recipe, Recipe):
         remedy = "use make_recipe or read_recipe of intrafuse.study.factorize"
-        raise IntrafuseError("a Recipe is needed", value=recipe, remedy=remedy, usage=True)
+        raise IntrafuseError("recipe must be a Recipe", value=recipe, remedy=remedy, usage=True)
     for name, value in (("parallel", parallel), ("threads", threads)):
         if value is not None:
             _check_count(name, value, 1)
@@ -160,7 +161,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 
 def _open(folder: Path, recipe: Recipe) -> None:
-    """Make the folder of a run, or find it to be that of the same recipe."""
+    """Make the folder of a run, or check that an existing one has the same recipe."""
     known = folder / RECIPE
     sweep(folder)
     if _is_there(known):
@@ -168,12 +169,12 @@ def _open(folder: Path, recipe: Recipe) -> None:
             raise IntrafuseError(
                 "the folder holds a run of another recipe",
                 value=str(folder),
-                remedy=f"choose another folder, or go on with --recipe {known} as it was",
+                remedy=f"choose another folder, or resume with the unchanged --recipe {known}",
                 usage=True,
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise IntrafuseError(
-            "the output must be a new folder, or that of a run", value=str(folder), usage=True
+            "the output must be a new folder, or the folder of a run", value=str(folder), usage=True
         )
     else:
         write_recipe(recipe, known)
@@ -194,10 +195,10 @@ def _is_there(path: Path) -> bool:
 
 
 def _made_otherwise(folder: Path, recipe: Recipe) -> bool:
-    """Tell whether a kept stage says that another recipe made it: its file was edited."""
+    """Tell whether another recipe made a kept stage, because the recipe file was edited."""
     for place in (folder, *sorted((folder / PARTS).glob("*"))):
         for manifest in sorted(place.glob(f"*/{MANIFEST}")):
-            with suppress(IntrafuseError):  # broken: it is made anew
+            with suppress(IntrafuseError):  # a broken stage is made again
                 if Manifest.read(manifest).figures.get("recipe") not in (None, recipe.digest):
                     return True
     return False
@@ -205,7 +206,7 @@ def _made_otherwise(folder: Path, recipe: Recipe) -> bool:
 
 @dataclass(eq=False)
 class _Run:
-    """A run on its way: which folders belong to it, and what is known of its stages."""
+    """A run in progress: its folders, tasks and records."""
 
     recipe: Recipe
     folder: Path
@@ -228,7 +229,7 @@ class _Run:
         return load_data(self.recipe.data)
 
     def check(self) -> None:
-        """Load, build, try and split what the recipe names, before anything is written."""
+        """Load, build, try and split everything that the recipe names, before writing files."""
         recipe = self.recipe
         pick_device(self.device)
         self._try(self.test.take(TRIED))
@@ -238,7 +239,7 @@ class _Run:
             self.parts = split(recipe.splits, self.train.labels, seed=recipe.seed)
 
     def _try(self, images: Images) -> None:
-        """Run and prune a random network: what is refused here would be after the training."""
+        """Run and prune a random network, to find errors before the training."""
         how = self.recipe.pruning
         resolve_method(how.method)
         found = Line(self.folder, self.recipe, 0, images, None).resolve()
@@ -291,13 +292,13 @@ class _Run:
             told = "; ".join(f"part {one.part}: {one.reason}" for one in failed)
             raise IntrafuseError(
                 f"{len(failed)} of {len(self.tasks)} workers failed: {told}",
-                remedy="call again with the same recipe and folder: what is done is kept",
+                remedy="call again with the same recipe and folder: finished work is kept",
             )
         for folder in self.folders:
             self.records += read_records(folder / last_stage(self.recipe))
 
     def joint(self) -> Network:
-        """Fuse the workers' networks, and fine-tune and prune the result as the scheme says."""
+        """Fuse the workers' networks; fine-tune and prune the result according to the scheme."""
         recipe = self.recipe
         line = self._line(self.train if recipe.open else None)
         network = line.stage("fused", lambda: self._fused(line), recipe.fused)
@@ -329,7 +330,7 @@ class _Run:
         return Line(self.folder, self.recipe, 0, data, *common)
 
     def moved(self) -> tuple[int, int]:
-        """Count the bytes that were sent to all workers, and received from them."""
+        """Count the bytes sent to all workers, and received from them."""
         sent = [folder / name for folder in self.folders for name in (TASK, POSITIONS)]
         last = [folder / last_stage(self.recipe) for folder in self.folders]
         received = [path for folder in last for path in folder.iterdir()]

@@ -18,18 +18,18 @@ __all__ = ["read_positions", "split", "write_positions"]
 
 
 def split(splits: Splits, labels: Tensor, *, seed: int = 0) -> list[Tensor]:
-    """Choose the images of every part.
+    """Choose the images of each part.
 
     Args:
-        splits: how.
-        labels: int64, (N,), of all training images.
-        seed: of what is random.
+        splits: settings of the split.
+        labels: labels of all training images, int64, (N,).
+        seed: seed of all random choices.
 
     Returns:
-        For every part the positions of its images, int64, ascending, without repetition.
+        For each part the positions of its images: int64, ascending, without repetition.
 
     Raises:
-        IntrafuseError: a part would hold no image, or a file names images that do not exist.
+        IntrafuseError: a part would hold no images, or a file names images that do not exist.
 
     >>> [len(part) for part in split(Splits(folds=2), torch.zeros(5, dtype=torch.int64))]
     [3, 2]
@@ -37,7 +37,7 @@ def split(splits: Splits, labels: Tensor, *, seed: int = 0) -> list[Tensor]:
     random = np.random.default_rng(seed)
     if splits.folds > len(labels):
         raise IntrafuseError(
-            f"{len(labels)} images in more folds: a part of the data holds no image",
+            f"{len(labels)} images cannot fill more folds: a part of the data would hold no images",
             value=splits.folds,
             remedy="fewer folds",
         )
@@ -57,14 +57,14 @@ def split(splits: Splits, labels: Tensor, *, seed: int = 0) -> list[Tensor]:
 
 
 def _widened(part: np.ndarray, total: int, overlap: float, random: np.random.Generator):
-    """Add images of the other parts until these are the wanted share of it."""
+    """Add images of other parts, up to the share `overlap`."""
     others = np.setdiff1d(np.arange(total), part)
     extra = min(len(others), round(len(part) * overlap / (1 - overlap)))
     return np.concatenate([part, random.choice(others, extra, replace=False)])
 
 
 def _dirichlet(splits: Splits, labels: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
-    """Share out each class by proportions drawn from a Dirichlet distribution."""
+    """Distribute each class by proportions from a Dirichlet distribution."""
     parts: list[list[np.ndarray]] = [[] for _ in range(splits.folds)]
     for label in np.unique(labels):
         own = random.permutation(np.flatnonzero(labels == label))
@@ -79,7 +79,7 @@ def _checked(part: np.ndarray, total: int, number: int) -> Tensor:
     positions = np.unique(part.astype(np.int64))
     if not len(positions):
         raise IntrafuseError(
-            "a part of the data holds no image",
+            "a part of the data holds no images",
             layer=f"part {number}",
             remedy="fewer folds, a larger alpha, or another seed",
         )
@@ -91,23 +91,23 @@ def _checked(part: np.ndarray, total: int, number: int) -> Tensor:
 
 
 def read_positions(path: Path) -> np.ndarray:
-    """Read positions of images: an .npy file of whole numbers, or text with one in a line.
+    """Read positions of images: an .npy file of whole numbers, or text with one number per line.
 
     Raises:
-        IntrafuseError: the file is missing, broken, or holds something else.
+        IntrafuseError: the file is missing, broken, or holds other data.
     """
     try:
         require_file(path)
-        if path.suffix == ".npy":  # mapped: no more memory than the file has bytes
-            found = np.array(np.lib.format.open_memmap(path, mode="r"))
+        if path.suffix == ".npy":  # mapped: takes no more memory than the file size
+            positions = np.array(np.lib.format.open_memmap(path, mode="r"))
         else:
-            found = np.array([int(line) for line in read_text(path).split()], np.int64)
+            positions = np.array([int(line) for line in read_text(path).split()], np.int64)
     except (OSError, ValueError, EOFError, OverflowError, TypeError, SyntaxError) as error:
         text = " ".join(str(error).split())
         raise IntrafuseError(f"positions cannot be read: {text}", value=str(path)) from error
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+    if positions.ndim != 1 or not np.issubdtype(positions.dtype, np.integer):
         raise IntrafuseError("positions must be a list of whole numbers", value=str(path))
-    return found
+    return positions
 
 
 def write_positions(positions: Tensor, path: Path) -> None:

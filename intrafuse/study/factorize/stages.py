@@ -1,8 +1,8 @@
-"""The stages of a training, one after another: each is kept in a folder, and done only once.
+"""The stages of a training, one after another. Each stage runs once and is kept in a folder.
 
-A stage makes a network (new, pruned or fused), trains it, and saves it with a record of what it
-took. What was saved is loaded when the stage is asked for again; a training that was stopped goes
-on from its last epoch; a broken folder is made anew. All of it depends on recipe and seed alone.
+A stage makes a network (new, pruned or fused), trains it, and saves it with a record. A second run
+of the stage loads the saved network. A stopped training resumes after its last epoch, and a broken
+folder is made again. The result depends only on recipe and seed.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from intrafuse.support.errors import IntrafuseError
 __all__ = ["Line", "Network", "Record", "is_whole", "load_network", "read_records"]
 
 Report = Callable[[str, int, int], None]
-CALIBRATION, BATCH = 512, 64  # images that importance, moments and repair may see, and in a batch
+CALIBRATION, BATCH = 512, 64  # images for importance, moments and repair; images in a batch
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one stage took and gave.
+    """The times, sizes and accuracies of one stage.
 
     Attributes:
-        name: of the stage: `trained`, `pruned-1`, `fused`, ...
-        part: of the data, from 1; 0 where the stage is no worker's.
-        start, end: in seconds since 1970; of the attempt that finished it.
+        name: name of the stage: `trained`, `pruned-1`, `fused`, ...
+        part: number of the part of the data, from 1; 0 for a stage outside the workers.
+        start, end: seconds since 1970, of the attempt that finished the stage.
         making: seconds for pruning or fusing, without training.
         epochs, images: of the training.
-        params: parameters of the network.
-        before, accuracy: in percent on the test images, before the training and after it; None
-            where there are none, and before a network has been trained at all.
+        params: number of parameters of the network.
+        before, accuracy: percent on the test images, before and after the training. None without
+            test images; `before` is also None for the first training.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration of the stage in seconds."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A network between two stages, and the plan that gave it its shapes."""
+    """A network between two stages, and the plan that pruned it, if any."""
 
     model: nn.Module
     plan: Plan | None = None
@@ -84,14 +84,14 @@ class Line:
     """Stages in one folder, on one part of the data.
 
     Attributes:
-        folder: where each stage has a folder of its name.
-        recipe: what to do.
+        folder: the folder that holds one folder per stage.
+        recipe: the settings.
         part: number of the part, from 1; 0 for all data.
-        data: training images; None where no training is asked for.
-        test: images that accuracy is measured on, or None.
-        device: where to compute.
-        report: called with (stage, steps done, steps in all).
-        records: of the stages so far.
+        data: training images; None to skip training.
+        test: images to measure accuracy on, or None.
+        device: device to compute on.
+        report: called with (stage, steps done, steps in total).
+        records: records of the stages so far.
     """
 
     folder: Path
@@ -119,7 +119,7 @@ class Line:
         return self.stage("trained", make, self.recipe.training)
 
     def pruned(self, network: Network) -> Network:
-        """Prune a network in the steps of the recipe, each with its fine-tuning."""
+        """Prune a network in the steps of the recipe, with fine-tuning after each step."""
         for step in range(self.recipe.pruning.steps):
             make = partial(self._smaller, network)
             network = self.stage(f"pruned-{step + 1}", make, self.recipe.pruned)
@@ -143,33 +143,33 @@ class Line:
         """Build a new network of the recipe's architecture, for the data's images."""
         images = self.data or self.test
         shape = None if images is None else images.input_shape
-        found = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
-        example = map_tensors(lambda tensor: tensor.to(self.device), found.example_inputs)
-        model = copy.deepcopy(found.model)  # MODEL may name one module, not a factory
-        return replace(found, model=model.to(self.device), example_inputs=example)
+        made = resolve_model(self.recipe.model, input_shape=shape, **self.recipe.arguments)
+        example = map_tensors(lambda tensor: tensor.to(self.device), made.example_inputs)
+        model = copy.deepcopy(made.model)  # MODEL may name one module, not a factory
+        return replace(made, model=model.to(self.device), example_inputs=example)
 
     def some(self, images: int) -> list[Any] | None:
-        """Draw batches of so many training images, where these may be read."""
+        """Draw batches of about `images` training images; None without training images."""
         if self.data is None:
             return None
         batches = self.data.batches(BATCH, shuffle=True, seed=self.seed, device=self.device)
         return list(islice(batches, -(-images // BATCH)))
 
     def stage(self, name: str, make: Callable[[], Network], training: Training) -> Network:
-        """Return the network of a stage: a kept one, or a new one that is kept then.
+        """Return the network of a stage: load a kept one, or make, train and keep a new one.
 
         Args:
-            name: of the stage and of its folder.
-            make: gives the network that is trained.
-            training: how.
+            name: name of the stage and of its folder.
+            make: returns the network to train.
+            training: settings of the training.
         """
         folder = self.folder / name
         state = folder.with_suffix(".state")
         kept = self._kept(folder)
         if kept is not None:
-            state.unlink(missing_ok=True)  # of a run that was stopped right after the stage
+            state.unlink(missing_ok=True)  # left by a run that stopped right after the stage
             return kept
-        shutil.rmtree(folder, ignore_errors=True)  # broken: it is made anew
+        shutil.rmtree(folder, ignore_errors=True)  # a broken stage is made again
         start = time.time()
         self.report(name, 0, 1)
         network = make()
@@ -193,7 +193,7 @@ class Line:
         return Network(model.eval(), network.plan)
 
     def _keep(self, folder: Path, network: Network, record: Record) -> None:
-        """Save the network of a stage with the records of this stage and those before it."""
+        """Save the network of a stage with the records of all stages so far."""
         stages = [asdict(each) for each in (*self.records, record)]
         save(
             folder,
@@ -210,10 +210,10 @@ class Line:
         self.records.append(record)
 
     def _kept(self, folder: Path) -> Network | None:
-        """Load the network of a stage that is done, and its record."""
+        """Load the network and the record of a finished stage; None if it is missing or broken."""
         if not folder.exists():
             return None
-        model = self.resolve().model  # where this fails, the folder is not to blame, and stays
+        model = self.resolve().model  # outside try: if this fails, the folder is not at fault
         try:
             network = load_network(folder, model)
             self.records.append(read_records(folder)[-1])
@@ -222,12 +222,12 @@ class Line:
         return network
 
     def accuracy(self, model: nn.Module) -> float | None:
-        """Measure the accuracy on the test images, where there are any."""
+        """Measure the accuracy on the test images; None without test images."""
         return None if self.test is None else accuracy(model, self.test, device=self.device)
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a stage is kept, with every file as it was written."""
+    """Tell whether a stage is kept and all its files are unchanged."""
     try:
         files = Manifest.read(folder / MANIFEST).files
         return all(file_sha256(folder / name) == digest for name, digest in files.items())
@@ -239,17 +239,17 @@ def read_records(folder: Path) -> list[Record]:
     """Read the records of a kept stage and of those before it.
 
     Raises:
-        IntrafuseError: the folder is broken, or no stage's.
+        IntrafuseError: the folder is broken, or is not the folder of a stage.
     """
     stages = Manifest.read(folder / MANIFEST).figures.get("stages")
     try:
         return TypeAdapter(Annotated[list[Record], Field(min_length=1)]).validate_python(stages)
     except ValueError as error:
-        raise IntrafuseError("the folder tells of no stages", value=str(folder)) from error
+        raise IntrafuseError("the folder holds no records of stages", value=str(folder)) from error
 
 
 def load_network(folder: Path, model: nn.Module) -> Network:
-    """Load what a stage kept into a new network of the architecture."""
+    """Load the network of a kept stage into a new network of the architecture."""
     model = load(folder, model)
     plan = Plan.load(folder / PLAN) if (folder / PLAN).exists() else None
     return Network(model, plan)

@@ -1,8 +1,8 @@
-"""One worker: it gets a recipe and the positions of its images, and leaves a checkpoint folder.
+"""One worker: it receives a recipe and the positions of its images, and saves a network.
 
-Nothing else passes between workers, or between a worker and whoever started it. Run as
-`python -m intrafuse.study.factorize FOLDER`, a worker reads FOLDER/task.json, and stops as soon as
-its standard input is closed, so that it does not outlive who started it.
+Workers exchange no other data, neither with each other nor with the main process. The command
+`python -m intrafuse.study.factorize FOLDER` runs the worker of FOLDER/task.json. It stops when its
+standard input closes, so it does not outlive the main process.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PAUSE = 0.5  # seconds between two reports
 
 
 class Task(BaseModel):
-    """What one worker does.
+    """The task of one worker.
 
     Attributes:
-        recipe: of the whole training.
+        recipe: the recipe of the whole training.
         part: number of the part, from 1.
-        threads: of PyTorch.
-        device: where to compute; `auto` is resolved where the worker runs.
+        threads: number of PyTorch threads.
+        device: device to compute on; the worker resolves `auto`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,16 +51,16 @@ class Task(BaseModel):
 
 
 def last_stage(recipe: Recipe) -> str:
-    """Name the stage whose network a worker gives back."""
+    """Return the name of the stage whose network a worker returns."""
     return f"pruned-{recipe.pruning.steps}" if recipe.scheme == "paf" else "trained"
 
 
 def work(folder: Path, report: Report) -> Path:
-    """Train on one part, and prune where the scheme says so.
+    """Train on one part, and prune if the scheme is `paf`.
 
     Args:
-        folder: holds task and positions; the stages are kept in it.
-        report: called with (stage, steps done, steps in all).
+        folder: the folder with task and positions; the stages are kept in it.
+        report: called with (stage, steps done, steps in total).
 
     Returns:
         The folder of the last stage.
@@ -82,7 +82,7 @@ def work(folder: Path, report: Report) -> Path:
 
 
 def throttled(say: Callable[[str, int, int], None]) -> Report:
-    """Report at most twice in a second, and every change of stage."""
+    """Report at most twice per second, and at each start and end of a stage."""
     last, stage = 0.0, ""
 
     def report(name: str, done: int, total: int) -> None:
@@ -96,10 +96,10 @@ def throttled(say: Callable[[str, int, int], None]) -> Report:
 
 
 def _stop_with_parent() -> None:
-    """Leave at once when standard input ends: who started this worker is gone."""
+    """Exit when standard input closes, because the main process has ended."""
 
     def wait() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock the interpreter takes when it ends
+        while os.read(0, 1024):  # not sys.stdin, whose lock the interpreter takes at exit
             pass
         os._exit(3)
 
@@ -107,7 +107,7 @@ def _stop_with_parent() -> None:
 
 
 def main() -> None:
-    """Work in the folder that the command line names."""
+    """Run the worker of the folder that the command line names."""
     _stop_with_parent()
     folder = Path(sys.argv[1])
 

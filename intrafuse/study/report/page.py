@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, from the records of some folders."""
+"""The report: one self-contained HTML file from the records in folders."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class _Section:
 def write_report(
     paths: Sequence[str | Path], out: str | Path, *, title: str = "intrafuse report"
 ) -> Path:
-    """Write one self-contained page with every record of some folders.
+    """Write one self-contained page with all records in folders.
 
     Args:
-        paths: folders with records (`--json FILE` of the commands) and saved networks, or files.
+        paths: folders with records (written by `--json FILE`) and saved networks, or single files.
         out: the HTML file.
-        title: of the page.
+        title: title of the page.
 
     Returns:
         The file.
 
     Raises:
-        IntrafuseError: no records, a broken one, the extra `plots` is not installed, or the file
-            cannot be written.
+        IntrafuseError: there are no records, a record is broken, the extra `plots` is not
+            installed, or the file cannot be written.
     """
     jinja = import_extra("jinja2", "plots")
     sections = [_section(i, entry) for i, entry in enumerate(read_entries(paths), 1)]
@@ -70,7 +70,7 @@ def write_report(
 
 
 def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "png") -> list[Path]:
-    """Write every picture of the records in some folders to files.
+    """Write all pictures of the records in folders to files.
 
     Args:
         paths: as for `write_report`.
@@ -78,7 +78,7 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
         form: png, svg or pdf.
 
     Returns:
-        The files, named by the record and the picture.
+        The files, named after the record and the picture.
 
     Raises:
         IntrafuseError: as for `write_report`.
@@ -89,7 +89,7 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
         for picture in entry.pictures:
             named, again = f"{picture.name}-".startswith(f"{entry.name}-"), 2
             name = first = picture.name if named else f"{entry.name}-{picture.name}"
-            while name in written:  # two records of one name, in two folders
+            while name in written:  # records with the same name in two folders
                 name, again = f"{first}-{again}", again + 1
             with reading(entry.source):
                 written[name] = picture.write(Path(out) / f"{name}.{form}")
@@ -97,7 +97,7 @@ def draw_pictures(paths: Sequence[str | Path], out: str | Path, *, form: str = "
 
 
 def _shown(value: Any) -> Any:
-    """Write titles and paths as a page can hold them; pictures are no plain text."""
+    """Escape control characters in plain text; pictures pass unchanged."""
     return printable(value) if type(value) is str else value
 
 

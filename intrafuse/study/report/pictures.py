@@ -1,4 +1,4 @@
-"""Pictures: how they are drawn by matplotlib, and written for a page or to a file."""
+"""Pictures: drawn with matplotlib, for a page or for a file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Picture", "colour", "faint", "ink", "marker", "new_figure", "shortened"]
 
 FORMATS = ("png", "svg", "pdf")
-PAPER = ("#222222", "#cccccc")  # ink, and fainter lines
-PAGE = {"#010203": "var(--ink)", "#040506": "var(--faint)"}  # a page decides: it may be dark
+PAPER = ("#222222", "#cccccc")  # colors of text and of grid lines
+PAGE = {
+    "#010203": "var(--ink)",
+    "#040506": "var(--faint)",
+}  # colors of light or dark mode
 METHODS = {
     "select": ("#4477aa", "o"),
     "intra-fusion": ("#dd5566", "s"),
@@ -48,12 +51,12 @@ INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytic
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is drawn when it is needed.
+    """A picture that is drawn on demand.
 
     Attributes:
-        name: of a file that holds it, without ending.
-        title: what it shows.
-        alternative: the same in words, with the numbers that matter.
+        name: file name without suffix.
+        title: title of the picture.
+        alternative: text alternative with the main numbers.
         draw: makes the figure.
     """
 
@@ -63,10 +66,10 @@ class Picture:
     draw: Callable[[], Figure]
 
     def svg(self, prefix: str) -> str:
-        """Give the picture for a page, where `prefix` keeps its names apart from others'."""
+        """Return the picture as SVG for a page; `prefix` makes its ids unique on the page."""
         drawn = io.StringIO()
         with _style(self.name, *PAGE), warnings.catch_warnings():
-            # the reader's fonts count, not those here
+            # the page uses the reader's fonts
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.draw().savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
         text = drawn.getvalue()
@@ -78,7 +81,7 @@ class Picture:
         return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
 
     def write(self, path: Path) -> Path:
-        """Write the picture to a file, whose ending is its format."""
+        """Write the picture to a file; the suffix sets the format."""
         with _style(self.name, *PAPER), replacing(path) as temporary:
             form = path.suffix.removeprefix(".").lower() or "png"
             metadata = {"Date": None} if form == "svg" else None
@@ -87,7 +90,7 @@ class Picture:
 
 
 def new_figure(height: float = 3.1, width: float = 4.8) -> tuple[Figure, Axes]:
-    """Make a figure of some inches, with one pair of axes.
+    """Make a figure of the given size in inches, with one pair of axes.
 
     Raises:
         IntrafuseError: matplotlib is not installed.
@@ -98,17 +101,17 @@ def new_figure(height: float = 3.1, width: float = 4.8) -> tuple[Figure, Axes]:
 
 
 def colour(name: str, order: int = 0) -> str:
-    """Choose the colour of a method, or one of the others by its place."""
+    """Return the color of a method; `order` chooses the color of unknown names."""
     return METHODS.get(name, OTHERS[order % len(OTHERS)])[0]
 
 
 def marker(name: str, order: int = 0) -> str:
-    """Choose the mark of a method, so that colour is not all that tells them apart."""
+    """Return the marker of a method, so that methods differ not only by color."""
     return METHODS.get(name, OTHERS[order % len(OTHERS)])[1]
 
 
 def shortened(name: str, most: int = 28) -> str:
-    """Cut a long name in front, for a picture: its end tells the layer or the file.
+    """Shorten a long name at the front, because its end identifies the layer or file.
 
     >>> shortened("features.denseblock4.conv2", 12)
     '…lock4.conv2'
@@ -117,17 +120,17 @@ def shortened(name: str, most: int = 28) -> str:
 
 
 def ink() -> str:
-    """Give the colour of text, for use while a picture is drawn."""
+    """Return the color of text, for use while a picture is drawn."""
     return import_extra("matplotlib", "plots").rcParams["text.color"]
 
 
 def faint() -> str:
-    """Give the colour of grids, for use while a picture is drawn."""
+    """Return the color of grids, for use while a picture is drawn."""
     return import_extra("matplotlib", "plots").rcParams["grid.color"]
 
 
 def _style(salt: str, text: str, lines: str) -> AbstractContextManager:
-    """Draw alike wherever it is done, with the same names each time."""
+    """Return matplotlib settings that make pictures reproducible, with fixed ids."""
     colours = {**dict.fromkeys(INKED, text), "legend.labelcolor": text, "grid.color": lines}
     style = {**STYLE, **colours, "svg.hashsalt": salt}
     return import_extra("matplotlib", "plots").rc_context(style)

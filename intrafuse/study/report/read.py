@@ -1,4 +1,4 @@
-"""Find the records in folders: JSON files that commands wrote, and networks that were saved."""
+"""Find the records in folders: JSON files of commands, and saved networks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from intrafuse.support.tables import Table
 
 __all__ = ["Entry", "read_entries", "reading"]
 
-RESULT = "result.json"  # of a factorised run: its stages lie below it, and are told by it
+RESULT = "result.json"  # of a factorized run: it also describes the stages in subfolders
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record, where it was found, and what it gives."""
+    """A record with its source file, tables and pictures."""
 
     kind: str
     source: Path
@@ -37,27 +37,27 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Tell it from others of its kind: by its file, or its folder where all files are alike."""
+        """The name of its file; the name of its folder if all such files have the same name."""
         source = self.source
         whole = source.name not in (MANIFEST, RESULT)
         return printable(source.stem if whole else source.resolve().parent.name)
 
     @property
     def recipe(self) -> str:
-        """How to have it again: the command, or the settings."""
+        """How to reproduce the record: the command or the settings."""
         settings = self.record.get("recipe") or self.record.get("settings")
         return self.record.get("command") or json.dumps(settings, indent=1)
 
 
 def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
-    """Read all records in some folders, in the order of a page.
+    """Read all records in folders, in the order of a page.
 
     Args:
-        paths: folders, searched with all that is in them, or single files.
+        paths: folders, which are searched recursively, or single files.
 
     Raises:
-        IntrafuseError: a path that does not exist, cannot be read or holds no record; a record
-            that is broken.
+        IntrafuseError: a path does not exist, cannot be read or holds no record, or a record is
+            broken.
     """
     try:
         found = _found(paths)
@@ -72,7 +72,7 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
 
 
 def _found(paths: Sequence[str | Path]) -> dict[Path, Entry]:
-    """Read what is below some paths, each file once."""
+    """Read all records below paths, each file once."""
     found: dict[Path, Entry] = {}
     for path in map(Path, paths):
         known = len(found)
@@ -80,22 +80,23 @@ def _found(paths: Sequence[str | Path]) -> dict[Path, Entry]:
             found.setdefault(source.resolve(), _entry(source, record))
         if len(found) == known and not any(_within(entry, path) for entry in found):
             raise IntrafuseError(
-                "a report needs records, and here is none",
+                "a report needs records, but there are none here",
                 value=str(path),
-                remedy="write some with --json FILE, or give what intrafuse prune --out saved",
+                remedy="write records with --json FILE, or name a folder of intrafuse prune --out",
             )
     return found
 
 
 def _saved_by(entry: Entry) -> Iterator[Path]:
-    """List where the network of a record may lie, so that it is not shown twice.
+    """List the places where the saved network of a record may be, so that it is not shown twice.
 
-    Its folder is written as it was typed: below the folder of then, which may be any above.
+    The record holds the folder as the user typed it, relative to the working folder at that time,
+    which may be any parent folder.
     """
     out = entry.record.get("out")
     if isinstance(out, str) and out and "\0" not in out:
         for folder in (Path.cwd(), *entry.source.resolve().parents):
-            yield Path(os.path.realpath(folder / out / MANIFEST))  # links may lead in circles
+            yield Path(os.path.realpath(folder / out / MANIFEST))  # also resolves circular links
 
 
 def _within(source: Path, path: Path) -> bool:
@@ -107,9 +108,9 @@ def _records(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         record = _read(path)
         if record is None:
             raise IntrafuseError(
-                "no record of a kind that a report shows",
+                "the file is not a record that a report can show",
                 value=str(path),
-                remedy=f"give what --json wrote; kinds are {', '.join(KINDS)}",
+                remedy=f"name a file that --json wrote; kinds are {', '.join(KINDS)}",
             )
         yield path, record
     elif not path.is_dir():
@@ -119,7 +120,7 @@ def _records(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 
 
 def _below(folder: Path, known: set[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Find the records in a folder and below, once where links lead to it again."""
+    """Find the records in a folder and its subfolders, each folder once despite links."""
     if folder.resolve() in known:
         return
     known.add(folder.resolve())
@@ -137,19 +138,19 @@ def _below(folder: Path, known: set[Path]) -> Iterator[tuple[Path, Mapping[str, 
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:
-    """Read a record, or nothing where the file is something else."""
+    """Read a record; None if the file is something else."""
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
         raise IntrafuseError(
-            f"a file is no readable JSON ({error})", value=str(path), remedy="write it again"
+            f"a file is not readable JSON ({error})", value=str(path), remedy="write it again"
         ) from error
     known = isinstance(found, dict) and isinstance(found.get("kind"), str)
     return found if known and found["kind"] in KINDS else None
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """Describe a network that was pruned and saved as `intrafuse prune` does."""
+    """Describe a saved pruned network with the fields of a record of `intrafuse prune`."""
     manifest, plan = Manifest.read(folder / MANIFEST), Plan.load(folder / PLAN)
     return {
         "kind": "pruning",
@@ -172,7 +173,7 @@ def _entry(source: Path, record: Mapping[str, Any]) -> Entry:
 
 
 def _shown(data: Any) -> Any:
-    """Write names in a record as any file, font and terminal can take them."""
+    """Escape control characters in all strings of a record."""
     if isinstance(data, str):
         return printable(data)
     if isinstance(data, Mapping):
@@ -182,10 +183,10 @@ def _shown(data: Any) -> Any:
 
 @contextmanager
 def reading(source: Path) -> Iterator[None]:
-    """Say of a record that is not what its kind should be which file it is.
+    """Turn an error inside, caused by a malformed record, into an IntrafuseError with the file.
 
     Raises:
-        IntrafuseError: whatever goes wrong inside for that reason; its own errors pass.
+        IntrafuseError: the record is malformed. Other IntrafuseErrors pass unchanged.
     """
     try:
         yield
@@ -193,7 +194,7 @@ def reading(source: Path) -> Iterator[None]:
         raise
     except BROKEN as error:
         raise IntrafuseError(
-            f"a record lacks what its kind has ({type(error).__name__}: {error})",
+            f"a record does not have the fields of its kind ({type(error).__name__}: {error})",
             value=str(source),
             remedy="write it again with this version of intrafuse",
         ) from error

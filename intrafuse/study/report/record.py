@@ -1,4 +1,4 @@
-"""Records: the JSON files that commands write, which say what they hold and how it was made."""
+"""Records: the JSON files that commands write, with their kind and command."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Record = Mapping[str, Any]
 
 
 def as_record(kind: str, data: Record, *, command: str = "") -> dict[str, Any]:
-    """Say of some figures what they are.
+    """Make a record: figures with their kind, version and command.
 
     Args:
-        kind: what they show, such as `comparison`, with a file of its own in `report/kinds`.
-        data: the figures, as JSON data.
-        command: what to type to have them again.
+        kind: kind of the figures, such as `comparison`; each kind has a file in `report/kinds`.
+        data: the figures as JSON data.
+        command: the command line that reproduces them.
 
     >>> as_record("cost", {"rows": []}, command="intrafuse cost mlp")["kind"]
     'cost'
@@ -30,7 +30,7 @@ def as_record(kind: str, data: Record, *, command: str = "") -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record to a file, as a whole or not at all."""
+    """Write a record to a file atomically."""
     text = json.dumps(record, indent=2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")

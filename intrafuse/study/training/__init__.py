@@ -1,4 +1,4 @@
-"""Train and fine-tune classifiers: settings with the paper's presets, one loop, resumable."""
+"""Train and fine-tune classifiers: settings, presets of the paper, and one resumable loop."""
 
 from __future__ import annotations
 

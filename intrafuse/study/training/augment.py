@@ -1,4 +1,4 @@
-"""Random shifts and mirror images, for a whole batch at once."""
+"""Random shifts and mirror images for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["crop_flip"]
 
 
 def crop_flip(images: Tensor, generator: torch.Generator, *, most: int = 4) -> Tensor:
-    """Shift every image by up to `most` pixels in each direction and mirror every second one.
+    """Shift every image by up to `most` pixels in each direction, and mirror it with chance 1/2.
 
     Args:
-        images: normalised, (B, C, H, W); what is shifted in is 0, the mean.
-        generator: of random numbers, on the CPU.
-        most: pixels.
+        images: normalized, (B, C, H, W). New pixels at the border are 0, the mean.
+        generator: random number generator on the CPU.
+        most: the largest shift in pixels.
 
     Returns:
         A new tensor of the same shape.

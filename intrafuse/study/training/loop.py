@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, the same on every run with the same seed."""
+"""The training loop: plain PyTorch, reproducible for the same seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["train"]
 
-STRIDE = 1_000_003  # a prime between the seeds of epochs, so that those of two trainings differ
+STRIDE = 1_000_003  # prime factor of the seed, so that epochs of two trainings get different seeds
 Progress = Callable[[int, int], None]
 
 
@@ -35,26 +35,26 @@ def train(
 ) -> nn.Module:
     """Train a classifier in place by cross-entropy.
 
-    The order of images, their augmentation and dropout depend on the seed and the epoch alone, so
-    that a training that was interrupted and resumed ends with the same network, bit for bit on a
-    CPU with the same number of threads.
+    The order of images, their augmentation and dropout depend only on the seed and the epoch. So a
+    resumed training ends with the same network, bit for bit on a CPU with the same number of
+    threads.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); its parameters are changed.
-        data: labelled images.
-        settings: how.
-        seed: of everything random.
-        device: where to compute; the model is moved there and stays. `auto` takes a GPU where
-            there is one.
-        state: file that the training writes after each epoch, and resumes from where it exists
-            and tells of the same training. None keeps nothing.
-        progress: called with (steps done, steps in all).
+        data: labeled images.
+        settings: settings of the training.
+        seed: seed of all random choices.
+        device: device to compute on; the model is moved there and stays. `auto` uses a GPU if there
+            is one.
+        state: file that the training writes after each epoch. The training resumes from it if it
+            exists and belongs to the same training. None writes no file.
+        progress: called with (steps done, steps in total).
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        IntrafuseError: the loss is not finite any more, or the state cannot be written.
+        IntrafuseError: the loss becomes infinite or NaN, or the state cannot be written.
 
     >>> from intrafuse.catalog.data import load_data
     >>> from intrafuse.catalog.zoo import resolve_model
@@ -101,7 +101,7 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         if len(labels) == 1 and step:
-            break  # batch norm needs two
+            break  # batch norm needs two images
         if settings.augments(data.input_shape):
             images = crop_flip(images, generator)
         images = images.to(memory_format=torch.channels_last)
@@ -116,7 +116,7 @@ def _epoch(
     if not torch.isfinite(loss):
         raise IntrafuseError(
             "the loss must stay finite", value=loss.item(), layer=f"epoch {epoch + 1}",
-            remedy="a lower learning rate",
+            remedy="lower the learning rate",
         )  # fmt: skip
 
 

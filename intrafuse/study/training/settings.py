@@ -1,4 +1,4 @@
-"""How a network is trained: settings that are checked when built, and the paper's presets."""
+"""Settings of training, which are checked when built, and the paper's presets."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Training(BaseModel):
     """Settings of stochastic gradient descent with momentum.
 
     Attributes:
-        epochs: passes over the data; 0 trains nothing.
+        epochs: passes over the data; 0 skips training.
         batch: images in a step.
-        rate: the learning rate at the start, or the highest of `one-cycle`.
+        rate: initial learning rate, or the highest rate of `one-cycle`.
         momentum, weight_decay: as in torch.optim.SGD.
         schedule: `halving` multiplies the rate by 0.5 every `halve_every` epochs, as the paper does
-            (Theus et al., appendix A); `one-cycle` rises to the rate and falls to zero, which
-            serves short trainings better (Smith and Topin, arXiv 1708.07120).
-        halve_every: epochs.
+            (Theus et al., appendix A). `one-cycle` rises to the rate and falls to zero, which is
+            better for short trainings (Smith and Topin, arXiv 1708.07120).
+        halve_every: number of epochs between halvings.
         augment: `crop-flip` shifts images by up to 4 pixels and mirrors them at random; `auto` does
-            so for colour images of 16 pixels or more (digits must not be mirrored).
+            so for color images of at least 16 pixels (digits must not be mirrored).
         precision: `bfloat16` computes the layers in bfloat16 and keeps float32 weights; `auto`
-            does so on GPUs that can.
+            does so on GPUs that support it.
 
     >>> Training(epochs=60, rate=0.05).rate_at(30, 60)
     0.025
@@ -44,16 +44,16 @@ class Training(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def augments(self, shape: tuple[int, int, int]) -> bool:
-        """Tell whether images (channels, height, width) are shifted and mirrored."""
+        """Tell whether images of shape (channels, height, width) are shifted and mirrored."""
         colour = shape[0] == 3 and min(shape[1:]) >= 16
         return self.augment == "crop-flip" or (self.augment == "auto" and colour)
 
     def rate_at(self, epoch: float, epochs: int) -> float:
-        """Tell the learning rate.
+        """Return the learning rate at a time of the training.
 
         Args:
-            epoch: epochs done, with the part of the present one as a fraction.
-            epochs: in all.
+            epoch: completed epochs, including the fraction of the present one.
+            epochs: total number of epochs.
         """
         if self.schedule == "halving":
             return self.rate * 0.5 ** (int(epoch) // self.halve_every)
@@ -72,4 +72,4 @@ PRESETS = {
         epochs=2, rate=0.02, weight_decay=5e-4, schedule="one-cycle", augment="auto"
     ),
 }
-"""Settings by name. `paper`: appendix A of Theus et al.; `short`: what a few epochs allow."""
+"""Settings by name. `paper`: appendix A of Theus et al.; `short`: for a few epochs."""

@@ -1,4 +1,4 @@
-"""The state of a training on disk: a safetensors file, replaced as a whole after each epoch."""
+"""The state of a training on disk: a safetensors file, atomically replaced after each epoch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ def write_state(
     identity: Mapping[str, str],
     epoch: int,
 ) -> None:
-    """Write weights, momentum and the number of epochs done.
+    """Write weights, momentum and the number of completed epochs.
 
     Args:
-        path: of the file.
-        model, optimizer: SGD's; its state is the momentum of each parameter.
-        identity: what tells this training from another.
-        epoch: epochs done.
+        path: path of the file.
+        model: the network.
+        optimizer: an SGD optimizer; its state is the momentum of each parameter.
+        identity: data that identify this training.
+        epoch: number of completed epochs.
 
     Raises:
-        IntrafuseError: the file cannot be written; the one before stays.
+        IntrafuseError: the file cannot be written. The previous file stays.
     """
     tensors = {f"model.{name}": t.contiguous() for name, t in _state(model).items()}
     for name, parameter in model.named_parameters():
@@ -46,11 +47,11 @@ def write_state(
 def read_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, str]
 ) -> int:
-    """Load weights and momentum, where the file is whole and tells of the same training.
+    """Load weights and momentum if the file is intact and belongs to the same training.
 
     Returns:
-        The epochs that were done: 0 where there is nothing to resume. A broken file counts as
-        none: the training starts anew and comes to the same end.
+        The number of completed epochs: 0 if there is nothing to resume. A broken file is ignored;
+        the training then starts from the beginning and ends with the same network.
     """
     try:
         require_file(path)
@@ -78,7 +79,7 @@ def read_state(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Name every tensor once: a shared one by its first name."""
+    """Return every tensor once; a shared tensor has its first name."""
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         seen.setdefault(id(tensor), name)

@@ -1,7 +1,7 @@
-"""Every kind of record, with the tables and the pictures that it gives.
+"""Every kind of record, with its tables and pictures.
 
-A new kind is one file with two functions, ``tables(record) -> list[Table]`` and
-``pictures(record) -> list[Picture]``, and an entry in KINDS.
+To add a kind, write a file with two functions, ``tables(record) -> list[Table]`` and
+``pictures(record) -> list[Picture]``, and enter it in KINDS.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["KINDS", "Kind"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of record is called on a page, and what it gives."""
+    """A kind of record: its title, and the functions that make its tables and pictures."""
 
     title: str
     tables: Callable[[Record], list[Table]]
@@ -38,7 +38,7 @@ class Kind:
 
     @classmethod
     def of(cls, title: str, module: ModuleType) -> Kind:
-        """Take the functions of a module."""
+        """Make a kind from the functions of a module."""
         return cls(title, module.tables, module.pictures)
 
 
@@ -50,7 +50,7 @@ KINDS = {
     "ablation": Kind.of("Ablation", ablation),
     "cost": Kind.of("Cost", cost),
     "fusion": Kind.of("Fused network", fusion),
-    "factorized": Kind.of("Factorised training", factorized),
+    "factorized": Kind.of("Factorized training", factorized),
     "pruning": Kind.of("Pruned network", pruning),
 }
-"""In the order of a page."""
+"""All kinds, in the order of a page."""

@@ -1,4 +1,4 @@
-"""An ablation: accuracies under several settings, and whether they differ."""
+"""An ablation: accuracies with several settings, and a test of whether they differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["pictures", "tables"]
 
 
 def tables(record: Record) -> list[Table]:
-    """List the settings, and the test."""
+    """List the settings and the test."""
     columns = (
         *(Column("setting"), Column.of("networks", "d")),
         *(Column.of(name, ".2f") for name in ("mean accuracy", "median", "lowest")),
@@ -30,17 +30,17 @@ def tables(record: Record) -> list[Table]:
     test = ((record["statistic"], record["p_value"]),)
     return [
         Table("Accuracy with one group pruned, by setting", columns, tuple(rows)),
-        Table("Kruskal-Wallis: are the settings alike?", numbers, test),
+        Table("Kruskal-Wallis test: do the settings differ?", numbers, test),
     ]
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw the accuracies under each setting as boxes."""
+    """Draw the accuracies with each setting as boxes."""
     told = ", ".join(f"{n} {median(v):.2f}" for n, v in record["accuracies"].items())
     return [
         Picture(
             "ablation",
-            f"Accuracy under {len(record['accuracies'])} settings",
+            f"Accuracy with {len(record['accuracies'])} settings",
             f"Boxes of accuracy in percent; medians: {told}. Kruskal-Wallis: "
             f"H = {record['statistic']:.3f}, p = {record['p_value']:.3f}.",
             lambda: _draw(record["accuracies"]),
@@ -51,7 +51,7 @@ def pictures(record: Record) -> list[Picture]:
 def _draw(accuracies: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure(1.0 + 0.3 * len(accuracies))
     parts = ("boxprops", "medianprops", "whiskerprops", "capprops")
-    lines: dict[str, Any] = {name: {"color": ink()} for name in parts}  # one for each: they change
+    lines: dict[str, Any] = {name: {"color": ink()} for name in parts}  # matplotlib changes each
     drawn = axes.boxplot(
         list(accuracies.values()),
         orientation="horizontal",

@@ -1,4 +1,4 @@
-"""A comparison: accuracy against what was removed, by method."""
+"""A comparison: accuracy against the removed share, by method."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw accuracy against the share of channels that went."""
+    """Draw accuracy against the removed share of channels."""
     lines = _lines(record)
     told = "; ".join(
         f"{name}: " + ", ".join(f"{y:.2f} at {x:.0f} %" for x, y in points)
@@ -56,12 +56,12 @@ def pictures(record: Record) -> list[Picture]:
 
 
 def _lines(record: Record) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in record["rows"]:
         point = (100 * row["channels_removed"], row["accuracy"])
-        found.setdefault(row["method"], []).append(point)
+        lines.setdefault(row["method"], []).append(point)
     start = (0.0, record["original"]["accuracy"])
-    return {name: [start, *sorted(points)] for name, points in found.items()}
+    return {name: [start, *sorted(points)] for name, points in lines.items()}
 
 
 def _draw(lines: Mapping[str, list[tuple[float, float]]]) -> Figure:

@@ -1,4 +1,4 @@
-"""Costs: size, multiply-accumulates, memory and latency of some networks."""
+"""Costs: size, multiply-accumulates, memory and latency of networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = {
 
 
 def tables(record: Record) -> list[Table]:
-    """List the networks; the first is what the others are compared with."""
+    """List the networks; the first is the reference for the others."""
     columns = (
         *(Column("network"), Column("parameters", short), Column("bytes", short)),
         *(Column("MACs", short), Column("peak bytes", short)),
@@ -46,7 +46,7 @@ def _title(record: Record) -> str:
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw every cost as a share of the first network's."""
+    """Draw every cost as a share of the first network's cost."""
     first, *others = [{**row, "latency": row["latency"]["median"]} for row in record["rows"]]
     if not others:
         return []
@@ -65,7 +65,7 @@ def pictures(record: Record) -> list[Picture]:
     return [
         Picture(
             "cost",
-            f"Costs as a share of those of {first['network']}",
+            f"Costs as a share of the costs of {first['network']}",
             f"Of {first['network']}: {told}.",
             lambda: _draw(ratios),
         )

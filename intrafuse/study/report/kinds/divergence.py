@@ -1,4 +1,4 @@
-"""Divergences: how far outputs went, as histograms, and where in the network it started."""
+"""Divergences: histograms of output distances, and errors along the layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-LEAST = 1e-3  # error that is drawn
-NAMES = 34  # of layers that stand beside each other
+LEAST = 1e-3  # smallest error in a picture
+NAMES = 34  # most layer names on an axis
 MEASURES = {
-    "logits": "L2 distance of logits to the original's",
-    "softmax": "L2 distance of probabilities to the original's",
-    "cosine": "1 - cosine of logits and the original's",
+    "logits": "L2 distance of logits from the original's",
+    "softmax": "L2 distance of probabilities from the original's",
+    "cosine": "1 - cosine of the logits and the original's",
 }
 
 
 def tables(record: Record) -> list[Table]:
-    """List means and quartiles by amount and method, and the layers where they were measured."""
+    """List means and quartiles by amount and method, and the layers if they were measured."""
     numbers = [
         Column.of(name, ".4f") for name in ("mean", "lower quartile", "median", "upper quartile")
     ]
@@ -66,8 +66,8 @@ def pictures(record: Record) -> list[Picture]:
             Picture(
                 f"divergence-{percent}",
                 f"{MEASURES[record['measure']]}, {percent} % of the channels removed",
-                f"Histograms over {record['images']:,} images, the last bar all that lies beyond; "
-                f"means (dashed): {means}.",
+                f"Histograms over {record['images']:,} images; the last bar holds all larger "
+                f"values; means (dashed): {means}.",
                 lambda rows=rows: _histogram(rows, MEASURES[record["measure"]]),
             )
         )
@@ -84,7 +84,7 @@ def _histogram(rows: Sequence[Record], label: str) -> Figure:
     figure, axes = new_figure()
     for i, row in enumerate(rows):
         shade, edges = colour(row["method"], i), row["edges"]
-        # the last bin holds what is far beyond the others: it is drawn as wide as they are
+        # the last bin holds all larger values: draw it as wide as the other bins
         bounds = [*edges[:-1], 2 * edges[-2] - edges[-3]]
         axes.stairs(row["counts"], bounds, color=shade, fill=True, alpha=0.25)
         axes.stairs(row["counts"], bounds, color=shade, label=row["method"])
@@ -105,9 +105,9 @@ def _along(rows: Sequence[Record], percent: int) -> Picture:
     )
     return Picture(
         f"layers-{percent}",
-        f"Where the damage starts, {percent} % of the channels removed",
-        f"Squared error of the layers' outputs over their variance, from input to output; "
-        f"less than {LEAST} is drawn there. {told}.",
+        f"Error along the layers, {percent} % of the channels removed",
+        f"Squared error of the layers' outputs divided by their variance, from input to output; "
+        f"errors below {LEAST} are drawn at {LEAST}. {told}.",
         lambda: _draw_layers(rows),
     )
 

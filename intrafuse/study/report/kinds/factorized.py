@@ -1,4 +1,4 @@
-"""A factorised training: its stages, and who worked at what and when."""
+"""A factorized training: its stages, and their times on each worker."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def tables(record: Record) -> list[Table]:
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw the stages along time."""
+    """Draw the stages on a time axis."""
     return [timeline({record["scheme"]: record})]
 
 
 def timeline(records: Mapping[str, Record]) -> Picture:
-    """Draw the stages of some runs, one row for each worker and one for the joint stages.
+    """Draw the stages of runs, with one row for each worker and one for the joint stages.
 
-    Time is that with one machine for each part: parts start together, joint stages follow the
-    slowest, and pauses of a run that was stopped are cut out.
+    Times assume one machine for each part: parts start together, joint stages follow the slowest
+    part, and pauses of stopped runs are left out.
 
     Args:
-        records: by the name that stands beside the rows.
+        records: records of runs, by the name that labels their rows.
     """
     told = "; ".join(
-        f"{name} {record['seconds']:.1f} s in all: "
+        f"{name} {record['seconds']:.1f} s in total: "
         + ", ".join(f"{_where(r)} {r['name']} {r['seconds']:.1f} s" for r in record["records"])
         for name, record in records.items()
     )
     return Picture(
         "timeline",
-        "Stages along time, with one machine for each part",
+        "Stages over time, with one machine for each part",
         f"{told}.",
         lambda: _draw(records),
     )
@@ -92,7 +92,7 @@ def _kind(stage: Record) -> str:
 
 
 def _rows(name: str, stages: Sequence[Record]) -> list[Row]:
-    """Place every stage on the axis of time: parts side by side, joint stages behind them."""
+    """Place every stage on the time axis: parts in parallel, joint stages after them."""
     parts = sorted({stage["part"] for stage in stages if stage["part"]})
     rows = [(f"{name}, part {part}", _placed(stages, part, 0.0)) for part in parts]
     ends = [sum(stage["seconds"] for _, stage in bars) for _, bars in rows]

@@ -1,4 +1,4 @@
-"""A fusion: the networks that went in, and the one that came out."""
+"""A fusion: the original networks and the fused network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["pictures", "tables"]
 
 
 def tables(record: Record) -> list[Table]:
-    """List the networks, and how far apart their channels were in each group."""
+    """List the networks with their weights, sizes and accuracies."""
     accuracies = [*record["figures"].get("accuracy_of_networks", ())]
     accuracies += [None] * (len(record["networks"]) - len(accuracies))
     rows = [*zip(record["networks"], record["weights"], record["sizes"], accuracies, strict=True)]
@@ -32,7 +32,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw the accuracies, where they were measured."""
+    """Draw the accuracies if they were measured."""
     figures = record["figures"]
     if figures.get("accuracy") is None:
         return []

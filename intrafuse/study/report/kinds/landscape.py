@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-LEVELS = 12  # of the contours
+LEVELS = 12  # number of contour levels
 
 
 def tables(record: Record) -> list[Table]:
-    """List the three networks, with their own values and their places."""
+    """List the three networks with their values and places."""
     columns = (
         *(Column("network"), Column.of(record["measure"], ".2f")),
         *(Column.of("x", ".2f"), Column.of("y", ".2f")),

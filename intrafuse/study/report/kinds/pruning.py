@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["pictures", "sizes", "tables"]
 
 SIZES = {"channels": "channels", "params": "parameters", "macs": "MACs"}
-ROW = 0.19  # inches that a group takes
-MOST = 120  # groups in a picture
+ROW = 0.19  # height of a group in inches
+MOST = 120  # most groups in a picture
 
 
 def tables(record: Record) -> list[Table]:
@@ -25,7 +25,7 @@ def tables(record: Record) -> list[Table]:
 
 
 def sizes(record: Record) -> Table:
-    """List what was counted and measured, before and after."""
+    """List counted and measured figures before and after."""
     rows: list[tuple[Any, ...]] = [
         (name, record["before"][kind], record["after"][kind], record["removed"][kind])
         for kind, name in SIZES.items()
@@ -64,7 +64,7 @@ def _groups(record: Record) -> Table:
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw the network from its input to its output, each group as wide as it was and is."""
+    """Draw the network from input to output, with the width of each group before and after."""
     groups = sorted(record["widths"].items(), key=lambda item: -item[1]["index"])
     told = "; ".join(f"{name} {g['before']} to {g['after']}" for name, g in groups[:MOST])
     more = len(groups) - MOST
@@ -86,7 +86,7 @@ def _draw(groups: Sequence[tuple[str, Mapping[str, Any]]], method: str) -> Figur
     widest = max((group["before"] for _, group in groups), default=1)
     for key, shade in (("before", faint()), ("after", colour(method))):
         widths = [group[key] for _, group in groups]
-        # centred, so that the network looks like itself
+        # centered, to resemble the network
         axes.barh(rows, widths, left=[-w / 2 for w in widths], color=shade, label=key, height=0.8)
     for row, (_, group) in enumerate(groups):
         text = f"{group['before']:,} → {group['after']:,}"

@@ -1,4 +1,4 @@
-"""Sensitivity: what pruning each group alone costs, as a map of points lost."""
+"""Sensitivity: the points lost by pruning each group alone, as a map."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["pictures", "tables"]
 
-ROW = 0.19  # inches that a group takes
+ROW = 0.19  # height of a group in inches
 
 
 def tables(record: Record) -> list[Table]:
-    """List accuracies by group and method, and which groups are volatile.
+    """List accuracies by group and method, and mark each group as volatile or resilient.
 
-    A group is called volatile where a method loses more on it than on the average group, and
-    resilient elsewhere.
+    A group is volatile for a method that loses more points on it than on the average group.
+    Otherwise it is resilient.
     """
     columns = (
         *(Column("group"), Column("method")),
@@ -41,21 +41,21 @@ def tables(record: Record) -> list[Table]:
 
 def _lost(record: Record) -> dict[str, dict[str, float]]:
     """Average the points lost over the shares: {method: {group: points}}."""
-    found: dict[str, dict[str, float]] = {}
+    lost: dict[str, dict[str, float]] = {}
     for row in record["rows"]:
         points = record["original"] - mean(row["accuracies"])
-        found.setdefault(row["method"], {})[row["group"]] = points
-    return found
+        lost.setdefault(row["method"], {})[row["group"]] = points
+    return lost
 
 
 def pictures(record: Record) -> list[Picture]:
-    """Draw a map of points lost for each method, groups by shares."""
-    found = []
+    """Draw a map of points lost for each method: groups by shares."""
+    drawn = []
     for method, lost in _lost(record).items():
         rows = [row for row in record["rows"] if row["method"] == method]
         worst = sorted(lost.items(), key=lambda item: -item[1])
         told = ", ".join(f"{group} {points:.2f}" for group, points in worst)
-        found.append(
+        drawn.append(
             Picture(
                 f"sensitivity-{method}",
                 f"Points of accuracy lost with one group pruned by {method}",
@@ -63,14 +63,14 @@ def pictures(record: Record) -> list[Picture]:
                 lambda rows=rows: _draw(record, rows),
             )
         )
-    return found
+    return drawn
 
 
 def _draw(record: Record, rows: Sequence[Record]) -> Figure:
     figure, axes = new_figure(1.0 + ROW * len(rows))
     lost = [[record["original"] - percent for percent in row["accuracies"]] for row in rows]
     worst = max(record["original"] - p for row in record["rows"] for p in row["accuracies"])
-    top = max(worst, 1.0)  # less than a point is pale
+    top = max(worst, 1.0)  # losses below one point stay pale
     drawn = axes.pcolormesh(lost, cmap="magma_r", vmin=0, vmax=top)
     for y, line in enumerate(lost):
         for x, points in enumerate(line):
