@@ -31,7 +31,11 @@ class Program:
 
     nodes: tuple[Node, ...]
     values: Mapping[Node, Any]
-    parameters: Mapping[Any, Any]
+    parameters: Mapping[Node, str]
     scales: Mapping[Node, tuple[Tree, float]]
     starts: Mapping[Node, Tree]
     example_inputs: ExampleInputs
+
+    def parameter(self, value: object) -> str:
+        """Return the name of the parameter or buffer that a node stands for; else no name, ""."""
+        return self.parameters.get(value, "")  # type: ignore[arg-type]

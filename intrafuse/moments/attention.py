@@ -162,7 +162,7 @@ def _writer(node: Node, weights: Weights) -> str | None:
     if len(node.users) != 1 or operator_name(node) != "linear":
         return None
     program = weights.graph.program
-    name = program.parameters.get(node.args[1])
+    name = program.parameter(node.args[1])
     calls = sum(n.op == "call_function" and node.args[1] in n.args for n in program.nodes)
     known = name in weights.graph.layers and name not in weights.statistics
     return name if known and calls == 1 else None

@@ -147,8 +147,8 @@ class Propagation:
 
     def tensor(self, value: object) -> Tensor | None:
         """Return the current value of a parameter, buffer or constant, None for anything else."""
-        name = self.program.parameters.get(value)
-        if name is None:
+        name = self.program.parameter(value)
+        if not name:
             constant = value.meta.get(CONSTANT) if isinstance(value, Node) else None
             return constant.cpu() if isinstance(constant, Tensor) else None
         return self.weights.state.get(name)

@@ -129,7 +129,7 @@ def layer_calls(propagation: Propagation) -> dict[str, list[Node]]:
     found: dict[str, list[Node]] = {}
     for node in propagation.program.nodes:
         if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
-            found.setdefault(propagation.program.parameters.get(node.args[1]), []).append(node)
+            found.setdefault(propagation.program.parameter(node.args[1]), []).append(node)
     return found
 
 

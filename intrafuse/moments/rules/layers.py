@@ -32,7 +32,7 @@ def layer(propagation: Propagation, node: Node) -> Moments | None:
     as correlated as their inputs, so there the whole covariance of the input counts. Where the
     input is unknown, it has mean 0 and variance 1. Padding is left out of account.
     """
-    name = propagation.program.parameters.get(node.args[1])
+    name = propagation.program.parameter(node.args[1])
     found = propagation.weights.graph.layers.get(name)
     if found is None:
         return None
@@ -213,8 +213,8 @@ def _between_layers(propagation: Propagation, x: Node, y: Node) -> Tensor | None
 
 def _rows(propagation: Propagation, node: Node) -> Tensor | None:
     """Write the outputs of a layer as unit vectors whose products are their correlations."""
-    name = propagation.program.parameters.get((*node.args, None, None)[1])
-    found = None if name is None else propagation.weights.graph.layers.get(name)
+    name = propagation.program.parameter((*node.args, None, None)[1])
+    found = propagation.weights.graph.layers.get(name)
     if found is None:
         return None
     if (

@@ -36,7 +36,7 @@ def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
     shift = -running.double() * scale + (0 if beta is None else beta.double())
     if before is not None and before.tree != tree:
         before = None
-    if propagation.program.parameters.get(args["running_mean"]) in propagation.weights.folded:
+    if propagation.program.parameter(args["running_mean"]) in propagation.weights.folded:
         if before is None:  # it passes what it reads
             return None
         covariance = before.covariance * scale * scale[:, None]
