@@ -36,10 +36,10 @@ def embed(plan: Plan, model: nn.Module) -> Weights:
     if not plan.fold:
         fold_norms(weights)
     weights.statistics.clear()
-    for step in reversed(plan.maps):
-        places = torch.zeros(step.size, step.width)
-        places[_positions(step), torch.arange(step.width)] = 1.0
-        weights.merge(MergeMap.linear(step.group, places))
+    for merge_map in reversed(plan.maps):
+        places = torch.zeros(merge_map.size, merge_map.width)
+        places[_positions(merge_map), torch.arange(merge_map.width)] = 1.0
+        weights.merge(MergeMap.linear(merge_map.group, places))
     whole = folded(plan, model)
     for norm in plan.graph.own_norms:
         if norm.layer is not None:  # the norm is the identity in both networks
@@ -47,9 +47,9 @@ def embed(plan: Plan, model: nn.Module) -> Weights:
     return weights
 
 
-def _positions(step: MergeMap) -> Tensor:
+def _positions(merge_map: MergeMap) -> Tensor:
     """Choose a different position among the n channels for each of the m channels."""
-    if step.keep is not None:
-        return step.keep
-    _, columns = linear_sum_assignment(step.encode.abs().numpy(), maximize=True)
+    if merge_map.keep is not None:
+        return merge_map.keep
+    _, columns = linear_sum_assignment(merge_map.encode.abs().numpy(), maximize=True)
     return torch.from_numpy(columns.astype(np.int64))
