@@ -52,9 +52,9 @@ def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     except IntrafuseError:
         raise
     except Exception as error:  # configurations and files can fail in any way
-        told = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise IntrafuseError(
-            f"the model cannot be loaded ({type(error).__name__}: {told})",
+            f"the model cannot be loaded ({type(error).__name__}: {reason})",
             value=f"hf:{name}",
             remedy="name a folder with config.json and *.safetensors, as save_pretrained writes",
         ) from error

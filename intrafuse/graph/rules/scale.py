@@ -35,7 +35,7 @@ LAYERS = frozenset(("linear", "addmm", "matmul", "mm", "conv1d", "conv2d"))
 
 
 def follow_size(scope: Scope, node: Node, source: Node, size: Tree, exponent: float) -> None:
-    """Rescale the layer behind a tensor to correct a number that follows a size, or lock the size.
+    """Rescale the layer that writes a tensor, to correct a number that follows a size, or lock it.
 
     Args:
         scope: the trace.

@@ -120,7 +120,7 @@ def _is_zero(search: _Search, node: Node) -> bool:
 
 def _values(search: _Search, node: Node) -> Iterator[Node]:
     """List operands that have the channels and contribute values instead of positions."""
-    only = 1 if operator_name(node).endswith("_as") else None  # the second gives only its shape
+    only = 1 if operator_name(node).endswith("_as") else None  # second: only shape or dtype
     for operand in node.all_input_nodes[:only]:
         value = operand.meta.get("val")
         if search.has(operand) and (not isinstance(value, torch.Tensor) or _counts(value)):

@@ -47,7 +47,7 @@ class Trials:
     _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
 
     def sizes(self, atoms: list[int]) -> dict[int, int]:
-        """Choose sizes for a trial; equal atoms get equal sizes each time."""
+        """Choose sizes for a trial; the same atoms always get the same sizes."""
         table = self.scope.table
         key = (*atoms, len(table.size), self.smaller)
         if key not in self._sizes:

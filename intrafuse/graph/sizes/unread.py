@@ -1,8 +1,8 @@
 """Numbers in a model's modules that may be sizes although the traced code does not read them.
 
-Another code path may read them: a forward without export, a cache, a reset of the head. A number
-belongs to the axis of its size on the nearest parameters below its module. If there are several
-axes of that size, the number follows them while they stay equal.
+Another code path may read them: a forward for exporters only, a cache, a reset of the head. A
+number belongs to the axis of its size on the nearest parameters below its module. If there are
+several axes of that size, the number follows them while they stay equal.
 """
 
 from __future__ import annotations

@@ -232,9 +232,9 @@ class _Kept:
         try:
             state = _State.model_validate(read_json(self.path))
         except (OSError, ValueError) as error:  # also pydantic's errors
-            told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise IntrafuseError(
-                f"the state of a landscape cannot be read ({told})",
+                f"the state of a landscape cannot be read ({reason})",
                 value=str(self.path),
                 remedy="choose another file, or delete this one",
             ) from error

@@ -289,9 +289,9 @@ class _Run:
         else:
             failed = run_local(self.folders, self.tasks, **how)
         if failed:
-            told = "; ".join(f"part {one.part}: {one.reason}" for one in failed)
+            reasons = "; ".join(f"part {one.part}: {one.reason}" for one in failed)
             raise IntrafuseError(
-                f"{len(failed)} of {len(self.tasks)} workers failed: {told}",
+                f"{len(failed)} of {len(self.tasks)} workers failed: {reasons}",
                 remedy="call again with the same recipe and folder: finished work is kept",
             )
         for folder in self.folders:

@@ -36,12 +36,12 @@ def tables(record: Record) -> list[Table]:
 
 def pictures(record: Record) -> list[Picture]:
     """Draw the accuracies with each setting as boxes."""
-    told = ", ".join(f"{n} {median(v):.2f}" for n, v in record["accuracies"].items())
+    summary = ", ".join(f"{n} {median(v):.2f}" for n, v in record["accuracies"].items())
     return [
         Picture(
             "ablation",
             f"Accuracy with {len(record['accuracies'])} settings",
-            f"Boxes of accuracy in percent; medians: {told}. Kruskal-Wallis: "
+            f"Boxes of accuracy in percent; medians: {summary}. Kruskal-Wallis: "
             f"H = {record['statistic']:.3f}, p = {record['p_value']:.3f}.",
             lambda: _draw(record["accuracies"]),
         )

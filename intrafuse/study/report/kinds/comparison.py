@@ -41,7 +41,7 @@ def tables(record: Record) -> list[Table]:
 def pictures(record: Record) -> list[Picture]:
     """Draw accuracy against the removed share of channels."""
     lines = _lines(record)
-    told = "; ".join(
+    summary = "; ".join(
         f"{name}: " + ", ".join(f"{y:.2f} at {x:.0f} %" for x, y in points)
         for name, points in lines.items()
     )
@@ -49,7 +49,7 @@ def pictures(record: Record) -> list[Picture]:
         Picture(
             "accuracy",
             "Accuracy against the share of channels removed, without fine-tuning",
-            f"Accuracy in percent by channels removed. {told}.",
+            f"Accuracy in percent by channels removed. {summary}.",
             lambda: _draw(lines),
         )
     ]

@@ -58,7 +58,7 @@ def pictures(record: Record) -> list[Picture]:
         }
         for row in others
     }
-    told = "; ".join(
+    summary = "; ".join(
         f"{name}: " + ", ".join(f"{label} {ratio:.0%}" for label, ratio in parts.items())
         for name, parts in ratios.items()
     )
@@ -66,7 +66,7 @@ def pictures(record: Record) -> list[Picture]:
         Picture(
             "cost",
             f"Costs as a share of the costs of {first['network']}",
-            f"Of {first['network']}: {told}.",
+            f"Of {first['network']}: {summary}.",
             lambda: _draw(ratios),
         )
     ]

@@ -96,7 +96,7 @@ def _histogram(rows: Sequence[Record], label: str) -> Figure:
 
 
 def _along(rows: Sequence[Record], percent: int) -> Picture:
-    told = "; ".join(
+    summary = "; ".join(
         f"{row['method']}: first {row['layers'][0]['error']:.3f}, "
         f"last {row['layers'][-1]['error']:.3f} (variance ratio "
         f"{row['layers'][-1]['variance_ratio']:.3f})"
@@ -107,7 +107,7 @@ def _along(rows: Sequence[Record], percent: int) -> Picture:
         f"layers-{percent}",
         f"Error along the layers, {percent} % of the channels removed",
         f"Squared error of the layers' outputs divided by their variance, from input to output; "
-        f"errors below {LEAST} are drawn at {LEAST}. {told}.",
+        f"errors below {LEAST} are drawn at {LEAST}. {summary}.",
         lambda: _draw_layers(rows),
     )
 

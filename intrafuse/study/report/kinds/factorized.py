@@ -53,7 +53,7 @@ def timeline(records: Mapping[str, Record]) -> Picture:
     Args:
         records: records of runs, by the name that labels their rows.
     """
-    told = "; ".join(
+    summary = "; ".join(
         f"{name} {record['seconds']:.1f} s in total: "
         + ", ".join(f"{_where(r)} {r['name']} {r['seconds']:.1f} s" for r in record["records"])
         for name, record in records.items()
@@ -61,7 +61,7 @@ def timeline(records: Mapping[str, Record]) -> Picture:
     return Picture(
         "timeline",
         "Stages over time, with one machine for each part",
-        f"{told}.",
+        f"{summary}.",
         lambda: _draw(records),
     )
 

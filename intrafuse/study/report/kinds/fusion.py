@@ -38,8 +38,8 @@ def pictures(record: Record) -> list[Picture]:
         return []
     bars = [*zip(record["networks"], figures["accuracy_of_networks"], strict=True)]
     bars.append(("fused", figures["accuracy"]))
-    told = ", ".join(f"{name} {percent:.2f}" for name, percent in bars)
-    return [Picture("fusion", "Accuracy before and after", f"{told}.", lambda: _draw(bars))]
+    summary = ", ".join(f"{name} {percent:.2f}" for name, percent in bars)
+    return [Picture("fusion", "Accuracy before and after", f"{summary}.", lambda: _draw(bars))]
 
 
 def _draw(bars: Sequence[tuple[str, float]]) -> Figure:

@@ -28,7 +28,7 @@ def tables(record: Record) -> list[Table]:
 
 def pictures(record: Record) -> list[Picture]:
     """Draw the plane."""
-    told = ", ".join(f"{a['name']} {a['value']:.2f}" for a in record["anchors"])
+    summary = ", ".join(f"{a['name']} {a['value']:.2f}" for a in record["anchors"])
     values = [value for row in record["values"] for value in row]
     removed = record.get("channels_removed")
     amount = "" if removed is None else f", {removed:.0%} of the channels removed"
@@ -37,7 +37,7 @@ def pictures(record: Record) -> list[Picture]:
             "landscape",
             f"{record['measure'].capitalize()} on the plane through the three networks{amount}",
             f"Contours on a grid of {len(record['x'])} x {len(record['y'])} points, from "
-            f"{min(values):.2f} to {max(values):.2f}. At the networks: {told}.",
+            f"{min(values):.2f} to {max(values):.2f}. At the networks: {summary}.",
             lambda: _draw(record),
         )
     ]

@@ -66,14 +66,14 @@ def _groups(record: Record) -> Table:
 def pictures(record: Record) -> list[Picture]:
     """Draw the network from input to output, with the width of each group before and after."""
     groups = sorted(record["widths"].items(), key=lambda item: -item[1]["index"])
-    told = "; ".join(f"{name} {g['before']} to {g['after']}" for name, g in groups[:MOST])
+    summary = "; ".join(f"{name} {g['before']} to {g['after']}" for name, g in groups[:MOST])
     more = len(groups) - MOST
     method = record["method"]["name"]
     return [
         Picture(
             "widths",
             "The network from input to output: channels of each group before and after",
-            f"Channels before and after, from input to output: {told}"
+            f"Channels before and after, from input to output: {summary}"
             + (f"; and {more} more groups." if more > 0 else "."),
             lambda: _draw(groups[:MOST], method),
         )

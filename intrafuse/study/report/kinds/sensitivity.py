@@ -54,12 +54,12 @@ def pictures(record: Record) -> list[Picture]:
     for method, lost in _lost(record).items():
         rows = [row for row in record["rows"] if row["method"] == method]
         worst = sorted(lost.items(), key=lambda item: -item[1])
-        told = ", ".join(f"{group} {points:.2f}" for group, points in worst)
+        summary = ", ".join(f"{group} {points:.2f}" for group, points in worst)
         drawn.append(
             Picture(
                 f"sensitivity-{method}",
                 f"Points of accuracy lost with one group pruned by {method}",
-                f"Average points lost over the shares, most volatile group first: {told}.",
+                f"Average points lost over the shares, most volatile group first: {summary}.",
                 lambda rows=rows: _draw(record, rows),
             )
         )
