@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions, numbers
+from intrafuse.cli.options import Common, DataOptions, ModelOptions, numbers
 from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.prune_options import PruneOptions
 from intrafuse.cli.subject import Subject
 
 __all__ = ["divergence"]

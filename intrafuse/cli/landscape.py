@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from intrafuse.cli.options import Common, DataOptions, ModelOptions, PruneOptions
+from intrafuse.cli.options import Common, DataOptions, ModelOptions
 from intrafuse.cli.output import progress, show_record
+from intrafuse.cli.prune_options import PruneOptions
 from intrafuse.cli.subject import Subject
 from intrafuse.support.errors import IntrafuseError
 

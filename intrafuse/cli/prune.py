@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intrafuse.cli.method import MethodOptions
-from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions, PruneOptions
+from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
+from intrafuse.cli.prune_options import PruneOptions
 
 if TYPE_CHECKING:
     from intrafuse.catalog.data import Images
