@@ -274,8 +274,7 @@ class DataOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Most images of each split; default: all for accuracy, "
-            f"{CALIBRATION} for metrics and repair.",
+            help="Most images per split; default: all, 1024 for metrics and repair.",
         ),
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 100
@@ -339,9 +338,7 @@ class PruneOptions(GroupOptions):
     ] = None
     scope: Annotated[
         str | None,
-        typer.Option(
-            help="uniform (default): equal shares; global: one ranking; predicted: by damage."
-        ),
+        typer.Option(help="uniform (default), global (one ranking) or predicted (by damage)."),
     ] = None
     override: Annotated[
         list[str] | None,
