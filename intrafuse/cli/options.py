@@ -47,7 +47,6 @@ __all__ = [
 RANDOM = "note: without --weights the network has random weights"
 COMMAND: ContextVar[str] = ContextVar("COMMAND", default="")  # the running command, for its record
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-# Settings of a method that the user gave as options: option -> value.
 SETTINGS: ContextVar[dict[str, str]] = ContextVar("SETTINGS", default={})  # noqa: B039 - read only
 CALIBRATION = 1024  # images for metrics and repair, without --limit
 
@@ -274,7 +273,7 @@ class DataOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Most images per split; default: all, 1024 for metrics and repair.",
+            help=f"Images per split; default: all, or {CALIBRATION} for repair.",
         ),
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 100
