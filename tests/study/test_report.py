@@ -40,7 +40,7 @@ TOLD = {
     "ablation": "p = 0.439",
     "cost": "latency 50%",
     "fusion": "fused 88.75",
-    "factorized": "5.5 s in all",
+    "factorized": "5.5 s in total",
     "pruning": "conv1 16 to 8; conv2 8 to 4",
 }
 
