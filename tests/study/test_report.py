@@ -40,7 +40,7 @@ TOLD = {
     "ablation": "p = 0.439",
     "cost": "latency 50%",
     "fusion": "fused 88.75",
-    "factorized": "5.5 s in all",
+    "factorized": "5.5 s in total",
     "pruning": "conv1 16 to 8; conv2 8 to 4",
 }
 
@@ -155,8 +155,8 @@ def test_a_network_is_not_shown_twice(saved):
         ("a.json", '{"kind": "cost", "rows": ' + "[" * 5000, "not readable JSON .*deeply"),
         ("a.json", '{"kind": "cost", "kind": "cost"}', "not readable JSON .*twice"),
         ("a.json", '{"kind": "cost", "rows": [' + "9" * 5000 + "]}", "not readable JSON .*64 bits"),
-        ("b.json", '{"kind": "unheard of"}', "no record|none"),
-        ("b.json", "[1, 2]", "no record|none"),
+        ("b.json", '{"kind": "unheard of"}', "not a record|none"),
+        ("b.json", "[1, 2]", "not a record|none"),
     ],
 )
 @pytest.mark.parametrize("whole", [False, True])
