@@ -200,7 +200,8 @@ def usable(folder: str | Path) -> Path:
     """
     folder = folder_target(folder)
     if folder.is_dir():
-        others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, MANIFEST, PLAN})
+        names = {path.name for path in folder.iterdir()}
+        others = sorted(names - {WEIGHTS, MANIFEST, PLAN, RECIPE})
         if others:
             raise IntrafuseError(
                 f"the folder holds other files ({', '.join(others[:3])})",

@@ -330,8 +330,8 @@ RECIPES = {
     "twice inside": (BASE + "splits: {folds: 2, folds: 4}", "twice"),
     "half a pair": (BASE + r'data: "\ud800"', "surrogates|Unicode"),
     "infinite": (BASE + "splits: {scheme: dirichlet, alpha: .inf}", "splits.alpha"),
-    "40 folds": (BASE + "splits: {scheme: k-fold, folds: 40}", "12 folds at most"),
-    "more folds": (BASE + f"splits: {{scheme: k-fold, folds: {10**12}}}", "12 folds at most"),
+    "40 folds": (BASE + "splits: {scheme: k-fold, folds: 40}", "at most 12 folds"),
+    "more folds": (BASE + f"splits: {{scheme: k-fold, folds: {10**12}}}", "at most 12 folds"),
     "steps": (BASE + "pruning: {steps: 100000000}", "steps"),
     "large": (BASE + "#" * 2**21, "bytes"),
 }

@@ -83,7 +83,7 @@ def test_the_blocks_of_a_page_run(page, project, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_project", raising=False)
     monkeypatch.setattr(registry, "RULES", dict(registry.RULES))  # a page registers rules
     monkeypatch.setattr(propagate, "RULES", dict(propagate.RULES))
-    namespace: dict[str, object] = {"__name__": "__page__"}
+    namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.reason is not None or block.source is not None:
             continue
