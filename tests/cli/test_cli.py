@@ -218,13 +218,26 @@ def test_a_mistyped_option_names_the_nearest():
     assert "extra argument" in run("prune", "mlp", "--channels", ".5", "--p", "2", "more").stderr
 
 
-def test_a_recipe_makes_the_same_network_again(tmp_path):
-    asked = ["--params", 0.1, "--method", "intra-fusion", "--p", 2, "--importance", "l2"]
+def test_a_recipe_makes_the_same_network_again(tmp_path, weights):
+    asked = [
+        "--weights",
+        weights,
+        "--params",
+        0.1,
+        "--method",
+        "intra-fusion",
+        "--p",
+        2,
+        "--importance",
+        "l2",
+    ]
     more = ["--override", "layers.1=0.2", "--exclude", "layers.3", "--seed", 3]
     figures("prune", "mlp", *asked, *more, "--out", tmp_path / "a")
     recipe = tmp_path / "a" / "recipe.yaml"
     for _ in range(2):  # the second takes the place of the first
-        again = figures("prune", "mlp", "--recipe", recipe, "--out", tmp_path / "b")
+        again = figures(
+            "prune", "mlp", "--weights", weights, "--recipe", recipe, "--out", tmp_path / "b"
+        )
     assert again["method"]["p"] == 2.0 and again["budget"]["overrides"] == {"layers.1": 0.2}
     same = [(tmp_path / name / "recipe.yaml").read_bytes() for name in "ab"]
     assert same[0] == same[1]
