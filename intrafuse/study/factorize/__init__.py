@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intrafuse.study.factorize.recipe import Recipe, read_recipe
+from intrafuse.study.factorize.recipe import Recipe, make_recipe, read_recipe
 from intrafuse.study.factorize.run import Factorized, factorize
 
-__all__ = ["Factorized", "Recipe", "factorize", "read_recipe"]
+__all__ = ["Factorized", "Recipe", "factorize", "make_recipe", "read_recipe"]
