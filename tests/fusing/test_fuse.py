@@ -51,8 +51,10 @@ def test_known_channels_are_paired_and_averaged():
     torch.testing.assert_close(fused[2].weight.data, readers)
 
 
-@pytest.mark.parametrize("features", ["weights", "activations"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [*((name, "weights") for name in NETWORKS), ("residual", "activations")],
+)
 def test_a_network_fuses_with_a_wider_copy_of_itself(name, features):
     model, x = build(name)
     wide = permuted(duplicated(model, x), x)
@@ -142,8 +144,10 @@ def test_moments_with_weights_one_and_zero_return_one_network():
 # --- repair -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("repair", ["batchnorm", "analytic"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "repair"),
+    [*((name, "batchnorm") for name in NETWORKS), ("chain", "analytic"), ("mlp", "analytic")],
+)
 def test_repair_leaves_a_network_fused_with_its_copy(name, repair):
     model, x = build(name)
     data = [torch.randn(64, *x.shape[1:])]

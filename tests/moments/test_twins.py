@@ -52,7 +52,7 @@ def test_spellings_of_one_function_get_the_same_plan(family, name, first):
 
 
 @pytest.mark.parametrize("family", TWINS)
-@pytest.mark.parametrize("method", ["select", "intra-fusion", "folding"])
+@pytest.mark.parametrize("method", ["folding"])
 def test_methods_that_weights_alone_decide_agree_too(family, method):
     models, x = build(family)
     one, *_, other = models.values()

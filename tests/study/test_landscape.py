@@ -31,6 +31,12 @@ def trained():
     return net
 
 
+@pytest.fixture(scope="module")
+def two(trained):
+    """Plan two prunings of the trained network."""
+    return plans(trained)
+
+
 def plans(net, methods=("select", "intra-fusion"), share=0.4):
     return {
         m: intrafuse.plan(net.model, net.example_inputs, channels=share, method=m) for m in methods
@@ -114,20 +120,20 @@ STATES = (
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "cost"}', *STATES])
-def test_a_file_that_is_no_state_is_left_alone(trained, tmp_path, content):
+def test_a_file_that_is_no_state_is_left_alone(trained, two, tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(IntrafuseError, match="state of a landscape cannot be read"):
-        landscape(trained.model, plans(trained), DATA, points=2, state=path)
+        landscape(trained.model, two, DATA, points=2, state=path)
     assert path.read_text() == content
 
 
-def test_numbers_that_are_not_finite_are_refused(trained):
+def test_numbers_that_are_not_finite_are_refused(trained, two):
     model = copy.deepcopy(trained.model)
     with torch.no_grad():
         model.linear.weight.fill_(3e38)
     with pytest.raises(IntrafuseError, match="not finite"):
-        landscape(model, plans(trained), DATA, points=2)
+        landscape(model, two, DATA, points=2)
 
 
 @pytest.mark.parametrize("points", [2, 3, 8, 21])
