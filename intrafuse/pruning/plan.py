@@ -89,8 +89,8 @@ class Plan:
                 numbers that are not finite.
         """
         check_arguments(model=model)
-        weights = Weights.of(self.graph, model)
         try:
+            weights = Weights.of(self.graph, model)
             if self.fold:
                 fold_norms(weights)
             for step in self.maps:

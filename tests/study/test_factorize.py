@@ -82,7 +82,7 @@ def test_a_recipe_survives_its_file(tmp_path):
         (
             {"scheme": "paf", "model": "mlp", "private": True, "fused": {"epochs": 0},
              "fusing": {"repair": "batchnorm"}},
-            "cannot be read to fuse",
+            "cannot read private data",
         ),
         ({"scheme": "paf", "model": "mlp", "arguments": {"input_shape": [1, 8, 8]}}, "arguments"),
     ],
