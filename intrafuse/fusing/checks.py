@@ -62,7 +62,7 @@ def check_regularisation(regularisation: float | None) -> None:
     """Refuse a regularisation that is negative or not finite."""
     if regularisation is not None and not (_number(regularisation) and regularisation < math.inf):
         raise IntrafuseError(
-            "entropic regularisation must be finite and not negative",
+            "regularisation must be finite and not negative",
             value=regularisation,
             usage=True,
         )
