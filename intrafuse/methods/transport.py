@@ -231,7 +231,7 @@ def encode_matrix(solution: Transport, normalisation: Normalisation = "paper") -
     (section 4 of the paper). `barycentric`: P = diag(1 / nu) T^T, each new channel is a mean.
 
     Raises:
-        IntrafuseError: the normalisation is unknown.
+        IntrafuseError: `normalisation` is unknown.
     """
     matrix = solution.matrix.T
     if normalisation == "paper":
