@@ -55,8 +55,8 @@ __all__ = [
     "verify",
 ]
 
-# PyTorch takes seconds to import, and `intrafuse --help` needs none of it: each public name is
-# imported from its module when it is first asked for.
+# PyTorch takes seconds to import, and `intrafuse --help` does not need it. So each public name is
+# imported from its module on first use.
 _HOMES = {
     "checkpoint.folder": ("load", "save"),
     "fusing.fuse": ("Fused", "FusionReport", "fuse"),

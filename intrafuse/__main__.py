@@ -1,4 +1,4 @@
-"""The entry point of the command line, ready for an interrupt before anything is imported."""
+"""The entry point of the command line; handles interrupts even during imports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from types import FrameType
 
 __all__ = ["main"]
 
-INTERRUPTED = 130  # what shells say of a command that an interrupt ended
+INTERRUPTED = 130  # exit status of a command that an interrupt ends
 
 
 def main() -> None:
     """Run the command line."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored
     if ours:
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -24,11 +24,11 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         if ours:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python has no more to say at its end
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python shuts down
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Leave at once while something is imported, which may swallow an exception or end halfway."""
+    """Exit at once during an import, which may swallow an exception or stop halfway."""
     outer = frame
     while outer is not None:
         if outer.f_code.co_filename.startswith("<frozen importlib"):

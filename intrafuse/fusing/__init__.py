@@ -1,1 +1,1 @@
-"""Fusing several networks: matching graphs, alignment, stacking and restoring statistics."""
+"""Fuse several networks: match graphs, align channels, stack networks, restore statistics."""

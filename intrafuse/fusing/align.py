@@ -1,10 +1,10 @@
 """Align the channels of one network with those of a reference, group by group.
 
 Letters, for one group: m channels of the reference, n of the other network, s a side (a layer that
-writes, filters or reads the channels, or puts them out):
+writes, filters, reads or outputs the channels):
 
     X_s (n, F_s)  features of the other network    Y_s (m, F_s)  features of the reference
-    C (n, m)  cost, the sum over s of |x_i - y_j|^2 / mean_j |y_j|^2: every side counts alike
+    C (n, m)  cost, the sum over s of |x_i - y_j|^2 / mean_j |y_j|^2: all sides weigh the same
     T (n, m)  transport    P (m, n)  means of channels, for writers    Q (n, m)  for readers
 """
 
@@ -28,8 +28,8 @@ __all__ = ["Alignment", "align"]
 
 Solver = Literal["ot", "assignment"]
 Features = Mapping[str, Tensor]  # by side: (channels, F)
-SWEEPS = {"ot": 3, "assignment": 100}  # at most; an assignment stops long before
-QUANTILES = 33  # that describe a row whose columns are in an unknown order
+SWEEPS = {"ot": 3, "assignment": 100}  # upper limits; an assignment usually stops far earlier
+QUANTILES = 33  # number of quantiles to describe a row whose columns are in unknown order
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class Alignment:
 
     Attributes:
         maps: one merge map for each group, from the network's widths to the reference's.
-        distances: the cost of each group's map over the cost of a random one: 0 where the
-            channels are the same, 1 where nothing was gained.
-        sweeps: how often the groups were visited.
+        distances: the cost of each group's map over the cost of a random map, by group name: 0 for
+            equal channels, 1 if the map is no better than chance.
+        sweeps: number of passes over the groups.
     """
 
     maps: Mapping[str, MergeMap]
@@ -59,24 +59,24 @@ def align(
 ) -> Alignment:
     """Align one network with the reference.
 
-    Groups are visited from input to output. The weights that write a group are compared with
-    their input axes mapped already; a layer whose inputs come later in that order (the branches
-    of a residual stream) counts from the second sweep. An assignment then goes on in random order
-    and compares the readers too, until no permutation changes (Git Re-Basin, Ainsworth et al.,
-    ICLR 2023, arXiv 2209.04836, algorithm 1). Transport follows Singh and Jaggi, NeurIPS 2020,
-    arXiv 1910.05653, section 4.
+    The first sweep visits groups from input to output. It compares the weights that write a group
+    after mapping their input axes. A layer whose inputs come later in that order (the branches of
+    a residual stream) is compared from the second sweep on. An assignment continues in random
+    order and compares the readers too, until no permutation changes (Git Re-Basin, Ainsworth et
+    al., ICLR 2023, arXiv 2209.04836, algorithm 1). Transport follows Singh and Jaggi, NeurIPS
+    2020, arXiv 1910.05653, section 4.
 
     Args:
         reference: the tensors of the reference, batch norm folded.
-        weights: those of the other network.
+        weights: the tensors of the other network, batch norm folded.
         solver: `ot` or `assignment`; the latter needs equal widths.
-        activations: what `observe.activations` saw in the reference and in the other network;
-            where given, channels are compared by it alone, and one visit does.
-        regularisation: of the transport, see `transport`.
-        seed: of the order of groups in later sweeps of an assignment.
+        activations: `observe.activations` of the reference and of the other network. If given,
+            only activations are compared, in a single sweep.
+        regularisation: regularization of the transport, see `transport`.
+        seed: seeds the order of groups in later sweeps of an assignment.
     """
     names = [group.name for group in reference.graph.groups]
-    found: dict[str, MergeMap] = {}
+    maps: dict[str, MergeMap] = {}
     distances: dict[str, float] = {}
     random = np.random.default_rng(seed % 2**63)
     sweep = 0
@@ -88,16 +88,16 @@ def align(
             if activations is not None:
                 x, y = activations[1][name], activations[0][name]
             else:
-                x, y, complete = _compared(name, reference, weights, found, readers)
+                x, y, complete = _compared(name, reference, weights, maps, readers)
                 partial |= not complete
-            step, distances[name] = _solve(name, _cost(x, y), solver, regularisation)
-            old = found.get(name)
-            changed |= old is None or not torch.equal(old.encode, step.encode)
-            found[name] = step
+            merge_map, distances[name] = _solve(name, _cost(x, y), solver, regularisation)
+            old = maps.get(name)
+            changed |= old is None or not torch.equal(old.encode, merge_map.encode)
+            maps[name] = merge_map
         again = partial or solver == "assignment"
         if activations is not None or not changed or not again:
             break
-    return Alignment({name: found[name] for name in names}, distances, sweep + 1)
+    return Alignment({name: maps[name] for name in names}, distances, sweep + 1)
 
 
 def _solve(
@@ -112,12 +112,12 @@ def _solve(
         solution = Transport(matrix, cost, mu, nu)
     else:
         solution = transport(cost, mu, nu, regularisation=regularisation)
-        matrix = np.where(solution.matrix < 1e-9 / max(n, m), 0.0, solution.matrix)  # rounding
+        matrix = np.where(solution.matrix < 1e-9 / max(n, m), 0.0, solution.matrix)  # drop rounding
         solution = Transport(matrix, cost, mu, nu)
-    # P takes means. Each channel of the other network is read back from where its mass went.
+    # P takes means. Q reads each channel of the other network from the targets of its mass.
     encode = encode_matrix(solution, "barycentric")
-    step = MergeMap.linear(name, encode, encode_matrix(solution, "paper").T)
-    return step.check(), solution.value / max(float(cost.mean()), 1e-300)
+    merge_map = MergeMap.linear(name, encode, encode_matrix(solution, "paper").T)
+    return merge_map.check(), solution.value / max(float(cost.mean()), 1e-300)
 
 
 def _cost(x: Features, y: Features) -> np.ndarray:
@@ -136,13 +136,13 @@ def _cost(x: Features, y: Features) -> np.ndarray:
 
 
 def _compared(
-    name: str, reference: Weights, weights: Weights, found: Mapping[str, MergeMap], readers: bool
+    name: str, reference: Weights, weights: Weights, maps: Mapping[str, MergeMap], readers: bool
 ) -> tuple[Features, Features, bool]:
     """Describe the channels of a group in both networks by the weights of each layer.
 
     Returns:
-        X, Y by layer and role, and whether every layer could be compared but for those that read
-        what they write.
+        X and Y by layer and role, and whether all layers could be compared, except those that read
+        and write the same group.
     """
     own, other = reference.graph.by_name[name], weights.graph.by_name[name]
     slots = [
@@ -153,16 +153,16 @@ def _compared(
         and slot.parameter in weights.state
     ]
     meets = {slot: _beside(slot, own, reference) for slot in slots}
-    aligned = {reference.graph.by_name[group].id for group in found} - {own.id}
+    aligned = {reference.graph.by_name[group].id for group in maps} - {own.id}
     clear = [slot for slot in slots if meets[slot] <= aligned]
     complete = all(slot in clear or own.id in meets[slot] for slot in slots)
     blurred = not any(slot.kind != "bias" for slot in clear)
     if blurred:
         clear = slots
     part = Weights(weights.graph, {s.parameter: weights.state[s.parameter] for s in clear})
-    for step in found.values():
-        if step.group != name and not blurred:
-            part.merge(step)
+    for merge_map in maps.values():
+        if merge_map.group != name and not blurred:
+            part.merge(merge_map)
     pieces: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = ({}, {})
     for slot in clear:
         twin = next(s for s in other.slots if (s.parameter, s.axis) == (slot.parameter, slot.axis))
@@ -176,7 +176,7 @@ def _compared(
 
 
 def _counts(slot: Slot, weights: Weights, readers: bool) -> bool:
-    """Tell whether a slot describes channels: writers, filters between, and readers if asked."""
+    """Tell whether a slot describes channels: writers, filters, and readers if requested."""
     if slot.role == "reader":
         return readers
     layers = weights.graph.layers.values()
@@ -185,17 +185,17 @@ def _counts(slot: Slot, weights: Weights, readers: bool) -> bool:
 
 
 def _beside(slot: Slot, group: ChannelGroup, weights: Weights) -> set[int]:
-    """List the groups that lie along the elements which describe a channel in one slot."""
+    """List the groups along the other axes and factors of a channel's elements in one slot."""
     graph = weights.graph
     free = {g.id for g in graph.groups}
-    found: set[int] = set()
+    atoms: set[int] = set()
     for axis, tree in enumerate(graph.axes[slot.parameter]):
-        found |= set(leaves(tree)) if axis != slot.axis else _factors(tree, group.id)
-    return found & free
+        atoms |= set(leaves(tree)) if axis != slot.axis else _factors(tree, group.id)
+    return atoms & free
 
 
 def _factors(tree: Tree, atom: int) -> set[int]:
-    """List the atoms that an atom is multiplied with along one axis."""
+    """List the atoms that share a product with an atom along one axis."""
     if isinstance(tree, int) or atom not in leaves(tree):
         return set()
     if isinstance(tree, Sum):
@@ -206,7 +206,7 @@ def _factors(tree: Tree, atom: int) -> set[int]:
 
 
 def _quantiles(rows: Tensor) -> Tensor:
-    """Describe rows (n, F) by what no order of their columns changes: (n, quantiles)."""
+    """Describe rows (n, F) independently of their column order: (n, quantiles)."""
     at = torch.linspace(0, 1, QUANTILES, dtype=torch.double)
     ordered = rows.double().sort(1).values
     index = (at * (ordered.shape[1] - 1)).round().long()

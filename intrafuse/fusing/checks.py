@@ -1,4 +1,4 @@
-"""What a fusion refuses before it computes anything."""
+"""Check the arguments of a fusion before anything is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Width = Literal["first"] | float | Mapping[str, int]
 
 
 def check_networks(models: object) -> list[nn.Module]:
-    """Return the networks, two or more."""
+    """Return the networks as a list; refuse fewer than two, or other objects."""
     if isinstance(models, nn.Module | str) or not isinstance(models, Iterable):
         raise IntrafuseError(
             "fusion takes a list of networks",
@@ -48,7 +48,7 @@ def check_networks(models: object) -> list[nn.Module]:
 
 
 def check_reference(reference: int, networks: int) -> int:
-    """Return the index of the reference, counted from the first network."""
+    """Return the index of the reference, from 0; a negative index counts from the end."""
     if type(reference) is not int or not -networks <= reference < networks:
         raise IntrafuseError(
             f"reference must be the index of one of {networks} networks",
@@ -59,10 +59,10 @@ def check_reference(reference: int, networks: int) -> int:
 
 
 def check_regularisation(regularisation: float | None) -> None:
-    """Refuse a regularisation that is negative or not finite."""
+    """Refuse a regularization that is negative or not finite."""
     if regularisation is not None and not (_number(regularisation) and regularisation < math.inf):
         raise IntrafuseError(
-            "entropic regularisation must be finite and not negative",
+            "regularisation must be finite and not negative",
             value=regularisation,
             usage=True,
         )
@@ -81,9 +81,9 @@ def check_data(data: object, features: str, repair: str | None, samples: int) ->
     for purpose, needed in needs.items():
         if needed and data is None:
             raise IntrafuseError(
-                f"{purpose} needs unlabelled data",
+                f"{purpose} needs unlabeled data",
                 usage=True,
-                remedy="give data=, batches of inputs (on the command line --data)",
+                remedy="pass data=, batches of inputs (on the command line --data)",
             )
     require_rereadable(data)
     if not (type(samples) is int and samples > 0):
@@ -112,13 +112,13 @@ def scaled_shares(weights: Sequence[float] | None, networks: int) -> tuple[float
 def wanted_widths(
     width: Width, graphs: Sequence[ChannelGraph], reference: ChannelGraph, method: str
 ) -> dict[str, int]:
-    """Decide how many channels each group shall have, by name."""
+    """Return the width of each group in the fused network, by group name."""
     sizes = dict(reference.widths)
     if isinstance(width, Mapping):
         for name, wanted in width.items():
             if name not in sizes:
                 raise IntrafuseError(
-                    "width names no channel group",
+                    "width names an unknown channel group",
                     value=name,
                     usage=True,
                     remedy=near_matches(str(name), sorted(sizes)),

@@ -1,4 +1,4 @@
-"""Several models in, one model out: align the channels of the networks, then combine them."""
+"""Fuse several networks into one: align their channels, then combine them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What a fusion was asked to do and did.
+    """Settings and result of a fusion.
 
     Attributes:
-        method, features, repair: as asked for.
+        method, features, repair: the settings.
         reference: index of the network that the others were aligned with.
         shares: the weight of each network, summing to one.
-        widths: channels of each group in every network, by group name, in the order of the
-            networks, and then in the fused one.
-        distances: by group, how far each network's channels stayed from the reference's: 0 the
-            same, 1 no better than chance; nothing for a network that was not aligned.
-        sweeps: how often each network's groups were visited; 0 where it was not aligned.
-        seconds: time for everything.
+        widths: channels of each group, by group name: in each network, in their order, then in the
+            fused network.
+        distances: distance of each network's channels from the reference's after alignment, by
+            group name: 0 for equal channels, 1 for no better than chance, None for a network
+            that was not aligned.
+        sweeps: passes over the groups of each network; 0 if it was not aligned.
+        seconds: time of the whole fusion.
     """
 
     method: str
@@ -80,8 +81,8 @@ class Fused:
 
     Attributes:
         model: the network, with batch norm folded into its layers.
-        report: what was done.
-        plan: how its groups were reduced, where the method or the width asked for that.
+        report: settings and result.
+        plan: the plan that reduced its groups; None if the widths were not reduced.
     """
 
     model: nn.Module
@@ -112,35 +113,34 @@ def fuse(
         models: two or more trained networks; they are not changed. They may differ in the widths
             of their channel groups.
         example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace them with.
-        width: `first` gives the result the widths of the reference; a number is the share of
-            these that is removed after fusion, by moments; a mapping tells the channels of groups
-            by name.
-        weights: what each network counts, not negative; they are scaled to sum to one. By default
-            all count alike.
-        features: channels are compared by the `weights` of the layers that write them, or by
-            their `activations` on `data`, which serves networks that were trained from different
-            starts better. For `moment`: where the moments come from.
+        width: `first` keeps the widths of the reference. A number is the share of these to remove
+            after fusion, by moments. A mapping sets the channels of groups by name.
+        weights: weight of each network, not negative; they are scaled to sum to one. By default
+            all networks have the same weight.
+        features: compare channels by the `weights` of the layers that write them, or by their
+            `activations` on `data`, which is better for networks trained from different
+            initializations. For `moment`: the source of the moments.
         data: batches of inputs, or of (inputs, labels); labels are ignored.
-        samples: number of inputs that activations are compared on.
-        method: `ot` transports channels, whatever the widths (Singh and Jaggi, NeurIPS 2020);
+        samples: number of inputs for comparing activations.
+        method: `ot` transports channels, at any widths (Singh and Jaggi, NeurIPS 2020);
             `assignment` pairs them one to one, with equal widths, in repeated sweeps (Git
             Re-Basin, ICLR 2023); `moment` stacks all networks side by side, keeps the channels
             that explain most, and re-solves their readers (ours).
         reference: index of the network whose order of channels and widths the result has.
-        regularisation: of the transport: 0 exact, above 0 entropic, None by size.
+        regularisation: regularization of the transport: 0 is exact, above 0 entropic; None
+            chooses by size.
         seed: seeds everything random.
-        repair: `batchnorm` brings the statistics of every layer's outputs to the mean of the
-            networks' own, measured on `data` (REPAIR); `synthetic` measures on inputs made from
-            the batch norms; `analytic` takes what the batch norms tell, without data (`moment`
-            does so anyway).
-        progress: called with (networks aligned, networks in all).
+        repair: `batchnorm` rescales every layer's outputs to the mean statistics of the networks,
+            measured on `data` (REPAIR). `synthetic` measures them on inputs made from the batch
+            norms. `analytic` takes them from the batch norms without data (`moment` always does).
+        progress: called with (networks aligned, all networks).
 
     Returns:
         The fused network, with batch norm folded into its layers, and a report.
 
     Raises:
-        IntrafuseError: the networks do not match (names the first group that differs), their
-            widths differ under `assignment`, a setting is out of range, or data is missing.
+        IntrafuseError: the networks do not match (the error names the first group that differs),
+            their widths differ under `assignment`, a setting is out of range, or data is missing.
 
     >>> import torch
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in "ab")
@@ -171,17 +171,17 @@ def fuse(
     restoring = data if repair in ("batchnorm", "synthetic") else None
     analytic = repair == "analytic"
     job = Job(models, graphs, shares, reference, example_inputs, inputs, restoring, analytic, seed)
-    found: dict[str, Any] = {}
+    alignment: dict[str, Any] = {}
     if method == "moment":
         model, plan = merge(job, widths)
     else:
         solver: Any = {"solver": method, "regularisation": regularisation, "seed": seed}
-        tensors, found = average(job, solver, progress)
+        tensors, alignment = average(job, solver, progress)
         model, plan = narrow(job, tensors, widths)
     final = plan.widths if plan is not None else graphs[reference].widths
     told = {name: (*(g.by_name[name].size for g in graphs), final[name]) for name in widths}
     seconds = time.perf_counter() - started
     report = FusionReport(
-        method, features, repair, reference, shares, told, **found, seconds=seconds
+        method, features, repair, reference, shares, told, **alignment, seconds=seconds
     )
     return Fused(model, report, plan)

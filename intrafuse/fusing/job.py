@@ -1,4 +1,4 @@
-"""The three ways to make one network of several: the aligned mean, its reduction, and the union."""
+"""Three ways to make one network from several: aligned mean, reduced mean and reduced union."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Job", "average", "merge", "narrow"]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A fusion that has been checked.
+    """The checked arguments of a fusion.
 
     Attributes:
-        models, graphs: the networks, traced.
+        models, graphs: the networks and their channel graphs.
         shares: their weights, summing to one.
-        reference: the index of the network whose order of channels the result has.
-        example_inputs: for methods that trace again.
-        inputs: batches that channels are compared on, or None to compare weights.
-        repair: batches that restore the statistics of the layers' outputs, or None.
-        rescale: whether these are restored by what the batch norms tell.
-        seed: of everything random.
+        reference: the index of the network whose channel order the result has.
+        example_inputs: inputs for tracing.
+        inputs: batches for comparing channels by activations; None to compare weights.
+        repair: batches for restoring the statistics of the layers' outputs, or None.
+        rescale: whether to restore these statistics from those of the batch norms.
+        seed: seeds everything random.
     """
 
     models: Sequence[nn.Module]
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def counting(self) -> list[int]:
-        """The networks whose weight is not zero."""
+        """Indices of the networks whose weight is not zero."""
         return [k for k, share in enumerate(self.shares) if share > 0]
 
     def folded(self, k: int) -> Weights:
@@ -79,7 +79,7 @@ def average(
     Args:
         job: the fusion.
         solver: arguments of `align`.
-        progress: called with (networks aligned, networks in all).
+        progress: called with (networks aligned, all networks).
 
     Returns:
         The fused tensors, and the distances and sweeps of a `FusionReport`.
@@ -113,7 +113,7 @@ def average(
 
 
 def narrow(job: Job, fused: Weights, widths: Mapping[str, int]) -> tuple[nn.Module, Plan | None]:
-    """Reduce a fused network to the widths that were asked for, by moments."""
+    """Reduce a fused network to the requested widths, by moments."""
     model = install(job.model, fused)
     if widths == fused.graph.widths:
         return model, None

@@ -1,4 +1,4 @@
-"""Refuse networks whose channel graphs differ, and say where they differ first."""
+"""Refuse networks whose channel graphs differ, and name the first difference."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ REMEDY = "fuse networks of one architecture, which may differ in the widths of t
 
 
 def require_same_structure(reference: ChannelGraph, graph: ChannelGraph, number: int) -> None:
-    """Refuse a network that is not built as the reference is, up to widths.
+    """Refuse a network whose structure differs from the reference, except in widths.
 
     Args:
         reference: the graph of the reference network.
-        graph: that of another one.
-        number: of the other one, from 1, for the message.
+        graph: the graph of another network.
+        number: number of the other network in messages, from 1.
 
     Raises:
-        IntrafuseError: names the first group, parameter or operator that differs.
+        IntrafuseError: the structures differ; the error names the first group, parameter or
+            operator that differs.
     """
     for own, other in zip_longest(reference.groups, graph.groups):
         _compare(own, other, graph, number)
@@ -50,7 +51,7 @@ def require_equal_widths(graphs: Sequence[ChannelGraph], reference: int) -> None
     """Refuse networks of different widths.
 
     Raises:
-        IntrafuseError: names the first group whose widths differ.
+        IntrafuseError: the widths differ; the error names the first such group.
     """
     for group in graphs[reference].groups:
         sizes = [graph.by_name[group.name].size for graph in graphs]
@@ -66,7 +67,7 @@ def require_equal_widths(graphs: Sequence[ChannelGraph], reference: int) -> None
 def _compare(
     own: ChannelGroup | None, other: ChannelGroup | None, graph: ChannelGraph, number: int
 ) -> None:
-    """Refuse two groups that are not the same axes of the same parameters."""
+    """Refuse two groups that do not couple the same axes of the same parameters."""
     if own is None or other is None or own.name != other.name:
         name = (own or other).name  # type: ignore[union-attr]
         why = [g.locked for g in graph.locked if own is not None and g.name == own.name]

@@ -1,4 +1,4 @@
-"""The networks that are fused, and their weighted mean."""
+"""The members of a fusion, and their weighted mean."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Member", "combine"]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One of the networks that are fused.
+    """One network of a fusion.
 
     Attributes:
         model: the module.
         weights: its tensors, batch norm folded.
-        maps: how its channels become the reference's; none for the reference.
-        share: its weight w_k.
+        maps: merge maps from its channels to the reference's; none for the reference.
+        share: its weight w_k; all weights sum to one.
     """
 
     model: nn.Module
@@ -31,17 +31,17 @@ class Member:
     share: float
 
     def aligned(self) -> Weights:
-        """Return its tensors with channels in the reference's places."""
+        """Return its tensors with channels in the order of the reference."""
         aligned = self.weights.snapshot()
-        for step in self.maps:
-            aligned.merge(step)
+        for merge_map in self.maps:
+            aligned.merge(merge_map)
         return aligned
 
 
 def combine(members: Sequence[Member], reference: Weights) -> Weights:
     """Average the aligned tensors of all networks.
 
-    What the trace does not know, and what is no floating-point number, is the reference's.
+    Tensors outside the trace and tensors without floating-point numbers come from the reference.
     """
     averaged: dict[str, Tensor] = {}
     parts: list[tuple[float, Mapping[str, Tensor]]] = [

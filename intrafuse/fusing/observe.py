@@ -1,4 +1,4 @@
-"""What the layers of a network put out on unlabelled inputs, channel by channel."""
+"""Observe the outputs of layers on unlabeled inputs, channel by channel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from intrafuse.surgery.watch import run, watching
 
 __all__ = ["Point", "activations", "observing", "points", "take"]
 
-POSITIONS = 8_192  # samples times positions that are kept of each call of a layer
+POSITIONS = 8_192  # most samples times positions to keep per call of a layer, over all batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Point:
 
     Attributes:
         name: the module's path.
-        tree: which channels its outputs hold.
-        weight, bias: its parameters.
-        axis: of the outputs, on which the channels lie.
-        is_layer: whether it is a convolution or linear map; else it is a norm.
+        tree: the symbolic axis of its output channels.
+        weight, bias: names of its parameters.
+        axis: channel axis of the outputs.
+        is_layer: True for a convolution or linear map, False for a norm.
     """
 
     name: str
@@ -48,48 +48,49 @@ def points(graph: ChannelGraph, model: nn.Module, *, norms: bool = False) -> lis
     """List the layers that write prunable channels, in the order of execution.
 
     Args:
-        graph: of the model.
-        model: a layer that is no module of torch.nn cannot be watched, and is left out.
-        norms: list batch norms too, where nothing folded them into a layer.
+        graph: the channel graph of the model.
+        model: the network; layers that are not modules of torch.nn cannot be watched and are left
+            out.
+        norms: also list batch norms that follow no layer.
     """
     free = {group.id for group in graph.groups}
-    found = []
+    listed = []
     for layer in graph.layers.values():
         module = model.get_submodule(layer.name)
         if isinstance(module, LAYERS) and layer.bias is not None and layer.bias in graph.axes:
             axis = -1 if isinstance(module, nn.Linear) else 1
             tree = graph.axes[layer.bias][0]
-            found.append(Point(layer.name, tree, layer.weight, layer.bias, axis))
+            listed.append(Point(layer.name, tree, layer.weight, layer.bias, axis))
     for norm in graph.own_norms if norms else ():
         if norm.layer is None and norm.weight is not None and norm.bias is not None:
             tree = graph.axes[norm.mean][0]
-            found.append(Point(norm.name, tree, norm.weight, norm.bias, 1, False))
-    return [point for point in found if free.intersection(leaves(point.tree))]
+            listed.append(Point(norm.name, tree, norm.weight, norm.bias, 1, False))
+    return [point for point in listed if free.intersection(leaves(point.tree))]
 
 
 def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     """Take the first samples of the data, in batches.
 
     Raises:
-        IntrafuseError: there is no data, or it is not made of batches.
+        IntrafuseError: there is no data, or it does not consist of batches.
     """
-    found, left = [], samples
+    taken, left = [], samples
     for inputs, _ in batches(data, model, purpose='features="activations"'):
         sizes = [len(tensor) if tensor.dim() else 0 for tensor in tensors_of(inputs)]
         if len(set(sizes)) == 1 and sizes[0] > left:
             inputs = map_tensors(lambda t, n=left: t[:n], inputs)
-        found.append(inputs)
+        taken.append(inputs)
         left -= sizes[0] if sizes else 1
         if left <= 0:
             break
-    return found
+    return taken
 
 
 @contextmanager
 def observing(
     model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call `see` with what each point puts out; a tensor that it returns goes on instead."""
+    """Call `see` with the output of each point; a tensor that it returns replaces the output."""
     pairs = ((model.get_submodule(point.name), partial(see, point)) for point in watched)
     with watching(pairs):
         yield
@@ -101,12 +102,13 @@ def activations(
     """Observe the channels of every group before their activation function.
 
     Args:
-        graph: of the model.
-        model: with batch norm folded, so that layers put out what the activation function reads.
+        graph: the channel graph of the model.
+        model: the network with batch norm folded, so that the outputs of its layers are the inputs
+            of the activation functions.
         inputs: batches; positions are drawn at random, the same in every network.
 
     Returns:
-        {group: {layer: (channels, values)}}, one entry for each layer that writes the group.
+        {group: {layer: (channels, values)}}, with an entry for each layer that writes the group.
 
     Raises:
         IntrafuseError: an activation is not finite, or a group has no layer that can be watched.
@@ -124,7 +126,7 @@ def activations(
 
     with observing(model, watched, keep):
         run(model, inputs)
-    found: dict[str, dict[str, Tensor]] = {group.name: {} for group in graph.groups}
+    features: dict[str, dict[str, Tensor]] = {group.name: {} for group in graph.groups}
     for point in watched:
         if point.name not in seen:
             continue
@@ -135,12 +137,12 @@ def activations(
             blocks = locate(point.tree, group.id, graph.sizes)
             if blocks:
                 where = torch.from_numpy(positions(blocks, group.size))
-                found[group.name][point.name] = lines[:, where].transpose(0, 1).flatten(1)
-    for name, rows in found.items():
+                features[group.name][point.name] = lines[:, where].transpose(0, 1).flatten(1)
+    for name, rows in features.items():
         if not rows:
             raise IntrafuseError(
                 "the activations of a group cannot be observed: no module of torch.nn writes it",
                 layer=name,
                 remedy='use features="weights"',
             )
-    return found
+    return features

@@ -1,7 +1,8 @@
-"""Restore what averaging takes from activations: with data (REPAIR), or by how weights correlate.
+"""Restore the variance of activations after averaging: with data (REPAIR) or from weights.
 
-Averaged networks put out less spread than each of their parts (variance collapse). Every layer's
-outputs are brought to the mean of the networks' own means and deviations. Letters, for one output:
+The activations of an averaged network vary less than those of its members (variance collapse). Here
+every layer's outputs are rescaled to the mean of the members' means and deviations. Letters, for
+one output:
 
     w_k weight of network k    mu_k, s_k  its mean and standard deviation    M = sum of w_k mu_k
     S = sum of w_k s_k, the target    m, s  mean and deviation that the fused network has
@@ -28,24 +29,25 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["analytic_restore", "reestimate"]
 
-BATCHES = 64  # of the data that are used
-FLOOR = 1e-5  # share of a layer's mean variance that every output counts to have at least
-Told = dict[str, tuple[Tensor, Tensor]]  # by name of the bias: mean and deviation (outputs,)
+BATCHES = 64  # most batches of the data to use
+FLOOR = 1e-5  # smallest variance of an output, as a share of its layer's mean variance
+Told = dict[str, tuple[Tensor, Tensor]]  # bias name -> mean and deviation (outputs,)
 
 
 def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data: Any) -> None:
-    """Give the outputs of every layer the mean networks' statistics (REPAIR).
+    """Rescale the outputs of every layer to the mean statistics of the members (REPAIR).
 
-    Jordan et al., ICLR 2023, arXiv 2211.08403: what batch norm does when its statistics are
-    estimated anew, written into the weights of the layer that it was folded into. Layers without
-    a norm get the same. A layer that is called twice, or shares its weight, stays as it is.
+    Jordan et al., ICLR 2023, arXiv 2211.08403. The effect of a batch norm with re-estimated
+    statistics is written into the weights of the layer that the norm was folded into. Layers
+    without a norm are rescaled in the same way. A layer that is called twice, or shares its
+    weight, does not change.
 
     Args:
         model: the module of the reference network, for its code.
         fused: the fused tensors; they are rescaled.
         members: the networks.
-        data: batches of inputs, or of (inputs, labels); labels are ignored. It is read once for
-            each network, and once more; 64 batches are used.
+        data: batches of inputs, or of (inputs, labels); labels are ignored. The data is read once
+            for each network and once for the fused one; at most 64 batches are used.
 
     Raises:
         IntrafuseError: the data holds no batch, or a batch holds a single value for a channel.
@@ -82,35 +84,36 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
 
 
 def analytic_restore(fused: Weights, members: Sequence[Member], *, rescale: bool = True) -> None:
-    """Give the outputs of layers behind batch norm the mean networks' statistics, without data.
+    """Rescale outputs of layers with batch norm to the members' mean statistics, without data.
 
-    The batch norms told mu_k and s_k. Outputs of two networks count as correlated as the weights
-    that write them: s^2 = sum over k, l of w_k w_l s_k s_l cos(k, l), negative cosines as none
-    (compare Fold-AR, Wang et al., ICLR 2025, arXiv 2502.10216). Layers without a batch norm stay.
+    The batch norms tell mu_k and s_k. The correlation between outputs of two networks is taken as
+    the cosine of the weights that write them: s^2 = sum over k, l of w_k w_l s_k s_l cos(k, l),
+    with negative cosines as zero (compare Fold-AR, Wang et al., ICLR 2025, arXiv 2502.10216).
+    Layers without a batch norm do not change.
 
     Args:
         fused: the fused tensors; they are rescaled, and their statistics are noted.
         members: the networks.
-        rescale: else statistics are noted only.
+        rescale: whether to rescale; otherwise statistics are only noted.
     """
     parts = [(member.share, member.aligned()) for member in members]
     for name, layer in fused.graph.layers.items():
         if any(
             len(_statistics(p, name)) != p.state[name].shape[layer.output_axis] for _, p in parts
         ):
-            continue  # nothing was told, or not of a grouped transposed convolution
+            continue  # unknown statistics, or a grouped transposed convolution
         mean = torch.stack([w * p.statistics[name][0].double() for w, p in parts]).sum(0)
         spread = torch.stack([w * p.statistics[name][1].double() for w, p in parts])
         rows = [p.state[name].movedim(layer.output_axis, 0).flatten(1).double() for _, p in parts]
         unit = torch.nn.functional.normalize(torch.stack(rows), dim=2)
         cosine = torch.einsum("koi,loi->klo", unit, unit).clamp_min(0)
-        found = torch.einsum("ko,lo,klo->o", spread, spread, cosine).sqrt()
+        deviation = torch.einsum("ko,lo,klo->o", spread, spread, cosine).sqrt()
         target = spread.sum(0)
         if rescale:
-            gain = torch.where(found > 0, target / found.clamp_min(1e-300), 1.0)
+            gain = torch.where(deviation > 0, target / deviation.clamp_min(1e-300), 1.0)
             fused.rescale(name, gain, (1 - gain) * mean)
-            found = target
-        fused.note(name, mean.float(), found.float())
+            deviation = target
+        fused.note(name, mean.float(), deviation.float())
 
 
 def _statistics(weights: Weights, name: str) -> Tensor:
@@ -120,7 +123,7 @@ def _statistics(weights: Weights, name: str) -> Tensor:
 def _correction(
     mean: Tensor, variance: Tensor, wanted: Tensor, deviation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gain and the shift that turn one mean and variance into those wanted."""
+    """Return the gain and shift that turn a mean and variance into a target mean and deviation."""
     floor = FLOOR * float(variance.mean())
     gain = torch.where(variance > 0, deviation / (variance + floor).sqrt(), 1.0)
     return gain, wanted - gain * mean
@@ -136,7 +139,7 @@ def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> Non
 
 
 def _rows(point: Point, output: Tensor) -> Tensor:
-    """Order what a point puts out as (samples, channels), in float64."""
+    """Order the output of a point as (samples, channels), in float64."""
     if not torch.isfinite(output).all():
         raise IntrafuseError("activations must be finite on the data", layer=point.name)
     return output.movedim(point.axis, -1).flatten(0, -2).double()
@@ -148,7 +151,7 @@ def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
 
 
 def _targets(members: Sequence[Member], data: Iterable) -> Told:
-    """Measure M and S of every point, in the places of the reference."""
+    """Measure M and S of every point, in the channel order of the reference."""
     total: Told = {}
     for member in members:
         for name, told in _measured(member, data).items():
@@ -161,13 +164,17 @@ def _targets(members: Sequence[Member], data: Iterable) -> Told:
 
 def _moved(member: Member, bias: str, line: Tensor) -> Tensor:
     part = Weights(member.weights.graph, {bias: line})
-    for step in member.maps:
-        part.merge(MergeMap(step.group, step.encode, step.decode, step.carry, step.keep))
+    for merge_map in member.maps:
+        part.merge(
+            MergeMap(
+                merge_map.group, merge_map.encode, merge_map.decode, merge_map.carry, merge_map.keep
+            )
+        )
     return part.state[bias]
 
 
 def _measured(member: Member, data: Iterable) -> Told:
-    """Measure mean and deviation (outputs,) of each point that a network calls once."""
+    """Measure mean and deviation (outputs,) of each point that is called once per batch."""
     network = install(member.model, member.weights)
     watched = [
         (point.bias, network.get_submodule(point.name), partial(_rows, point))

@@ -1,8 +1,8 @@
-"""Put the channels of several networks side by side in one wide network: their union.
+"""Stack the channels of several networks side by side in one wide network: their union.
 
-Its layers are blocks on a diagonal, so that each network goes on computing what it computed; what
-writes channels that must keep their size (the outputs) adds them up, each with its weight. The
-union of classifiers computes the weighted mean of their outputs.
+The layers of the union are block-diagonal, so each network computes the same as before. Layers that
+write channels of fixed size (the outputs) add the networks up, each with its weight. The union of
+classifiers computes the weighted mean of their outputs.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ def stack(graph: ChannelGraph, networks: Sequence[Weights], shares: Sequence[flo
     """Build the tensors of the union of several networks.
 
     Args:
-        graph: of the reference, whose atoms name those of all.
+        graph: the channel graph of the reference; its atoms stand for those of all networks.
         networks: the tensors of each network, of the same structure.
-        shares: the weight of each network.
+        shares: the weight of each network, summing to one.
 
     Returns:
         Tensors whose groups hold the channels of all networks, one after the other.
 
     Raises:
-        IntrafuseError: a tensor writes channels and is read as the outputs are (tied weights).
+        IntrafuseError: a tensor writes channels along the input axis of a layer (the outputs share
+            a weight with the inputs).
     """
     names = [group.name for group in graph.groups]
     widths = [{n: net.graph.by_name[n].size for n in names} for net in networks]
@@ -83,13 +84,13 @@ def shrink(
 
     Args:
         model: the module that holds the tensors.
-        weights: its tensors, batch norm folded and its statistics noted; they are merged.
-        widths: channels to keep, by group name; groups that have as many stay.
-        method: how.
+        weights: its tensors, with batch norm folded and its statistics noted; they are merged.
+        widths: channels to keep, by group name; groups of this width do not change.
+        method: the method, with its settings.
         example_inputs, data, seed: for the method.
 
     Returns:
-        The plan that was carried out.
+        The applied plan.
     """
     graph = weights.graph
     before = measure(graph, graph.sizes, weights.counted())
@@ -103,26 +104,26 @@ def shrink(
 
 def _written(graph: ChannelGraph) -> dict[str, int]:
     """Find the axis of each parameter on which it writes or carries prunable channels."""
-    found: dict[str, int] = {}
+    axes: dict[str, int] = {}
     reads = {slot.parameter for group in graph.groups for slot in group.readers}
     for group in graph.groups:
         for slot in group.writers + group.carriers:
-            found[slot.parameter] = slot.axis
-    for name in sorted(reads & found.keys()):
+            axes[slot.parameter] = slot.axis
+    for name in sorted(reads & axes.keys()):
         layer = graph.layers.get(name)
-        if layer is not None and found[name] == layer.input_axis:
+        if layer is not None and axes[name] == layer.input_axis:
             raise IntrafuseError(
                 "networks whose outputs share a weight with their inputs cannot be stacked",
                 layer=layer.name,
                 remedy='use method="ot"',
             )
-    return found
+    return axes
 
 
 def _scaled(
     part: Tensor, trees: tuple[Tree, ...], axis: int | None, sizes: Sizes, free: Sizes, share: float
 ) -> Tensor:
-    """Multiply what all networks write to the same places by the weight of this one."""
+    """Scale values that all networks write to the same positions by this network's weight."""
     if axis is None:
         return part * share
     own = torch.from_numpy(_is_own(trees[axis], sizes, free))
@@ -131,18 +132,18 @@ def _scaled(
 
 
 def _places(tree: Tree, sizes: Sizes, union: Sizes, offsets: Sizes) -> np.ndarray:
-    """Find where each position along an axis of one network lies in the union."""
+    """Map each position along an axis of one network to its position in the union."""
     if isinstance(tree, int):
         return np.arange(sizes[tree]) + offsets.get(tree, 0)
     if isinstance(tree, Sum):
         starts = np.cumsum([0, *(tree_size(part, union) for part in tree.parts)])
         parts = [_places(part, sizes, union, offsets) for part in tree.parts]
         return np.concatenate([start + p for start, p in zip(starts, parts, strict=False)])
-    found = np.zeros(1, dtype=np.int64)
+    places = np.zeros(1, dtype=np.int64)
     for factor in tree.factors:
         inner = _places(factor, sizes, union, offsets)
-        found = (found[:, None] * tree_size(factor, union) + inner).ravel()
-    return found
+        places = (places[:, None] * tree_size(factor, union) + inner).ravel()
+    return places
 
 
 def _is_own(tree: Tree, sizes: Sizes, free: Sizes) -> np.ndarray:
@@ -151,7 +152,7 @@ def _is_own(tree: Tree, sizes: Sizes, free: Sizes) -> np.ndarray:
         return np.full(sizes[tree], tree in free)
     if isinstance(tree, Sum):
         return np.concatenate([_is_own(part, sizes, free) for part in tree.parts])
-    found = np.zeros(1, dtype=bool)
+    own = np.zeros(1, dtype=bool)
     for factor in tree.factors:
-        found = (found[:, None] | _is_own(factor, sizes, free)).ravel()
-    return found
+        own = (own[:, None] | _is_own(factor, sizes, free)).ravel()
+    return own

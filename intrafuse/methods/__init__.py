@@ -1,4 +1,4 @@
-"""Methods: scores and a width -> the merge map of one group. One file each, listed here."""
+"""Compression methods: scores and a width -> the merge map of one group. One file each."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def resolve_method(method: str | Method) -> Method:
-    """Turn a name into the method with its default settings.
+    """Return the method of this name with its default settings; return a method unchanged.
 
     Raises:
-        IntrafuseError: no method has that name, or it is not a method.
+        IntrafuseError: no method has that name, or the object is not a method.
 
     >>> resolve_method("intra-fusion").p
     1.0
@@ -51,16 +51,16 @@ def resolve_method(method: str | Method) -> Method:
             "method must be a name or a method with settings, such as IntraFusion(p=2)",
             value=method,
             usage=True,
-            remedy="a method of your own is a class derived from intrafuse.methods.Method",
+            remedy="derive your own method from intrafuse.methods.Method",
         )
     return method
 
 
 def make_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """Make a method from its name and settings, which may be text.
+    """Make a method from its name and settings; text is converted to the type of the setting.
 
     Raises:
-        IntrafuseError: no method has that name, or it has no such setting or value.
+        IntrafuseError: no method has that name, a setting is unknown, or a value is not allowed.
 
     >>> make_method("intra-fusion", {"p": "2", "target": "k-means"}).p
     2.0
@@ -82,7 +82,7 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def settings_of(kind: type[Method]) -> dict[str, Any]:
-    """Map the settings of a method to their types."""
+    """Map the names of a method's settings to their types."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Auto: for each group the candidate whose readers are predicted to err least."""
+"""Auto: for each group, the candidate with the smallest predicted error of its readers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ USUAL, MARGIN = "moment, folding", 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(MomentSource, Method):
-    """Try every way to reduce a group, and take the one with the smallest predicted error.
+    """Try several maps for each group, and choose the one with the smallest predicted error.
 
-    The candidates are `select`, `intra-fusion` and `folding` as they are, and each set of writers
-    (those three, greedily selected and greedily transported channels) with readers re-solved by
-    moments. The error is that of `intrafuse.moments.readout.predicted_error`. A prediction has an
-    error of its own, so what does best on most networks, folding with moments, gives way only to
-    a candidate that is better by a tenth. The plan and the report tell what was chosen, and what
-    was predicted for each candidate.
+    Three candidates are the maps of `select`, `intra-fusion` and `folding`. Five more take the
+    writers of these three, of greedily selected or of greedily transported channels, and re-solve
+    the readers by moments. `intrafuse.moments.readout.predicted_error` predicts the error. Folding
+    with moments does best on most networks, and predictions are uncertain, so another candidate
+    is chosen only if its error is smaller by a tenth. The notes of the plan and the report hold
+    the choice and the predicted error of each candidate.
     """
 
     name: ClassVar[str] = "auto"
@@ -53,7 +53,7 @@ class Auto(MomentSource, Method):
             for method in (Select(), IntraFusion(), Folding())
         }
         known = self.readings(group, context.weights, context)
-        if not known:  # nothing to predict with
+        if not known:  # no moments to predict with
             note = {"chosen": "folding", "predicted": {}}
             return replace(plain["folding"], note=note)
         greedy = explaining_channels(list(known.values()), width)
@@ -64,14 +64,14 @@ class Auto(MomentSource, Method):
         }
         candidates: dict[str, MergeMap] = {}
         predicted: dict[str, float] = {}
-        found = self.readings_beside(group, list(writers.values()), context)
-        for (name, step), reading in zip(writers.items(), found, strict=True):
+        beside = self.readings_beside(group, list(writers.values()), context)
+        for (name, merge_map), reading in zip(writers.items(), beside, strict=True):
             solved = with_readout(
-                step, reading, context.weights, ridge=self.ridge, max_gain=self.max_gain
+                merge_map, reading, context.weights, ridge=self.ridge, max_gain=self.max_gain
             )
             tried = {f"moment, {name}": solved}
             if name in plain:
-                tried[name] = step
+                tried[name] = merge_map
             for title, candidate in tried.items():
                 candidates[title] = candidate
                 predicted[title] = predicted_error(candidate, reading, context.weights)

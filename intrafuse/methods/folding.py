@@ -33,28 +33,27 @@ __all__ = ["Folding", "cluster", "clustering_features", "repair_gain", "restored
 Clustered = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
 Correction = Literal["approximate", "none"]
-SWEEPS = 100  # of single moves over all channels; it stops long before, once nothing moves
+SWEEPS = 100  # most passes of single moves over all channels; usually far fewer are needed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folding(Method):
     """Replace clusters of similar channels by their means, and restore the lost variance.
 
-    No data is used, and the importance only decides the widths: which channels fall together is
-    a matter of their similarity. Prefer `intra-fusion` or `select` where important channels must
-    survive as they are.
+    Folding needs no data. Similarity decides which channels are clustered; importance affects only
+    the widths. Prefer `intra-fusion` or `select` if important channels must stay unchanged.
 
     Attributes:
         correction: `approximate` is the paper's Fold-AR, see `repair_gain`. Its targets are the
-            statistics of the batch norms that were folded. A layer without them keeps the mean
-            norm of its rows, weights and bias scaled alike. `none` averages only.
-        features: what channels are compared by. `plain` concatenates the weights that write a
-            channel and those that read it, as they are once batch norm is folded. `balanced`
-            first gives both sides of a channel the same norm, which a ReLU network allows without
-            changing its outputs (cross-layer equalisation, Nagel et al., ICCV 2019). `writers`
-            leaves the readers out.
-        start: the clusters that k-means starts from: those of `ward`, which needs no seed and
-            ends in better clusters, or of `k-means++`, which the seed of the plan decides.
+            statistics of the folded batch norms. A layer without batch norm keeps the mean norm
+            of its rows; its weights and bias get the same gain. `none` only averages.
+        features: weights that the clustering compares, with batch norm folded. `plain`
+            concatenates the weights that write a channel and those that read it. `balanced` first
+            scales both sides of a channel to the same norm, which does not change the outputs of
+            a ReLU network (cross-layer equalization, Nagel et al., ICCV 2019). `writers` leaves
+            the readers out.
+        start: initial clusters of k-means: `ward` needs no seed and ends in better clusters;
+            `k-means++` depends on the seed of the plan.
 
     >>> from intrafuse.pruning.prune import plan
     >>> from torch import nn
@@ -71,7 +70,7 @@ class Folding(Method):
     name: ClassVar[str] = "folding"
     folds_batchnorm: ClassVar[bool] = True
     order: ClassVar[Literal["forward", "backward"]] = (
-        "forward"  # each group as it is read: 1 to 3 points on VGG11-BN
+        "forward"  # gains 1 to 3 points of accuracy on VGG11-BN
     )
 
     correction: Correction = "approximate"
@@ -96,12 +95,12 @@ class Folding(Method):
 def restored_variance(
     group: ChannelGroup, context: Context, mean: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute what gives averaged channels the mean and the spread of their members.
+    """Compute gains and shifts that restore mean and standard deviation of averaged channels.
 
     Args:
         group: the channel group.
         context: the state of planning.
-        mean: P (m, n), rows that sum to one.
+        mean: P (m, n), whose rows sum to one.
 
     Returns:
         Gains and shifts by the name of the writer's weight, for `MergeMap`.
@@ -114,7 +113,7 @@ def restored_variance(
 
 
 def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) -> Tensor:
-    """Concatenate, for each channel, what writes it, what filters it and what reads it.
+    """Concatenate, for each channel, the weights that write it, filter it and read it.
 
     Args:
         group: the channel group.
@@ -122,9 +121,8 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) 
         kind: see `Folding.features`.
 
     Returns:
-        X (n, F), float32, on the CPU. Grouped convolutions between writers and readers count as a
-        third side; scales and shifts of norms do not enter but through the layers they were
-        folded into.
+        X (n, F), float32, on the CPU. Grouped convolutions between writers and readers are a third
+        side. Scales and shifts of norms enter only through the layers they were folded into.
     """
     readers = () if kind == "writers" else group.readers
     layers = context.weights.graph.layers
@@ -151,9 +149,9 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) 
 def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 0) -> Tensor:
     """Cluster rows by k-means.
 
-    The clusters that it starts from are improved by moving single rows as long as that lowers
-    the sum of squared distances to the means (Hartigan's method, as in the authors' code), which
-    ends in better optima than Lloyd's iteration and never empties a cluster.
+    Hartigan's method improves the initial clusters, as in the authors' code: it moves single rows
+    while that lowers the sum of squared distances to the means. It finds better optima than Lloyd's
+    iteration and never empties a cluster.
 
     Args:
         features: X (n, F).
@@ -162,7 +160,7 @@ def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 
         seed: for `k-means++`.
 
     Returns:
-        Labels (n,) below m, each of them used; clusters are numbered by their first row.
+        Labels (n,) from 0 to m - 1, all used; clusters are numbered by their first rows.
 
     >>> cluster(torch.tensor([[0.0], [9.0], [0.1], [9.0], [5.0]]), 3)
     tensor([0, 1, 0, 1, 2])
@@ -192,13 +190,13 @@ def _distances(gram: np.ndarray) -> np.ndarray:
 
 
 def _ward(gram: np.ndarray, width: int) -> np.ndarray:
-    """Merge the two clusters that raise the sum of squares least, until `width` are left."""
+    """Repeatedly merge the two clusters that raise the sum of squares least, down to `width`."""
     tree = linkage(squareform(np.sqrt(_distances(gram)), checks=False), "ward")
     return cut_tree(tree, width)[:, 0]
 
 
 def _plusplus(gram: np.ndarray, width: int, seed: int) -> np.ndarray:
-    """Assign rows to the nearest of `width` rows, drawn with probabilities ~ squared distance."""
+    """Draw `width` rows with probability ~ squared distance; assign each row to the nearest."""
     squared = _distances(gram)
     random = np.random.default_rng(seed)
     chosen = [int(random.integers(len(gram)))]
@@ -208,7 +206,7 @@ def _plusplus(gram: np.ndarray, width: int, seed: int) -> np.ndarray:
         chosen.append(int(random.choice(len(gram), p=chance / chance.sum())))
         nearest = np.minimum(nearest, squared[chosen[-1]])
     labels = squared[:, chosen].argmin(1)
-    labels[chosen] = np.arange(width)  # a duplicate of a row that was drawn before
+    labels[chosen] = np.arange(width)  # also if a drawn row duplicates an earlier one
     return labels
 
 
@@ -246,13 +244,13 @@ def _exchange(gram: np.ndarray, labels: np.ndarray, width: int) -> np.ndarray:
 
 
 def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
-    """Compute what restores the variance that averaging loses (Fold-AR, section 4 of the paper).
+    """Compute gains that restore the variance lost by averaging (Fold-AR, section 4 of the paper).
 
-    Outputs i and j of a layer with uncorrelated inputs are correlated as their weights are:
-    c_ij = cos(w_i, w_j). The mean of a cluster of N outputs has variance
-    sum_ij s_i s_j c_ij / N^2 and shall have standard deviation sum_i s_i / N. With equal s this
-    gives the paper's N / sqrt(N + (N^2 - N) E[c]). Negative correlation counts as none, so that
-    the gain is at most sqrt(N) where all s are equal.
+    If the inputs of a layer are uncorrelated, its outputs i and j have the correlation of their
+    weights: c_ij = cos(w_i, w_j). The mean of a cluster of N outputs has variance
+    sum_ij s_i s_j c_ij / N^2; the target standard deviation is sum_i s_i / N. With equal s this
+    gives the paper's N / sqrt(N + (N^2 - N) E[c]). Negative correlation counts as zero, so the
+    gain is at most sqrt(N) if all s are equal.
 
     Args:
         rows: weights (n, ..., d), one row for each output.
@@ -260,7 +258,7 @@ def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
         mean: P (m, n).
 
     Returns:
-        Gains (m, ...), at least 1 up to rounding; exactly 1 for a cluster of one.
+        Gains (m, ...), at least 1 up to rounding; exactly 1 for a cluster of one channel.
 
     >>> repair_gain(torch.eye(3), torch.ones(3), torch.tensor([[0.5, 0.5, 0], [0, 0, 1]]))
     tensor([1.4142, 1.0000])
@@ -279,7 +277,9 @@ def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
 def _layer_slots(group: ChannelGroup, context: Context) -> list[Slot]:
     """List the weights of the layers whose outputs are the group's channels."""
     layers = context.weights.graph.layers
-    read = {(slot.parameter, slot.axis) for slot in group.readers}  # tied: a gain would harm
+    read = {
+        (slot.parameter, slot.axis) for slot in group.readers
+    }  # with tied weights a gain would also change the reader
     return [
         slot
         for slot in group.writers + group.carriers
@@ -297,7 +297,7 @@ def _repair(
     gain: dict[str, Tensor],
     shift: dict[str, Tensor],
 ) -> None:
-    """Add the gain and the shift (m, r) of one layer: its outputs shall have mean P mu, std P s."""
+    """Add the gain and shift (m, r) of one layer, whose target is mean P mu and deviation P s."""
     weights = context.weights
     blocks = weights.graph.blocks
     where = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id])

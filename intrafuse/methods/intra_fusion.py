@@ -1,4 +1,4 @@
-"""Intra-Fusion: transport every channel of a group onto the channels that stay.
+"""Intra-Fusion: transport every channel of a group onto the kept channels.
 
 Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 2402.07839.
 """
@@ -44,20 +44,23 @@ CHOICES = {
     "target_marginal": Marginal,
     "normalisation": Normalisations,
 }
-MIXTURE_DIMENSIONS = 32  # a mixture in thousands of dimensions has more parameters than data
+MIXTURE_DIMENSIONS = 32  # in thousands of dimensions a mixture has more parameters than data
 
 
 def channel_features(group: ChannelGroup, context: Context, kind: Compared = "writers") -> Tensor:
-    """Lay what describes each channel side by side.
+    """Concatenate the weights that describe each channel.
 
     Args:
         group: the channel group, of n channels.
         context: the state of planning.
-        kind: `writers`: the weights that write the channel; `all`: these, the writers' biases
+        kind: `writers` takes the weights that write the channel; `all` adds the writers' biases
             and the readers' weights.
 
     Returns:
         (n, F) in float32. Batch norm enters through the layer that it was folded into.
+
+    Raises:
+        IntrafuseError: the kind is unknown, or the group has no writers and readers.
     """
     if kind not in ("writers", "all"):
         raise IntrafuseError("features must be writers or all", value=kind)
@@ -77,20 +80,22 @@ class IntraFusion(Method):
     """Fuse the channels of a group by optimal transport (sections 3 and 4 of the paper).
 
     Attributes:
-        features: what the ground cost compares: the `writers`' weights, or `all` weights and
-            biases of writers and readers (section 4 of the paper). `writers` keeps more accuracy
-            where many channels go (docs/research.md), and makes the maps of the groups independent.
-        target: what the channels are transported onto: the most `important` channels, the
-            centroids of `k-means`, or those of a Gaussian `mixture`.
-        source_marginal, target_marginal: mass of channels and targets: `uniform`,
-            by `importance`, or by its `softmax`. Centroids get the importance of their members.
-        p: order of the norm of the ground cost.
+        features: weights that the ground cost compares: the `writers`' weights, or `all` weights
+            and biases of writers and readers (section 4 of the paper). `writers` keeps more
+            accuracy when many channels are removed (docs/research.md), and makes the maps of the
+            groups independent.
+        target: the targets of the transport: the most `important` channels, the centroids of
+            `k-means`, or those of a Gaussian `mixture`.
+        source_marginal, target_marginal: mass of channels and targets: `uniform`, proportional to
+            `importance`, or its `softmax`. A centroid has the mean importance of its members.
+        p: order of the norm of the ground cost, at least 1.
         regularisation: None chooses the solver by size; 0 is exact; above 0 is entropic.
-        normalisation: `paper` (each channel spreads its whole mass), `barycentric` (each new
-            channel is a mean; readers still get the whole mass), or `projected` (channels that
-            stay keep their own weights; readers get of each lost channel's mass the part that its
-            target stands for: the cosine of their features). `projected` keeps more of the MLPs
-            of a sentence encoder and less of every convolutional network (docs/research.md).
+        normalisation: `paper`: each channel spreads its whole mass. `barycentric`: each new
+            channel is a mean, and readers still get the whole mass. `projected`: kept channels
+            keep their own weights, and the mass that readers get from a lost channel is scaled by
+            the cosine of its features with those of its target. `projected` keeps more accuracy
+            of the MLPs of a sentence encoder and less of every convolutional network
+            (docs/research.md).
     """
 
     name: ClassVar[str] = "intra-fusion"
@@ -109,7 +114,7 @@ class IntraFusion(Method):
         check_choices(self, CHOICES)
         if self.normalisation == "projected" and self.target != "important":
             raise IntrafuseError(
-                "normalisation projected needs targets that are channels",
+                'normalisation="projected" needs channels as targets',
                 value=self.target,
                 remedy='use target="important"',
                 usage=True,
@@ -118,7 +123,7 @@ class IntraFusion(Method):
             raise IntrafuseError("p must be at least 1", value=self.p, usage=True)
         if self.regularisation is not None and not self.regularisation >= 0:
             raise IntrafuseError(
-                "regularisation must be not negative", value=self.regularisation, usage=True
+                "regularisation must not be negative", value=self.regularisation, usage=True
             )
 
     def __call__(
@@ -145,7 +150,7 @@ class IntraFusion(Method):
             keep = most_important(scores, width)
             return features[keep.to(features.device)], scores[keep]
         points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
-        with warnings.catch_warnings():  # duplicated channels leave a cluster empty: no harm
+        with warnings.catch_warnings():  # duplicated channels may leave a cluster empty, harmlessly
             warnings.simplefilter("ignore", ConvergenceWarning)
             if self.target == "k-means":
                 members = KMeans(width, n_init="auto", random_state=seed).fit(points).labels_
@@ -158,13 +163,13 @@ class IntraFusion(Method):
 
 
 def _projected(group: ChannelGroup, features: Tensor, keep: Tensor, decode: Tensor) -> MergeMap:
-    """Select channels; readers add of each lost one what is alike in those that it went to."""
-    step = MergeMap.select(group.name, len(features), keep)
+    """Select channels; readers add each lost channel's mass, scaled by cosine similarity."""
+    merge_map = MergeMap.select(group.name, len(features), keep)
     unit = torch.nn.functional.normalize(features, dim=1)
     alike = (unit @ unit[keep.to(unit.device)].T).clamp_min(0).to(decode)
     decode = decode * alike
-    decode[keep] = step.decode[keep]
-    return replace(step, decode=decode, keep=None)
+    decode[keep] = merge_map.decode[keep]
+    return replace(merge_map, decode=decode, keep=None)
 
 
 def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a method is: its contract, and methods by name."""
+"""The contract of a compression method."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Method(ABC):
     A method is a frozen dataclass whose fields are its settings. The fields, with their types and
     defaults, are also what the command line and recipes accept. Laws:
 
-    - the map has the group's size and the width asked for;
+    - the map has the group's size and the requested width;
     - the same group, scores, weights and seed give the same map;
-    - nothing but the map comes out: neither `context.weights` nor the model changes;
-    - if `width` equals the group's size, the network computes the same with the map as without.
+    - a method has no side effects: neither `context.weights` nor the model changes;
+    - if `width` equals the group's size, the map does not change the network's outputs.
 
     Attributes:
         name: its name on the command line and in reports.
-        folds_batchnorm: whether batch norm is folded into the layer before it, before the method
-            sees the weights.
-        order: whether groups come from the input to the output (`forward`), or from the output,
-            index 0, to the input (`backward`).
-        chooses: whether the method itself selects channels where combinations are not allowed
+        folds_batchnorm: whether batch norm is folded into its preceding layer before the method
+            is called.
+        order: order of the groups: from input to output (`forward`), or from the output, index 0,
+            to the input (`backward`).
+        chooses: whether the method itself selects channels in groups that must not be combined
             (`ChannelGroup.chosen`); otherwise these are selected by importance.
 
+    >>> import torch, intrafuse
     >>> class First(Method):
     ...     name = "first"
     ...     def __call__(self, group, scores, width, context):
-    ...         return MergeMap.select(group.name, group.size, range(width))
-    >>> import torch, intrafuse
+    ...         return MergeMap.select(group.name, group.size, torch.arange(width))
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> intrafuse.plan(net, torch.zeros(1, 4), channels=0.5, method=First()).widths
     {'0': 4}

@@ -1,10 +1,11 @@
-"""Moment matching: every reader re-solves for itself how to read the old activations from the new.
+"""Moment matching: each reader re-solves for the old activations from the new ones.
 
 See `intrafuse.moments.readout` for the mathematics of the readout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -20,6 +21,7 @@ from intrafuse.methods.method import Method
 from intrafuse.methods.select import most_important
 from intrafuse.moments.attention import place_encode, with_products
 from intrafuse.moments.explain import explaining_blocks, explaining_channels
+from intrafuse.moments.readers import Reading
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource, Source
 from intrafuse.support.arguments import check_choices
@@ -36,31 +38,31 @@ Choice = Literal["greedy", "importance"]
 class Moment(MomentSource, Method):
     """Match moments: keep or merge channels, then re-solve each reader (ours; DESIGN section 6).
 
-    No data is needed where a normalisation layer stands before the activation: mean and spread
-    come from the norm, correlations from the weights. Without one, inputs of unit variance are
+    If a normalization layer precedes the activation, no data is needed: the norm tells mean and
+    standard deviation, and the weights tell correlations. Otherwise inputs of unit variance are
     assumed and propagated.
 
-    Of attention, whole heads are selected with their queries and keys, and the output projection
-    reads what all of the lost ones gave from all that the kept ones give. The width inside heads
-    is that of the best products: each head gets queries and keys, and values, of its own that
-    come closest to the old ones (`intrafuse.moments.attention`); where the network does
-    anything else between a layer and the product, it is selected by importance. Without data the
-    outputs of attention get no gain and no shift: their means are not known (docs/research.md).
+    In attention, whole heads are selected with their queries and keys, and the output projection
+    re-solves for the outputs of all heads from those of the kept heads. The width inside heads is
+    reduced by new queries, keys and values for each head, whose products are closest to the old
+    ones (`intrafuse.moments.attention`). If another operator stands between a layer and the
+    product, that width is selected by importance. Without data the outputs of attention get no
+    gain and no shift, because their means are unknown (docs/research.md).
 
     Attributes:
-        transport: merge writers by the map of this method (`folding` keeps most accuracy); with
-            `none` channels are selected. Sums of transported channels are brought to the spread
-            of their parts.
-        choice: which channels survive where they are selected, and what `intra-fusion` transports
-            the others onto: `greedy` takes, one after the other, the channel that explains most
-            reader-weighted covariance of what is left (pivoted Cholesky); `importance` takes the
-            most important ones.
+        transport: method whose map merges the writers (`folding` keeps most accuracy); with `none`
+            channels are selected. Gains restore the standard deviation of merged channels.
+        choice: channels to select, or targets of `intra-fusion`. `greedy` takes one channel after
+            the other, each time the one that explains most of the reader-weighted covariance not
+            yet explained (pivoted Cholesky). `importance` takes the most important channels.
     """
 
     name: ClassVar[str] = "moment"
     folds_batchnorm: ClassVar[bool] = True
     order: ClassVar[Literal["forward", "backward"]] = "forward"
-    chooses: ClassVar[bool] = True  # selects, where channels may not be combined, and reads out
+    chooses: ClassVar[bool] = (
+        True  # selects channels that must not be combined, and re-solves their readers
+    )
 
     transport: MergedBy = "folding"
     choice: Choice = "greedy"
@@ -75,26 +77,26 @@ class Moment(MomentSource, Method):
         if group.chosen:
             return self._of_attention(group, scores, width, context)
         if self.transport == "folding":
-            step = Folding()(group, scores, width, context)
+            merge_map = Folding()(group, scores, width, context)
         else:
             keep = most_important(scores, width)
             known = {}
             if self.choice == "greedy":
                 known = self.readings(group, context.weights, context)
                 keep = explaining_channels(list(known.values()), width) if known else keep
-            step = MergeMap.select(group.name, len(scores), keep)
+            merge_map = MergeMap.select(group.name, len(scores), keep)
             if self.transport == "none" and known:
-                found = {name: r.narrowed(slice(None), keep) for name, r in known.items()}
-                return self._read_out(step, found, context)
+                selected = {name: r.narrowed(slice(None), keep) for name, r in known.items()}
+                return self._read_out(merge_map, selected, context)
             if self.transport == "intra-fusion":
-                step = fused(group, keep, context)
-        (found,) = self.readings_beside(group, [step], context)
-        return self._read_out(step, found, context)
+                merge_map = fused(group, keep, context)
+        (beside,) = self.readings_beside(group, [merge_map], context)
+        return self._read_out(merge_map, beside, context)
 
     def _of_attention(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        """Choose heads, or the width inside them, and let readers solve for all places at once."""
+        """Reduce heads or the width inside them, and re-solve readers for all places at once."""
         weights = context.weights
         known = self.readings(group, weights, context, places=True)
         keep = most_important(scores, width)
@@ -104,19 +106,25 @@ class Moment(MomentSource, Method):
             blocks = weights.graph.blocks(slot, group.id, weights.sizes)
             places = torch.from_numpy(positions(blocks, len(scores)))
             keep = explaining_blocks(list(known.values()), places, width)
-        step = MergeMap.select(group.name, len(scores), keep)
+        merge_map = MergeMap.select(group.name, len(scores), keep)
         if summed:
-            step = with_products(step, group, known, self, context)
-        found = {n: r.encoded(place_encode(step, group, n, weights)) for n, r in known.items()}
-        step = self._read_out(step, found, context)
-        return step if self.source != "analytic" else replace(step, gain={}, shift={})
+            merge_map = with_products(merge_map, group, known, self, context)
+        encoded = {
+            n: r.encoded(place_encode(merge_map, group, n, weights)) for n, r in known.items()
+        }
+        merge_map = self._read_out(merge_map, encoded, context)
+        return merge_map if self.source != "analytic" else replace(merge_map, gain={}, shift={})
 
-    def _read_out(self, step: MergeMap, found, context: Context) -> MergeMap:
-        return with_readout(step, found, context.weights, ridge=self.ridge, max_gain=self.max_gain)
+    def _read_out(
+        self, merge_map: MergeMap, readings: Mapping[str, Reading], context: Context
+    ) -> MergeMap:
+        return with_readout(
+            merge_map, readings, context.weights, ridge=self.ridge, max_gain=self.max_gain
+        )
 
 
 def fused(group: ChannelGroup, keep: Tensor, context: Context) -> MergeMap:
-    """Transport a group's channels onto some of them, as means whose spread is restored.
+    """Transport a group's channels onto some of them, as means with restored deviation.
 
     Args:
         group: the channel group.
@@ -126,6 +134,6 @@ def fused(group: ChannelGroup, keep: Tensor, context: Context) -> MergeMap:
     chosen = torch.zeros(context.weights.sizes[group.id])
     chosen[keep] = 1.0
     method = IntraFusion(normalisation="barycentric", features="all")
-    step = method(group, chosen, len(keep), context)
-    gain, shift = restored_variance(group, context, step.encode)
-    return replace(step, writer_gain=gain, writer_shift=shift)
+    merge_map = method(group, chosen, len(keep), context)
+    gain, shift = restored_variance(group, context, merge_map.encode)
+    return replace(merge_map, writer_gain=gain, writer_shift=shift)

@@ -16,7 +16,7 @@ __all__ = ["Select", "most_important"]
 
 
 def most_important(scores: Tensor, width: int) -> Tensor:
-    """Return the ascending indices (width,) of the highest scores; ties go to the first."""
+    """Return the ascending indices (width,) of the highest scores; ties keep the first."""
     order = scores.cpu().sort(descending=True, stable=True).indices
     return order[:width].sort().values
 
@@ -25,7 +25,7 @@ def most_important(scores: Tensor, width: int) -> Tensor:
 class Select(Method):
     """Keep the channels with the highest importance (Li et al., ICLR 2017, arXiv 1608.08710).
 
-    The right choice where long fine-tuning follows, and the baseline of every comparison.
+    Choose it before long fine-tuning, and as the baseline of comparisons.
     """
 
     name: ClassVar[str] = "select"

@@ -1,4 +1,4 @@
-"""Optimal transport between the channels of a group and the channels that stay.
+"""Optimal transport between the channels of a group and the kept channels.
 
 Letters, as in Theus et al. 2024 (arXiv 2402.07839) and in POT:
 
@@ -36,9 +36,9 @@ __all__ = [
 Marginal = Literal["uniform", "importance", "softmax"]
 Normalisation = Literal["paper", "barycentric"]
 STRIP = 32  # features in a strip of the ground cost
-ENTROPIC_FROM = 16384  # channels from which the exact solver takes minutes: 11,008 take 24 s
-TOLERANCE = 1e-6  # at which the entropic solver stops
-WORST = 1e-3  # error of the marginals that is refused
+ENTROPIC_FROM = 16384  # with more channels the exact solver takes minutes; 11,008 take 24 s
+TOLERANCE = 1e-6  # stopping threshold of the entropic solver
+WORST = 1e-3  # largest accepted error of the marginals
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Transport:
     Attributes:
         matrix: T (n, m), float64.
         cost: the ground cost C (n, m).
-        source, target: the marginals mu (n,) and nu (m,) that were asked for.
+        source, target: the required marginals mu (n,) and nu (m,).
     """
 
     matrix: np.ndarray
@@ -63,13 +63,13 @@ class Transport:
 
     @property
     def error(self) -> float:
-        """How far the marginals of T are from those asked for (sum of absolute values)."""
+        """Sum of absolute differences between the marginals of T and the required ones."""
         rows = np.abs(self.matrix.sum(1) - self.source).sum()
         return float(rows + np.abs(self.matrix.sum(0) - self.target).sum())
 
 
 def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
-    """Measure the p-norm distances between features scaled to unit Euclidean length.
+    """Compute p-norm distances between features scaled to unit Euclidean length.
 
     Args:
         x: features of the channels (n, F).
@@ -90,7 +90,7 @@ def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
         raise IntrafuseError("the order p of a norm must be at least 1", value=p)
     if x.dim() != 2 or x.shape[1:] != y.shape[1:]:
         shapes = (tuple(x.shape), tuple(y.shape))
-        raise IntrafuseError("channels and targets must have as many features", value=shapes)
+        raise IntrafuseError("channels and targets must have equally many features", value=shapes)
     x, y = (torch.nn.functional.normalize(f.float(), dim=1, eps=1e-12) for f in (x, y))
     distance = _manhattan(x, y) if p == 1 else torch.cdist(x, y, p=p)
     cost = distance.double().cpu().numpy()
@@ -102,9 +102,10 @@ def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
 
 
 def _manhattan(x: Tensor, y: Tensor) -> Tensor:
-    """Sum absolute differences (n, m) over strips of features that stay in a core's cache.
+    """Sum absolute differences (n, m) over strips of features that fit a core's cache.
 
-    Two to four times as fast as one `torch.cdist` over thousands of features, and more exact.
+    This is two to four times as fast as one `torch.cdist` over thousands of features, and more
+    accurate.
     """
     distance = x.new_zeros(len(x), len(y))
     for a, b in zip(x.split(STRIP, 1), y.split(STRIP, 1), strict=True):
@@ -113,11 +114,11 @@ def _manhattan(x: Tensor, y: Tensor) -> Tensor:
 
 
 def marginal(kind: Marginal, scores: Tensor) -> np.ndarray:
-    """Give each channel its mass (n,): the same, by importance, or by softmax of importance.
+    """Compute the mass of each channel (n,): uniform, by importance, or by softmax of importance.
 
     Raises:
-        IntrafuseError: an importance is not finite; or one is negative, or all are zero, where
-            mass follows importance; or the kind is unknown.
+        IntrafuseError: a score is not finite, or the kind is unknown. With `importance` also: a
+            score is negative, or all are zero.
 
     >>> marginal("importance", torch.tensor([1.0, 3.0]))
     array([0.25, 0.75])
@@ -149,13 +150,13 @@ def transport(
         cost: C (n, m).
         source: mu (n,), not negative.
         target: nu (m,), not negative, with the same sum.
-        regularisation: entropic regularisation in units of the mean cost; 0 solves exactly
-            (network simplex, `ot.emd`), None takes the exact solver below 16,384 channels
-            and 0.01 from there. The exact solver is also the faster one until then.
+        regularisation: entropic regularization in units of the mean cost; 0 solves exactly
+            (network simplex, `ot.emd`). None solves exactly below 16,384 channels, where that is
+            also faster, and uses 0.01 from there on.
 
     Raises:
-        IntrafuseError: the problem is not one of transport, the regularisation is negative, or
-            the solver failed.
+        IntrafuseError: shapes or masses do not fit, the regularization is negative or not finite,
+            or the solver failed.
 
     >>> transport(np.array([[0.0, 1.0], [1.0, 0.0]]), np.ones(2) / 2, np.ones(2) / 2).value
     0.0
@@ -163,12 +164,10 @@ def transport(
     if regularisation is None:
         regularisation = 0.0 if max(cost.shape) < ENTROPIC_FROM else 0.01
     if not 0 <= regularisation < np.inf:
-        raise IntrafuseError(
-            "entropic regularisation must be finite and not negative", value=regularisation
-        )
+        raise IntrafuseError("regularisation must be finite and not negative", value=regularisation)
     _check_problem(cost, source, target)
-    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # the logarithm of no mass
-        warnings.simplefilter("error", UserWarning)  # POT reports failure by a warning
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # logarithm of zero mass
+        warnings.simplefilter("error", UserWarning)  # POT warns on failure
         try:
             if regularisation == 0:
                 matrix = ot.emd(source, target, cost, numItermax=10_000_000)
@@ -204,14 +203,15 @@ def _check_problem(cost: np.ndarray, source: np.ndarray, target: np.ndarray) -> 
     masses = float(source.sum()), float(target.sum())
     if min(source.min(), target.min()) < 0 or not np.isclose(*masses, rtol=1e-6, atol=0):
         raise IntrafuseError(
-            "mass must not be negative, and as much must arrive as leaves", value=masses
+            "mass must not be negative, and must have the same total on both sides",
+            value=masses,
         )
 
 
 def assignment(cost: np.ndarray) -> np.ndarray:
-    """Match n channels with n targets at least cost; returns the target of each channel (n,).
+    """Match n channels with n targets at the lowest cost; return the target of each channel (n,).
 
-    The special case of transport with equal widths and uniform mass (SciPy's Hungarian method).
+    This is transport with equal widths and uniform mass (SciPy's Hungarian method).
 
     Raises:
         IntrafuseError: the cost is not square, or not finite.
@@ -231,7 +231,7 @@ def encode_matrix(solution: Transport, normalisation: Normalisation = "paper") -
     (section 4 of the paper). `barycentric`: P = diag(1 / nu) T^T, each new channel is a mean.
 
     Raises:
-        IntrafuseError: the normalisation is unknown.
+        IntrafuseError: `normalisation` is unknown.
     """
     matrix = solution.matrix.T
     if normalisation == "paper":

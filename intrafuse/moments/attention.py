@@ -1,14 +1,14 @@
-"""The width inside heads of attention: products of fewer channels that come closest to the old.
+"""Reduce the width inside attention heads: products of fewer channels, closest to the old ones.
 
 Letters, for one head of width n that keeps m:
 
     q, k   a query and a key (n,)            A = E[q q'] = L L, B = Cov(k) = K K
-    logit  q' k, but for what all keys of a query have in common, which the softmax forgets
+    logit  q' k, except a term that all keys of a query share, which the softmax cancels
     P, R   (m, n): new queries P q, new keys R k, and (P q)' (R k) ~ q' k
 
 With L K = U S V' the best m products are P = S^1/2 U_m' L^-1, R = S^1/2 V_m' K^-1 (Eckart and
-Young). Values v with covariance C = L L, read by W, keep what is read most: W L = U S V',
-P = V_m' L^-1. A softmax weighs positions, never channels, so P v is averaged as v is.
+Young). Values v with covariance C = L L are read by W. Their best m combinations come from
+W L = U S V': P = V_m' L^-1. A softmax weighs positions, not channels, so it averages P v as v.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ MOVES = PERMUTATIONS | CASTS | SHAPES | DROPOUTS
 
 
 def with_products(
-    step: MergeMap,
+    merge_map: MergeMap,
     group: ChannelGroup,
     known: Mapping[str, Reading],
     source: MomentSource,
     context: Context,
 ) -> MergeMap:
-    """Give each head queries, keys and values of its own, instead of a selection.
+    """Replace a selection by new queries, keys and values for each head.
 
     Args:
-        step: the selection.
-        group: the width of queries and keys, and of values where it is the same.
-        known: what the readers know of the places where values lie.
-        source: where moments come from.
+        merge_map: the selection.
+        group: the width of queries and keys, and of values if it is the same.
+        known: readings of the places of the values, by reader.
+        source: the source of the moments.
         context: the state of planning.
 
     Returns:
-        The selection itself where anything but a linear map writes queries, keys or values, or
-        where heads share keys.
+        The map with its `writers` set. The selection itself if anything except a linear map
+        writes queries, keys or values. If heads share keys, queries and keys stay selected.
     """
     weights = context.weights
     layers = _layers(group, weights)
     if layers is None:
-        return step
+        return merge_map
     query, key, value = layers
     found: dict[str, Tensor] = {}
     rows = [_rows(group, name, weights) for name in layers]
@@ -67,21 +67,21 @@ def with_products(
         if queries is not None and keys is not None:
             power = queries[1] + torch.outer(queries[0], queries[0])
             pairs = _own(power, rows[0]), _own(keys[1], rows[1])
-            found[query], found[key] = best_products(*pairs, step.width, source.ridge)
+            found[query], found[key] = best_products(*pairs, merge_map.width, source.ridge)
     if rows[2] is not None:
-        values = _read_values(group, known, len(rows[2]), step.width, source.ridge, weights)
+        values = _read_values(group, known, len(rows[2]), merge_map.width, source.ridge, weights)
         found |= {} if values is None else {value: values}
     biases = {str(weights.graph.layers[name].bias): p for name, p in found.items()}
     found |= {name: p for name, p in biases.items() if name in weights.state}
     writers = {name: matrix.float() for name, matrix in found.items()}
-    return replace(step, writers=writers, keep=None if writers else step.keep)
+    return replace(merge_map, writers=writers, keep=None if writers else merge_map.keep)
 
 
 def _read_values(
     group: ChannelGroup, known: Mapping[str, Reading], heads: int, width: int, ridge: float,
     weights: Weights,
 ) -> Tensor | None:  # fmt: skip
-    """Choose the values of each head that its readers read most, if all of them are known."""
+    """Combine the values of each head into those read most, if all readings are known."""
     read = [slot.parameter for slot in group.readers]
     found = [_rows(group, name, weights) for name in read]
     rows = [own for own in found if own is not None]
@@ -116,26 +116,26 @@ def best_values(spread: Tensor, read: Tensor, width: int, ridge: float) -> Tenso
     return right.mT @ inverse
 
 
-def place_encode(step: MergeMap, group: ChannelGroup, name: str, weights: Weights) -> Tensor:
-    """Return E (m r, n r): the new places on a reader's axis from the old, float64."""
+def place_encode(merge_map: MergeMap, group: ChannelGroup, name: str, weights: Weights) -> Tensor:
+    """Return E (m r, n r), from old to new places on a reader's axis, float64."""
     slot = next(slot for slot in group.readers if slot.parameter == name)
-    old = positions(weights.graph.blocks(slot, group.id, weights.sizes), step.size)
-    sizes = {**weights.sizes, group.id: step.width}
-    new = positions(weights.graph.blocks(slot, group.id, sizes), step.width)
+    old = positions(weights.graph.blocks(slot, group.id, weights.sizes), merge_map.size)
+    sizes = {**weights.sizes, group.id: merge_map.width}
+    new = positions(weights.graph.blocks(slot, group.id, sizes), merge_map.width)
     layers = _layers(group, weights)
-    encode = step.encode.expand(old.shape[1], *step.encode.shape)
-    if layers is not None and layers[2] in step.writers:
-        encode = step.writers[layers[2]]
-    found = torch.zeros(new.size, old.size).double()
+    encode = merge_map.encode.expand(old.shape[1], *merge_map.encode.shape)
+    if layers is not None and layers[2] in merge_map.writers:
+        encode = merge_map.writers[layers[2]]
+    places = torch.zeros(new.size, old.size).double()
     for place, matrix in enumerate(encode):
-        found[torch.from_numpy(new[:, place])[:, None], torch.from_numpy(old[:, place])] = (
+        places[torch.from_numpy(new[:, place])[:, None], torch.from_numpy(old[:, place])] = (
             matrix.double()
         )
-    return found
+    return places
 
 
 def _layers(group: ChannelGroup, weights: Weights) -> tuple[str, str, str] | None:
-    """Name the weights that write queries, keys and values, if nothing comes in between."""
+    """Name the weights that write queries, keys and values, if no operator changes them after."""
     program = weights.graph.program
     calls = [
         node
@@ -155,7 +155,7 @@ def _layers(group: ChannelGroup, weights: Weights) -> tuple[str, str, str] | Non
 
 
 def _writer(node: Node, weights: Weights) -> str | None:
-    """Follow an activation back to the linear map that wrote it and feeds nothing else."""
+    """Trace an activation back to the linear map that writes it and nothing else."""
     while len(node.users) == 1 and operator_name(node) in MOVES:
         assert isinstance(node.args[0], Node)
         node = node.args[0]
@@ -169,7 +169,7 @@ def _writer(node: Node, weights: Weights) -> str | None:
 
 
 def _rows(group: ChannelGroup, name: str, weights: Weights) -> Tensor | None:
-    """List where the width (heads, n) of each head lies on a weight, if nothing else lies there."""
+    """List the positions (heads, n) of each head's width on a weight, if they fill the axis."""
     slot = next((s for s in group.slots if s.parameter == name), None)
     if slot is None:
         return None
@@ -181,7 +181,7 @@ def _rows(group: ChannelGroup, name: str, weights: Weights) -> Tensor | None:
 
 
 def _own(matrix: Tensor, places: Tensor) -> Tensor:
-    """Cut the blocks (heads, n, n) of each head with itself out of a matrix."""
+    """Take the diagonal block of each head from a matrix: (heads, n, n)."""
     return matrix[places[:, :, None], places[:, None, :]]
 
 

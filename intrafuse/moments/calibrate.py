@@ -1,4 +1,4 @@
-"""Moments of activations measured on unlabelled data: the original network against the pruned."""
+"""Measure moments of activations on unlabeled data, of the original and the pruned network."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-BATCHES = 64  # of the data that are used
-SAMPLES = 16_384  # positions of each layer's input that are kept, of all batches together
-PAIRS = (0, 0), (1, 1), (0, 1)  # of the old and the new activations
+BATCHES = 64  # most batches of the data to use
+SAMPLES = 16_384  # most positions of each layer's input to keep, over all batches
+PAIRS = (0, 0), (1, 1), (0, 1)  # covariances to sum: 0 is the old activation, 1 the new one
 Captured = dict[str, list[Tensor]]  # by layer, for each call: (samples, channels), float32
 
 
 class Calibration:
-    """What the layers of the original network read on the user's data.
+    """Moments of layer inputs, measured on the user's data.
 
-    The data is read once, up to 64 batches. Each contributes positions drawn at random, the same
-    in every network, so that memory is bounded.
+    The data is read once, up to 64 batches. To bound memory, each batch contributes positions
+    drawn at random, the same in every network.
 
     Args:
         model: the original network.
         data: batches of inputs, or of (inputs, labels); labels are ignored.
 
     Raises:
-        IntrafuseError: there is no data, or it is not made of batches.
+        IntrafuseError: there is no data, or it does not consist of batches.
     """
 
     def __init__(self, model: nn.Module, data: Iterable | None) -> None:
@@ -55,19 +55,20 @@ class Calibration:
     def readings(
         self, group: ChannelGroup, weights: Weights, *, length: float = 1.0, places: bool = False
     ) -> dict[str, Reading]:
-        """Measure what each reader of a group reads, originally and as pruned so far.
+        """Measure the inputs of each reader of a group, in the original and as pruned so far.
 
         Args:
             group: the channel group.
-            weights: the tensors as merged so far; the group may have been widened in them, so
-                that merged channels stand behind the old ones.
-            length: of the correlation between taps, for the variance of outputs.
-            places: see `intrafuse.moments.readers.readings`. These are many, and samples may be
-                few: of n samples of p places the part n / (n + 2 p) of covariances counts.
+            weights: the tensors as merged so far; the group may be widened, with merged channels
+                behind the old ones.
+            length: correlation length between taps, in positions, for the variance of outputs.
+            places: see `intrafuse.moments.readers.readings`. Places are many and samples may be
+                few, so off-diagonal covariance is multiplied by n / (n + 2 p) for n samples of p
+                places.
 
         Returns:
-            Readings by the name of the reader's weight. `old` is of the original network (n
-            channels), `new` of the other. Readers that are no modules of torch.nn are left out.
+            Readings by the name of the reader's weight: `old` of the original network (n channels),
+            `new` of the pruned one. Readers that are not modules of torch.nn are left out.
 
         Raises:
             IntrafuseError: an activation is not finite.
@@ -84,11 +85,11 @@ class Calibration:
             for slot, total in sums.items():
                 was = _rows(group, slot, weights, weights.graph.sizes, places)
                 now = _rows(group, slot, weights, weights.sizes, places)
-                if places and len(was) != len(now):  # the reader was re-solved for what is left
+                if places and len(was) != len(now):  # the reader was already re-solved
                     before, was = after, now
                 for x, y in zip(before[slot.layer], after[slot.layer], strict=True):
                     total.add(_part(x, was), _part(y, now))
-        found = {}
+        measured = {}
         for slot, total in sums.items():
             taps, kernel, _ = reader_taps(group, slot, weights, length)
             if places:
@@ -96,13 +97,13 @@ class Calibration:
                 assert taps is not None
                 kernel = torch.ones(1, 1).double()
             reading = _reading(total, slot.layer, taps, kernel, calls[slot.layer])
-            found[slot.parameter] = _doubted(reading, total.count) if places else reading
-        return found
+            measured[slot.parameter] = _shrunk(reading, total.count) if places else reading
+        return measured
 
     def written(self, names: Sequence[str], weights: Weights) -> list[Written]:
-        """Measure mean and covariance of what linear maps write in the original network.
+        """Compute mean and covariance of linear maps' outputs on the original network's inputs.
 
-        Of the weights as merged so far; None where they read other channels than originally.
+        Uses the weights as merged so far; None for a map that reads other channels than originally.
         """
         found: list[Written] = []
         for name in names:
@@ -135,9 +136,9 @@ class Calibration:
     def _capture(
         self, model: nn.Module, layers: list[str], calls: Mapping[str, int] | None = None
     ) -> Iterator[Captured]:
-        """Run a network on every batch and keep samples of what enters some layers.
+        """Run a network on every batch and keep samples of the inputs of some layers.
 
-        Where the number of calls of each layer is told, a run ends at the last of them.
+        If the number of calls of each layer is given, a run ends at the last call.
         """
         each = SAMPLES // len(self.inputs)
         with evaluating(model), torch.no_grad():
@@ -152,7 +153,7 @@ class Calibration:
 
 
 def _reading(total: Sums, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:
-    """Make a reading of the moments of old and new activations."""
+    """Make a reading from the sums over old and new activations."""
     if not total.count:
         raise IntrafuseError("the data holds no sample", layer=layer)
     of_old, of_new, cross = (total.covariance(*pair) for pair in PAIRS)
@@ -180,30 +181,35 @@ def _rows(
     return rows.flatten().sort().values[:, None] if places else rows
 
 
-def _doubted(reading: Reading, samples: int) -> Reading:
-    """Count covariances that were measured on few samples in part, variances in whole."""
-    part = samples / (samples + 2 * len(reading.old_mean))
+def _shrunk(reading: Reading, samples: int) -> Reading:
+    """Shrink off-diagonal covariance when samples are few; keep variances."""
+    factor = samples / (samples + 2 * len(reading.old_mean))
 
-    def less(matrix: Tensor) -> Tensor:
-        return part * matrix + (1 - part) * matrix.diagonal().diag()
+    def shrink(matrix: Tensor) -> Tensor:
+        return factor * matrix + (1 - factor) * matrix.diagonal().diag()
 
-    return replace(reading, old=less(reading.old), new=less(reading.new), cross=less(reading.cross))
+    old, new, cross = (shrink(part) for part in (reading.old, reading.new, reading.cross))
+    return replace(reading, old=old, new=new, cross=cross)
 
 
 def _part(x: Tensor, rows: Tensor) -> Tensor:
-    """Take some channels (channels, repeats) of (samples, all): (samples x repeats, channels)."""
+    """Take channels at positions (channels, repeats) from x (samples, all positions).
+
+    Returns:
+        (samples x repeats, channels).
+    """
     return x[:, rows.T.to(x.device)].flatten(0, 1).cpu()
 
 
 class _Enough(Exception):
-    """Every call that was waited for has come."""
+    """All expected calls have been captured."""
 
 
 @contextmanager
 def _watching(
     model: nn.Module, layers: list[str], found: Captured, each: int, left: int | None
 ) -> Iterator[None]:
-    """Put at most `each` samples of what enters each call of some layers into `found`."""
+    """Collect at most `each` samples of the input of each call of some layers in `found`."""
 
     def keep(layer: str, axis: int, x: Tensor) -> None:
         nonlocal left
@@ -220,7 +226,7 @@ def _watching(
     def watched() -> Iterator[tuple[nn.Module, Callable[[Tensor], None]]]:
         for layer in layers:
             module = model.get_submodule(layer)
-            axis = -1 - len(getattr(module, "kernel_size", ()))  # from behind: without a batch too
+            axis = -1 - len(getattr(module, "kernel_size", ()))  # inputs may lack a batch axis
             yield module, partial(keep, layer, axis)
 
     try:

@@ -1,9 +1,9 @@
-"""Predicted damage: the error that each width of each group adds to what its readers write.
+"""Predicted damage: the error of the readers' outputs at each width of each group.
 
-A reader that understands the share 1 - u of its old outputs' variance writes noise and signal as
-u to 1 - u once its gain has restored the variance. Where it adds its outputs to a residual
-stream, the noise counts as the reader's share in the variance of the stream. The damage of a
-group is the sum over its readers.
+If a reader explains the share 1 - u of the variance of its old outputs, its outputs have a
+noise-to-signal ratio of u / (1 - u) after its gain has restored the variance. If it adds its
+outputs to a residual stream, this ratio is weighted by the reader's share of the stream's variance.
+The damage of a group is the sum over its readers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["damage_by_width", "stream_shares"]
 
-MOST = 1e6  # a reader that understands nothing
+MOST = 1e6  # damage of a reader that explains nothing
 
 
 def damage_by_width(
     groups: Iterable[ChannelGroup], weights: Weights, *, length: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """Predict what each group's width costs, each group alone.
+    """Predict the damage of each width of each group, for each group alone.
 
     Args:
         groups: the groups that may shrink.
         weights: the tensors before anything is merged, batch norm folded.
-        length: how far the correlation between neighbouring positions reaches.
+        length: correlation length between neighboring positions, in positions.
 
     Returns:
-        By group name: damage (n + 1,) by width, falling to 0 at n. A group that no moments reach
-        is left out.
+        By group name: damage (n + 1,) by width, falling to 0 at n. Groups without moments are left
+        out.
     """
     weights = weights.on_cpu()  # once, not for each group
     shares = stream_shares(weights, length=length)
@@ -51,11 +51,12 @@ def damage_by_width(
 
 
 def stream_shares(weights: Weights, *, length: float = 1.0) -> dict[str, float]:
-    """Compute how much of a residual stream's variance each layer that adds to it contributes.
+    """Compute the share of each layer in the variance of the residual stream that it adds to.
 
     Returns:
-        By the name of a layer's weight: its variance over that of all layers that have written
-        the same channels up to it, summed over channels. Layers without moments are left out.
+        By the name of a layer's weight: its variance, divided by the variance of itself and of all
+        earlier layers that write the same channels, summed over channels. Layers without moments
+        are left out.
     """
     graph = weights.graph
     propagation = Propagation(weights, length=length)

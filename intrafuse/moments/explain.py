@@ -1,8 +1,8 @@
-"""Which channels explain what the readers of a group read, and how much stays unexplained.
+"""Choose channels that explain the inputs of a group's readers; compute what stays unexplained.
 
-Pivoted Cholesky of the covariance Sigma (n, n) that each reader knows: taking channel j explains
-Sigma[:, j] Sigma[j, :] / Sigma[j, j] of it. A channel i weighs as the squared norm of the weights
-(outputs, n, taps) that read it.
+This is a pivoted Cholesky decomposition of each reader's covariance Sigma (n, n). Taking channel j
+explains Sigma[:, j] Sigma[j, :] / Sigma[j, j]. The weight of channel i is the squared norm of the
+reader's weights (outputs, n, taps) for it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["explaining_blocks", "explaining_channels", "unexplained"]
 
 
 def explaining_channels(found: Sequence[Reading], width: int) -> Tensor:
-    """Choose, one after the other, the channel that explains most of what the readers read.
+    """Choose channels greedily: each time the one that explains most of the readers' inputs.
 
     Args:
-        found: what each reader knows of the group; its `old` covariance is used.
+        found: reading of each reader; its `old` covariance is used.
         width: m.
 
     Returns:
@@ -32,14 +32,14 @@ def explaining_channels(found: Sequence[Reading], width: int) -> Tensor:
 
 
 def explaining_blocks(found: Sequence[Reading], places: Tensor, width: int) -> Tensor:
-    """Choose, one after the other, the channel whose places together explain most.
+    """Choose channels greedily: each time the one whose places together explain most.
 
-    As `explaining_channels`, where a channel lies at several places that the readers know one by
-    one: a head and its width. A block b of places explains C_:b C_bb^-1 C_b: of what is left.
+    Like `explaining_channels`, for channels with several places in a reading, such as a head and
+    its width. A block b of places explains C_:b C_bb^-1 C_b: of the remaining covariance C.
 
     Args:
-        found: what each reader knows of the places; its `old` covariance is used.
-        places: (n, r) where each channel lies.
+        found: reading of each reader, by places; its `old` covariance is used.
+        places: (n, r), the places of each channel.
         width: m.
 
     Returns:
@@ -72,7 +72,7 @@ def unexplained(found: Sequence[Reading]) -> np.ndarray:
     """Compute the share of each reader's variance that the best m channels leave unexplained.
 
     Args:
-        found: what each reader knows of the group.
+        found: reading of each reader.
 
     Returns:
         (n + 1, readers), falling from 1 for m = 0 to 0 for m = n.
@@ -97,9 +97,9 @@ def _pivots(found: Sequence[Reading], width: int) -> tuple[list[int], np.ndarray
 
 
 class _Unexplained:
-    """What a reader's covariance C (n, n) holds beyond the channels taken: C - L^T L.
+    """The covariance of a reader left unexplained by the chosen channels: C - L^T L, (n, n).
 
-    Scores follow each step by products with vectors, so that C is neither copied nor written.
+    Scores are updated by products with vectors, so C is neither copied nor changed.
     """
 
     def __init__(self, reading: Reading, width: int) -> None:
@@ -114,7 +114,7 @@ class _Unexplained:
         self.taken = 0
 
     def share(self) -> float:
-        """Return the share of the weighted variance that is left."""
+        """Return the unexplained share of the weighted variance."""
         return float(self.weight @ np.maximum(self.own, 0.0))
 
     def score(self) -> np.ndarray:
@@ -123,7 +123,7 @@ class _Unexplained:
         return np.where(alive, self.gain / np.maximum(self.own, self.floor), 0.0)
 
     def take(self, channel: int) -> None:
-        """Explain what can be explained by one more channel."""
+        """Add a channel to those that explain."""
         if self.own[channel] <= self.floor:
             return
         before = self.rows[: self.taken]

@@ -106,14 +106,14 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
 def product_moments(
     f: Tensor, g: Tensor, among: tuple[Tensor, Tensor, Tensor], *, degree: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
+    """Compute mean and covariance of products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
 
     With D_pq(i) = E[f_i^(p)(x_i) g_i^(q)(y_i)], the expectations of derivatives, and i != j,
 
         Cov = sum R_xx^a R_xy^b R_yx^c R_yy^e D_{a+b,c+e}(i) D_{a+c,b+e}(j) / (a! b! c! e!)
 
-    over a + b + c + e >= 1 (the formula of Stroock 1987, element by element), here up to a
-    degree; mean and variances have no such limit. The matrix stays positive semidefinite.
+    over a + b + c + e >= 1 (the formula of Stroock 1987, element by element). The sum is truncated
+    at a degree; mean and variances are not. The matrix stays positive semidefinite.
 
     Args:
         f, g: values (n, nodes) at the quadrature nodes of x and y.
@@ -142,7 +142,7 @@ def _series(
 ) -> Tensor:
     """Sum the terms of `product_moments` up to a degree."""
     total = torch.zeros_like(among[0])
-    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time stay in the cache
+    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time fit the cache
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         factors = (among[0][part], among[1][part], among[1][:, part].T.contiguous(), among[2][part])
         for x, xy, yx, y in product(range(degree + 1), repeat=4):
@@ -173,7 +173,7 @@ def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Split a covariance (n, n) into correlation (n, n) and standard deviation (n,).
 
-    A variable without spread has correlation zero with all others.
+    A variable with zero variance has correlation zero with all others.
     """
     std = covariance.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(std > 0, 1 / std.clamp_min(1e-150), 0.0)

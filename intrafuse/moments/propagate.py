@@ -1,10 +1,10 @@
 """Moments of activations from the weights alone: one rule for each operator.
 
-A rule takes the moments of an operator's inputs to those of its result. Only the channel
-dimension is described; all positions of a channel count alike. What no rule describes has no
-moments (None), and readers of it keep the weights that conventional pruning gives them. Model
-inputs count as independent channels of mean 0 and variance 1, and so does what a layer reads
-where nothing is known of it. The rules are in the package `rules` beside this file.
+A rule maps the moments of an operator's inputs to those of its result. Moments describe only the
+channel dimension; all positions of a channel are treated alike. A result without a rule has no
+moments (None), and its readers keep the weights of conventional pruning. Model inputs are assumed
+to be independent channels of mean 0 and variance 1; so are layer inputs without moments. The rules
+are in the package `rules` beside this file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CHANNELS_LAST = ("linear", "layer_norm", "rms_norm")
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Which Gaussian variables an activation is a function of, channel by channel.
+    """The Gaussian variables that an activation is a function of, channel by channel.
 
     Attributes:
-        node: its result counts as a Gaussian vector.
-        rows: the entry of that vector behind each channel, (channels,); None: all, in order.
-        values: of each channel at the quadrature nodes of its variable, (channels, nodes); None
-            where the activation is the variable itself.
+        node: its result is assumed to be a Gaussian vector.
+        rows: entry of that vector for each channel, (channels,); None for all in order.
+        values: value of each channel at the quadrature nodes of its variable, (channels, nodes);
+            None if the activation is the variable itself.
     """
 
     node: Node
@@ -49,11 +49,11 @@ class Moments:
     """Mean and covariance of the channels of an activation.
 
     Attributes:
-        tree: the channel axis: which atoms lie where.
+        tree: the symbolic channel axis.
         mean: (channels,), float64.
         covariance: (channels, channels), float64.
-        origin: what it is a function of; a rule that leaves it out states that its result counts
-            as a Gaussian vector of its own.
+        origin: the Gaussian variables that it is a function of. If a rule leaves it out, the result
+            is assumed to be a new Gaussian vector.
     """
 
     tree: Tree
@@ -62,7 +62,7 @@ class Moments:
     origin: Origin | None = None
 
 
-CORRELATED = 0.3  # docs/research.md: what keeps most accuracy
+CORRELATED = 0.3  # keeps most accuracy (docs/research.md)
 Rule = Callable[["Propagation", Node], Moments | None]
 RULES: dict[str, Rule] = {}
 
@@ -73,14 +73,13 @@ def register(*operators: str) -> Callable[[Rule], Rule]:
 
 
 class Propagation:
-    """The moments of every activation of a network, computed when asked for.
+    """The moments of every activation of a network, computed on demand.
 
     Args:
         weights: the tensors. Where `weights.statistics` tells mean and standard deviation of a
             layer's output (a batch norm was folded into it), only its correlations are inferred.
-        length: how far the correlation between neighbouring positions reaches.
-        correlated: the part of the inferred correlations between a dense layer's inputs that
-            counts, 0 to 1.
+        length: correlation length between neighboring positions, in positions.
+        correlated: factor, 0 to 1, on inferred correlations between the inputs of a dense layer.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Propagation:
         self._known: dict[Node, Moments | None] = {}
 
     def of(self, node: Node) -> Moments | None:
-        """Return the moments of an operator's result, None where no rule describes it."""
+        """Return the moments of an operator's result; None if no rule describes it."""
         stack = [node]
         while stack:  # no recursion: networks may be thousands of operators deep
             top = stack[-1]
@@ -116,10 +115,10 @@ class Propagation:
         return found
 
     def _apply_rule(self, node: Node) -> Moments | None:
-        """Ask an operator's rule; what a rule that fails should describe has no moments.
+        """Apply an operator's rule; if the rule fails, warn and return None.
 
-        No network is lost to such a rule, as no channel is to a rule of the graph that fails.
-        The warning names it; the tests turn the warning into an error.
+        So a failing rule does not stop pruning, like a failing rule of the channel graph. The
+        warning names the rule; the tests turn the warning into an error.
         """
         name = operator_name(node)
         rule = RULES.get(name)
@@ -137,8 +136,8 @@ class Propagation:
             at = location(node)
             warnings.warn(
                 f"the moment rule of operator {name}{f' at {at}' if at else ''} failed "
-                f"({type(error).__name__}: {error}): what reads its result keeps the weights that "
-                "pruning without moments gives it",
+                f"({type(error).__name__}: {error}): the readers of its result keep the weights of "
+                "pruning without moments",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -146,7 +145,7 @@ class Propagation:
         return found
 
     def tensor(self, value: object) -> Tensor | None:
-        """Return the current value of a parameter, buffer or constant, None for anything else."""
+        """Return the current value of a parameter, buffer or constant; None for other values."""
         name = self.program.parameter(value)
         if not name:
             constant = value.meta.get(CONSTANT) if isinstance(value, Node) else None
@@ -154,7 +153,7 @@ class Propagation:
         return self.weights.state.get(name)
 
     def number(self, node: Node, value: float) -> float:
-        """Return a number that an operator was given as the code computes it now.
+        """Return a number argument of an operator as the code computes it at current sizes.
 
         Some numbers follow the size of an axis, such as the scale of attention.
         """
@@ -167,10 +166,10 @@ class Propagation:
         return self.program.values[node]
 
     def operand(self, value: object, tree: Tree | None = None) -> Moments | None:
-        """Return the moments of an operator's argument, None where nothing describes it.
+        """Return the moments of an operator's argument; None if they are unknown.
 
-        A number is a channel without spread that broadcasts. A parameter is described over its
-        positions, along the axis `tree`, or along the only one that it has.
+        A number is a broadcast channel of zero variance. Moments of a parameter are taken over its
+        positions, along the axis `tree` or along its only axis.
         """
         if isinstance(value, int | float):
             return Moments(UNIT, torch.tensor([float(value)]).double(), torch.zeros(1, 1).double())
@@ -180,15 +179,16 @@ class Propagation:
         return _parameter(self, value, tree) if known else self.of(value)
 
     def size(self, tree: Tree) -> int:
+        """Return the current length of an axis."""
         return tree_size(tree, self.weights.sizes)
 
     def is_single(self, tree: Tree) -> bool:
-        """Tell whether an axis has one position in the traced code, and so broadcasts."""
+        """Tell whether an axis has length one in the traced code, and so broadcasts."""
         return tree_size(tree, self.weights.graph.sizes) == 1
 
 
 def _sources(propagation: Propagation, node: Node) -> list[Node]:
-    """List the activations that a node is computed from."""
+    """List the activations that a node reads."""
     if node.op != "call_function":
         return []
     known = propagation.program.parameters
@@ -222,5 +222,5 @@ def _parameter(propagation: Propagation, node: Node, tree: Tree | None) -> Momen
         return Moments(UNIT, value.double().reshape(1), torch.zeros(1, 1).double())
     lines = value.double().movedim(wide[0], 0).reshape(value.shape[wide[0]], -1)
     mean = lines.mean(1)
-    centred = lines - mean[:, None]
-    return Moments(axes[wide[0]], mean, centred @ centred.T / lines.shape[1])
+    centered = lines - mean[:, None]
+    return Moments(axes[wide[0]], mean, centered @ centered.T / lines.shape[1])

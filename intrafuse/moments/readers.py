@@ -1,4 +1,4 @@
-"""What each reader of a channel group knows of its channels."""
+"""Readings: the moments of a group's channels as each reader sees them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Written = tuple[Tensor, Tensor] | None  # mean (outputs,) and covariance of a la
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Moments of a group's channels as one reader sees them. All float64.
+    """Moments of a group's channels as one reader sees them, in float64.
 
     Attributes:
-        layer: the reader.
-        taps: V (outputs, n, taps).
-        kernel: K (taps, taps).
+        layer: name of the reader.
+        taps: V (outputs, n, taps), its weight.
+        kernel: K (taps, taps), the correlation between taps.
         old_mean, old: mean (n,) and covariance (n, n) of the old activations.
         new_mean, new: mean (m,) and covariance (m, m) of the new activations.
         cross: covariance (n, m) of old and new.
-        rest, rest_mean: variance and mean (outputs,) of what the reader reads elsewhere.
-        calls: how often the layer is called.
+        rest, rest_mean: variance and mean (outputs,) of the outputs from channels of other groups.
+        calls: number of calls of the layer.
     """
 
     layer: str
@@ -52,11 +52,11 @@ class Reading:
 
     @cached_property
     def output_variance(self) -> Tensor:
-        """Variance (outputs,) of what the reader made of the old activations and of the rest."""
+        """Variance (outputs,) of the reader's old outputs, including the rest."""
         return output_variance(self.taps, self.kernel, self.old) + self.rest
 
     def encoded(self, encode: Tensor) -> Reading:
-        """Take combinations of the new channels, E (k, m), as the new ones."""
+        """Replace the new channels by combinations of them, E (k, m)."""
         return replace(
             self,
             new_mean=encode @ self.new_mean,
@@ -65,7 +65,7 @@ class Reading:
         )
 
     def narrowed(self, old: slice, new: Tensor | slice) -> Reading:
-        """Take some channels as the old and some as the new ones."""
+        """Keep some of the old and some of the new channels."""
         return replace(
             self,
             old_mean=self.old_mean[old],
@@ -80,11 +80,11 @@ def readings(
     group: ChannelGroup, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED,
     places: bool = False,
 ) -> dict[str, Reading]:  # fmt: skip
-    """Infer from the weights what each reader of a group reads, by the name of its weight.
+    """Infer readings of a group from the weights, by the name of each reader's weight.
 
-    Readers that no moments reach are left out. With `places` every place of the group on the
-    reader's axis counts as a channel of its own, in the order of the axis (the width of all
-    heads, n r places for n channels at r); readers that read anything else there are left out.
+    Readers without moments are left out. With `places` every place of the group on the reader's
+    axis is treated as a separate channel, in the order of the axis: n r places for n channels at r
+    places each, such as the width of all heads. Readers with other channels there are left out.
     """
     propagation = Propagation(weights, length=length, correlated=correlated)
     weights = propagation.weights
@@ -105,9 +105,9 @@ def readings(
 
 
 def written(names: Sequence[str], weights: Weights, *, length: float = 1.0) -> list[Written]:
-    """Infer mean and covariance of what linear maps write, by the names of their weights.
+    """Infer mean and covariance of the outputs of linear maps, given the names of their weights.
 
-    None where no moments reach one, or where it is called more than once.
+    None for a map without moments, or one that is called more than once.
     """
     propagation = Propagation(weights, length=length)
     calls = layer_calls(propagation)
@@ -206,7 +206,7 @@ def place_taps(group: ChannelGroup, slot: Slot, weights: Weights) -> Tensor | No
 def reader_taps(
     group: ChannelGroup, slot: Slot, weights: Weights, length: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a reader reads a group with.
+    """Return the part of a reader's weight that reads a group.
 
     Returns:
         V (outputs, n, taps), K (taps, taps), and the positions (n, repeats) on its input axis.
@@ -225,7 +225,7 @@ def _kernel(
     weights: Weights, slot: Slot, group: ChannelGroup, kernel: tuple[int, ...], taps: int,
     length: float,
 ) -> Tensor:  # fmt: skip
-    """Correlate the taps of a kernel, or the positions of a flattened map behind a channel."""
+    """Correlate the taps of a kernel, or the positions of a channel in a flattened map."""
     found = tap_correlation(kernel, length)
     if len(found) == taps:
         return found

@@ -1,4 +1,4 @@
-"""Readouts: how each reader of a group re-solves for the old activations, and what it misses.
+"""Readouts: re-solve each reader of a group for the old activations, and predict its error.
 
 Letters, for one group of n channels that keeps m, and one reader:
 
@@ -28,7 +28,7 @@ __all__ = ["beside", "predicted_error", "read_back", "with_readout"]
 def read_back(
     reading: Reading, *, ridge: float = 1e-3, max_gain: float = 3.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve how a reader reads the old activations from the new ones.
+    """Solve for the readout of the old activations from the new ones.
 
     Args:
         reading: moments of old and new activations, and the reader's weight.
@@ -36,8 +36,8 @@ def read_back(
         max_gain: largest gain; 0 gives gains of one.
 
     Returns:
-        Q (n, m), gain (outputs,) and shift (outputs,), float64. Without spread nothing is
-        learnt: then Q is zero, and the shift alone carries the mean.
+        Q (n, m), gain (outputs,) and shift (outputs,), float64. If the new activations have no
+        variance, Q is zero, and only the shift carries the mean.
 
     Raises:
         IntrafuseError: a moment is not finite.
@@ -69,7 +69,7 @@ def matched(reading: Reading, matrix: Tensor, max_gain: float) -> tuple[Tensor, 
 
 
 def with_readout(
-    step: MergeMap,
+    merge_map: MergeMap,
     found: Mapping[str, Reading],
     weights: Weights,
     *,
@@ -77,14 +77,14 @@ def with_readout(
     max_gain: float = 3.0,
     solve: bool = True,
 ) -> MergeMap:
-    """Give a map the readouts, gains and shifts that the moments ask for.
+    """Return a map with the readouts, gains and shifts that follow from the moments.
 
     Args:
-        step: how the group is merged.
+        merge_map: the map of the group.
         found: moments of old and new channels, by the name of each reader's weight.
         weights: the tensors as merged so far.
         ridge, max_gain: see `read_back`.
-        solve: whether readers get a Q of their own; else the map's own decode stays, and only
+        solve: whether to solve Q for each reader; otherwise the map's own decode stays, and only
             gain and shift are computed.
     """
     readers, gains, shifts = {}, {}, {}
@@ -94,44 +94,44 @@ def with_readout(
             matrix, gain, shift = read_back(reading, ridge=ridge, max_gain=max_gain)
             readers[name] = matrix.float()
         else:
-            gain, shift = matched(reading, step.decoder(name).double(), max_gain)
+            gain, shift = matched(reading, merge_map.decoder(name).double(), max_gain)
         layer = graph.layers[name]
         written = graph.axes[name][layer.output_axis]
-        own = graph.by_name[step.group].id
+        own = graph.by_name[merge_map.group].id
         if layer.bias is None or reading.calls != 1 or own in leaves(written):
-            continue  # no place for a shift, other calls, or outputs that are merged as well
+            continue  # it has no bias, is called again elsewhere, or its outputs are merged too
         bias = weights.state.get(layer.bias)
         if bias is not None:  # rescaling multiplies the bias too
             shift = shift + (1 - gain) * bias.double().cpu()
         gains[name], shifts[name] = gain.float(), shift.float()
     return replace(
-        step,
-        readers={**step.readers, **readers},
-        gain={**step.gain, **gains},
-        shift={**step.shift, **shifts},
+        merge_map,
+        readers={**merge_map.readers, **readers},
+        gain={**merge_map.gain, **gains},
+        shift={**merge_map.shift, **shifts},
     )
 
 
-def predicted_error(step: MergeMap, found: Mapping[str, Reading], weights: Weights) -> float:
-    """Predict how far the outputs of a group's readers come to lie from what they were.
+def predicted_error(merge_map: MergeMap, found: Mapping[str, Reading], weights: Weights) -> float:
+    """Predict the error of the outputs of a group's readers after merging.
 
-    Old and new output o, o' of a reader agree by Lin's concordance coefficient, 1 where they are
-    equal and 0 where they have nothing in common:
+    The agreement of old and new output o, o' of a reader is Lin's concordance coefficient, 1 for
+    equal outputs and 0 for unrelated ones:
 
         2 Cov(o, o') / (Var(o) + Var(o') + (E o - E o')^2)
 
     Returns:
         The mean of 1 - agreement over readers, each output weighted by its old variance.
     """
-    errors = [_reader_error(step, name, reading, weights) for name, reading in found.items()]
+    errors = [_reader_error(merge_map, name, reading, weights) for name, reading in found.items()]
     return sum(errors) / len(errors) if errors else 0.0
 
 
-def _reader_error(step: MergeMap, name: str, reading: Reading, weights: Weights) -> float:
-    new_taps = torch.einsum("oit,ij->ojt", reading.taps, step.decoder(name).double())
+def _reader_error(merge_map: MergeMap, name: str, reading: Reading, weights: Weights) -> float:
+    new_taps = torch.einsum("oit,ij->ojt", reading.taps, merge_map.decoder(name).double())
     zero = torch.zeros(len(reading.taps)).double()
-    gain = step.gain[name].double() if name in step.gain else zero + 1
-    shift = step.shift[name].double() if name in step.shift else zero
+    gain = merge_map.gain[name].double() if name in merge_map.gain else zero + 1
+    shift = merge_map.shift[name].double() if name in merge_map.shift else zero
     bias = weights.state.get(weights.graph.layers[name].bias or "")
     rest = reading.rest_mean + (zero if bias is None else bias.double().cpu())
     old = reading.output_variance
@@ -142,41 +142,41 @@ def _reader_error(step: MergeMap, name: str, reading: Reading, weights: Weights)
     after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift
     whole = old + gain.square() * new + (before - after).square()
     agreement = torch.where(whole > 0, 2 * both / whole.clamp_min(1e-300), 1.0)
-    agreement = agreement.clamp(-1, 1)  # rounding where next to nothing varies
+    agreement = agreement.clamp(-1, 1)  # rounding, if variances are close to zero
     total = old.sum()
     return float((old @ (1 - agreement)) / total) if total > 0 else 0.0
 
 
-def beside(group: str, size: int, steps: Sequence[MergeMap]) -> MergeMap:
-    """Make the map that keeps the old channels and puts those of several maps behind them.
+def beside(group: str, size: int, maps: Sequence[MergeMap]) -> MergeMap:
+    """Make a map that keeps the old channels and appends those of several maps.
 
     Args:
-        group: its name.
+        group: name of the group.
         size: n.
-        steps: maps of this group.
+        maps: maps of this group.
 
     Returns:
-        A map from n to n + m + ... channels. Readers go on reading the old ones.
+        A map from n to n + m + ... channels. Readers still read the old channels.
     """
-    encode = torch.cat([torch.eye(size), *(step.encode for step in steps)])
+    encode = torch.cat([torch.eye(size), *(merge_map.encode for merge_map in maps)])
     decode = torch.eye(size, len(encode))
     return MergeMap.linear(
         group,
         encode,
         decode,
-        writer_gain=_stacked(size, steps, "writer_gain", 1.0),
-        writer_shift=_stacked(size, steps, "writer_shift", 0.0),
+        writer_gain=_stacked(size, maps, "writer_gain", 1.0),
+        writer_shift=_stacked(size, maps, "writer_shift", 0.0),
     )
 
 
-def _stacked(size: int, steps: Sequence[MergeMap], part: str, fill: float) -> dict[str, Tensor]:
-    """Put what several maps hold for each writer behind values that change nothing."""
-    held = [getattr(step, part) for step in steps]
+def _stacked(size: int, maps: Sequence[MergeMap], part: str, fill: float) -> dict[str, Tensor]:
+    """Append each writer's values in several maps to neutral values for the old channels."""
+    held = [getattr(merge_map, part) for merge_map in maps]
     stacked = {}
     for name in dict.fromkeys(name for values in held for name in values):
         shape = next(values[name].shape[1:] for values in held if name in values)
         lines = [torch.full((size, *shape), fill)]
-        for step, values in zip(steps, held, strict=True):
-            lines.append(values.get(name, torch.full((step.width, *shape), fill)))
+        for merge_map, values in zip(maps, held, strict=True):
+            lines.append(values.get(name, torch.full((merge_map.width, *shape), fill)))
         stacked[name] = torch.cat(lines)
     return stacked

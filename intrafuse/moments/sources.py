@@ -1,4 +1,4 @@
-"""Where moments come from: the weights alone, synthetic inputs, or unlabelled data."""
+"""Sources of moments: the weights alone, synthetic inputs, or unlabeled data."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Source = Literal["analytic", "synthetic", "calibration"]
 
 @dataclass(frozen=True, kw_only=True)
 class MomentSource:
-    """The settings that methods with moments share.
+    """The settings of all methods that use moments.
 
     Attributes:
         source: `analytic` moments come from the weights alone; `synthetic` measures them on
-            inputs that were optimised to fit the batch norms' statistics; `calibration` measures
-            them on unlabelled data. What is measured is the original network against the network
-            as pruned so far.
+            inputs optimized to fit the batch norms' statistics; `calibration` measures them on
+            unlabeled data. Measured moments relate the activations of the original network to
+            those of the network as pruned so far.
         ridge: added to the covariance, in units of its mean diagonal.
         max_gain: largest gain on a reader's outputs; 0 switches gains off.
-        length: how far the correlation between neighbouring positions reaches, in positions.
-        images, steps: number of synthetic inputs, and of the steps that optimise them.
+        length: correlation length between neighboring positions, in positions.
+        images, steps: number of synthetic inputs, and of steps to optimize them.
     """
 
     source: Source = "analytic"
@@ -58,9 +58,9 @@ class MomentSource:
     def readings(
         self, group: ChannelGroup, weights: Weights, context: Context, *, places: bool = False
     ) -> dict[str, Reading]:
-        """Tell the moments of a group's channels as each of its readers sees them.
+        """Return the moments of a group's channels as each reader sees them, by its weight's name.
 
-        With `places` each place of a channel on the reader's axis counts as one of its own.
+        With `places` each place of a channel on the reader's axis is treated as a separate channel.
         """
         if self.source == "analytic":
             return readings(group, weights, length=self.length, places=places)
@@ -68,7 +68,7 @@ class MomentSource:
         return measured.readings(group, weights, length=self.length, places=places)
 
     def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
-        """Tell mean and covariance of what linear maps write, None where nothing is known."""
+        """Return mean and covariance of the outputs of linear maps; None where unknown."""
         if self.source == "analytic":
             return written(names, weights, length=self.length)
         return self._measured(context).written(names, weights)
@@ -89,23 +89,23 @@ class MomentSource:
         return context.cache[self.source]
 
     def readings_beside(
-        self, group: ChannelGroup, steps: Sequence[MergeMap], context: Context
+        self, group: ChannelGroup, maps: Sequence[MergeMap], context: Context
     ) -> list[dict[str, Reading]]:
-        """Tell the moments of a group's old channels beside the new ones of several maps."""
+        """Return readings of a group's old and new channels, for each of several maps."""
         n = context.weights.sizes[group.id]
         both = context.weights.snapshot()
-        both.merge(beside(group.name, n, steps))
-        found = self.readings(group, both, context)
+        both.merge(beside(group.name, n, maps))
+        known = self.readings(group, both, context)
         slots = {slot.parameter: slot for slot in group.readers}
-        for name, reading in found.items():
+        for name, reading in known.items():
             taps, _, _ = reader_taps(group, slots[name], context.weights, self.length)
-            found[name] = replace(reading, taps=taps)
+            known[name] = replace(reading, taps=taps)
             if len(reading.rest) != len(taps):  # a reader that also writes was widened
                 nothing = torch.zeros(len(taps)).double()
-                found[name] = replace(found[name], rest=nothing, rest_mean=nothing)
+                known[name] = replace(known[name], rest=nothing, rest_mean=nothing)
         parts, at = [], n
-        for step in steps:
-            new = slice(at, at + step.width)
-            parts.append({name: r.narrowed(slice(0, n), new) for name, r in found.items()})
-            at += step.width
+        for merge_map in maps:
+            new = slice(at, at + merge_map.width)
+            parts.append({name: r.narrowed(slice(0, n), new) for name, r in known.items()})
+            at += merge_map.width
         return parts

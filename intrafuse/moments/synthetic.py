@@ -1,4 +1,4 @@
-"""Synthetic inputs: optimised until batch norm sees the statistics that it remembers.
+"""Synthetic inputs, optimized until each batch norm reads its running statistics.
 
 Letters, for one batch norm that reads z (batch, channels, ...):
 
@@ -27,8 +27,8 @@ from intrafuse.surgery.watch import watching
 __all__ = ["synthesise"]
 
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by norm and call: a - m and b
-LEAVES, SHADE = 60, 0.85  # balls in each input, and the part of their colour in all channels
-USE_DATA = "give unlabelled data= instead (--data on the command line)"
+LEAVES, SHADE = 60, 0.85  # balls in each input; share of their color common to all channels
+USE_DATA = "pass unlabeled data= instead (--data on the command line)"
 
 
 @apart
@@ -43,31 +43,31 @@ def synthesise(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """Make inputs that the model takes for its training data, without any data.
+    """Make inputs that resemble the model's training data, without any data.
 
-    Random shapes are optimised until the mean and variance of what enters every batch norm agree
-    with the running ones (Deep Inversion, Yin et al., CVPR 2020, arXiv 1912.08795). Where real
-    inputs are at hand, a hundred unlabelled ones serve better.
+    Random shapes are optimized until mean and variance of the inputs of every batch norm agree with
+    its running statistics (Deep Inversion, Yin et al., CVPR 2020, arXiv 1912.08795). A hundred real
+    unlabeled inputs, if available, work better.
 
     Args:
-        model: the network, with batch norm that has running statistics. It works in evaluation
-            mode and is left as it was.
+        model: the network, with batch norm that has running statistics. It runs in evaluation
+            mode; its state is restored.
         example_inputs: one floating-point tensor (batch, channels, ...), or a tuple or mapping of
-            exactly one. Its shape counts; its values and batch size do not.
-        images: how many inputs to make.
-        steps: of Adam, each over all images.
-        batch_size: the most images that go through the model at once, at least 2; they are drawn
-            anew in every step, and statistics are matched in each batch.
-        learning_rate: of Adam at the start; it falls to 0 along a cosine.
+            exactly one. Only its shape matters; its values and batch size do not.
+        images: number of inputs to make.
+        steps: number of Adam steps, each over all images.
+        batch_size: most images in one call of the model, at least 2. Batches are drawn again in
+            every step, and statistics are matched in each batch.
+        learning_rate: initial learning rate of Adam; it falls to 0 along a cosine.
         seed: seeds everything random; the global generators are not touched.
-        progress: called with (steps done, steps in all).
+        progress: called with (steps done, all steps).
 
     Returns:
-        Batches of inputs, as `data=` takes them, on the model's device and of its type.
+        Batches of inputs, for `data=`, on the model's device and in its dtype.
 
     Raises:
         IntrafuseError: no batch norm with running statistics, other example inputs, a setting out
-            of range, or a loss that is not finite. The model is as it was then, too.
+            of range, or a loss that is not finite. The model's state is restored then, too.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 3))
     >>> [tuple(batch.shape) for batch in synthesise(net, torch.zeros(1, 2), images=4, steps=1)]
@@ -111,16 +111,16 @@ def synthesise(
 
 
 def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Paint balls of random place, size and colour over each other, as objects in images lie.
+    """Paint balls of random place, size and color over each other, like objects in images.
 
     Sizes follow the power law that makes the spectrum and the edges of natural images (Lee,
     Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, arXiv 2106.05963), from 2
-    positions to half the width. Channels correlate by 0.7, as colours do.
+    positions to half the width. Channels have correlation 0.7, like colors.
 
     Args:
-        shape: (images, channels, ...), with any number of dimensions of space; with none the
-            result is plain noise.
-        generator: the source of what is random, on the CPU.
+        shape: (images, channels, ...), with any number of spatial dimensions; with none the result
+            is Gaussian noise.
+        generator: random generator on the CPU.
 
     Returns:
         Inputs with mean near 0 and variance near 1, float32.
@@ -130,7 +130,7 @@ def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator)
     every = (images, *[1] * len(space))
 
-    def colours() -> Tensor:
+    def colors() -> Tensor:
         shared = torch.randn(images, 1, *every[1:], generator=generator)
         own = torch.randn(images, channels, *every[1:], generator=generator)
         return SHADE * shared + (1 - SHADE**2) ** 0.5 * own
@@ -138,7 +138,7 @@ def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     largest = max(space) / 2
     smallest = min(2.0, largest)
     axes = torch.meshgrid(*(torch.arange(n).float() for n in space), indexing="ij")
-    picture = colours().expand(shape)
+    picture = colors().expand(shape)
     for _ in range(LEAVES):
         share = torch.rand(every, generator=generator)
         radius = (smallest**-2 + share * (largest**-2 - smallest**-2)) ** -0.5
@@ -146,12 +146,12 @@ def dead_leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         for axis, size in zip(axes, space, strict=True):
             away = away + (axis - size * torch.rand(every, generator=generator)).square()
         inside = (away <= radius.square()).unsqueeze(1)
-        picture = torch.where(inside, colours(), picture)
+        picture = torch.where(inside, colors(), picture)
     return picture
 
 
 def _loss(norms: Mapping[str, _BatchNorm], seen: Seen, step: int) -> Tensor:
-    """Average the divergence over all norms that were reached, each of which counts alike."""
+    """Average the divergence over all norms that were called, with equal weights."""
     if not seen:
         raise _no_norm()
     terms = {name: _divergence(norms[name], calls) for name, calls in seen.items()}
@@ -163,13 +163,13 @@ def _loss(norms: Mapping[str, _BatchNorm], seen: Seen, step: int) -> Tensor:
             remedy="lower learning_rate, or use the model in float32",
         )
     if not loss.requires_grad:
-        raise IntrafuseError("the forward of the model lets no gradient through", remedy=USE_DATA)
+        raise IntrafuseError("the forward call of the model passes no gradient", remedy=USE_DATA)
     return loss
 
 
 def _no_norm() -> IntrafuseError:
     return IntrafuseError(
-        "synthetic inputs need a batch norm with running statistics, which the forward of the "
+        "synthetic inputs need a batch norm with running statistics that the forward call of the "
         "model reaches",
         remedy=USE_DATA,
     )
@@ -178,8 +178,8 @@ def _no_norm() -> IntrafuseError:
 def _divergence(norm: _BatchNorm, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Compare two Gaussians for each channel, KL(N(a, b) || N(m, v)), and average over channels.
 
-    Of a norm that is called several times, the moments of all calls are averaged, as running
-    statistics do. The norm's eps is added to both variances, for channels without any spread.
+    If a norm is called several times, the moments of all calls are averaged, as in running
+    statistics. The norm's eps is added to both variances, for channels of zero variance.
     """
     assert norm.running_var is not None
     off = torch.stack([a for a, _ in calls]).mean(0)
@@ -190,10 +190,10 @@ def _divergence(norm: _BatchNorm, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _moments(norm: _BatchNorm, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure a - m and b (channels,) of what enters a norm, in float32 at least."""
+    """Measure a - m and b (channels,) of a norm's input, in float32 or better."""
     assert norm.running_mean is not None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    # a copy, in case the model changes z in place; without m squares stay accurate
+    # a copy, in case the model changes z in place; subtracting m keeps squares accurate
     z = z - norm.running_mean.to(z).view(-1, *[1] * (z.dim() - 2))
     dims = [d for d in range(z.dim()) if d != 1]
     off = z.mean(dims)
@@ -201,7 +201,7 @@ def _moments(norm: _BatchNorm, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _only_input(example_inputs: ExampleInputs) -> tuple[str | None, Tensor]:
-    """Return the name (of a mapping's input) and the tensor that the model is called with."""
+    """Return the name (None for a positional input) and the tensor of the only input."""
     args, kwargs = as_arguments(example_inputs)
     named = [*((None, value) for value in args), *kwargs.items()]
     found = [value for _, value in named]
@@ -222,7 +222,7 @@ def _only_input(example_inputs: ExampleInputs) -> tuple[str | None, Tensor]:
 
 
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """List the batch norms with running statistics by name, and check what they remember."""
+    """List the batch norms with running statistics by name, and check the statistics."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -234,7 +234,7 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
         total = float(norm.running_mean.double().sum() + norm.running_var.double().sum())
         if not math.isfinite(total) or float(norm.running_var.min()) < 0:
             raise IntrafuseError(
-                "running means must be finite, and running variances also not negative",
+                "running means must be finite, and running variances finite and not negative",
                 layer=name,
                 value=total,
             )
@@ -243,7 +243,7 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep gradients away from the parameters; their flags come back at the end."""
+    """Disable gradients of the parameters; restore their flags at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -256,7 +256,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(norms: Mapping[str, _BatchNorm]) -> Iterator[Seen]:
-    """Give the moments of what entered each norm since it was last cleared, by name and call."""
+    """Yield the moments of each norm's inputs since the last clear, by name and call."""
     seen: Seen = {}
 
     def keep(name: str, received: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Correlation between the taps of a kernel, and what it makes of a layer's weights.
+"""Correlation between the taps of a kernel, and the output covariance that follows from it.
 
 Letters: W (outputs, inputs, taps) a layer's weight; K (taps, taps) the correlation of the input
 between two taps, K = exp(-distance / length); Sigma (inputs, inputs) the input's covariance.
@@ -23,12 +23,12 @@ __all__ = [
 ]
 
 
-LARGE = 40  # binary exponent of weights that are scaled before float32 squares them
+LARGE = 40  # weights with a larger binary exponent are scaled before float32 squares them
 
 
 @cache
 def tap_correlation(kernel: tuple[int, ...], length: float = 1.0) -> Tensor:
-    """Return K (taps, taps) of a kernel's grid; neighbouring taps have correlation exp(-1/length).
+    """Return K (taps, taps) of a kernel's grid; neighboring taps have correlation exp(-1/length).
 
     >>> tap_correlation((2,), 1.0).round(decimals=3)[0]
     tensor([1.0000, 0.3680], dtype=torch.float64)
@@ -50,8 +50,8 @@ def phase_correlation(
 ) -> Tensor:
     """Return K (taps, taps) of a transposed convolution, averaged over its output positions.
 
-    A position is written by one tap in prod(stride): by those of one phase, whose distance in
-    the input is a stride less.
+    One tap in prod(stride) writes each position: the taps of one phase. Their distance in the
+    input is their distance in the kernel divided by the stride.
 
     >>> phase_correlation((2,), (2,))
     tensor([[0.5000, 0.0000],
@@ -78,7 +78,7 @@ def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Te
 
 
 def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = None) -> Tensor:
-    """Covariance (outputs, outputs) of a layer's outputs.
+    """Compute the covariance (outputs, outputs) of a layer's outputs.
 
     Args:
         taps: W (outputs, inputs, taps).
@@ -87,7 +87,7 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
     """
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
     rows = taps @ half
-    # Correlations need no more digits than float32 has, and this is what takes long.
+    # This product dominates the time, and float32 is accurate enough for correlations.
     level = 2.0 ** max(0, math.frexp(float(rows.abs().max()))[1] - LARGE)
     rows = (rows / level).float()
     mixed = rows if covariance is None else torch.einsum("oit,ij->ojt", rows, covariance.float())
@@ -96,12 +96,12 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
 
 
 def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
-    """Covariance (outputs, outputs) of a grouped convolution's outputs.
+    """Compute the covariance (outputs, outputs) of a grouped convolution's outputs.
 
-    For one input in a group (depthwise) it is (W K W^T) * Sigma, element by element.
+    With one input in each group (depthwise) it is (W K W^T) * Sigma, element by element.
 
     Args:
-        taps: W (outputs, inputs of one group, taps); outputs of one group lie together.
+        taps: W (outputs, inputs of one group, taps); outputs of one group are contiguous.
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs), of all groups.
     """
@@ -111,14 +111,14 @@ def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tens
     rows = (taps @ half).unflatten(0, (groups, -1))
     blocks = covariance.reshape(groups, own, -1)
     total = torch.zeros(n, n, dtype=covariance.dtype)
-    for tap in rows.unbind(3):  # one at a time: networks have thousands of outputs, 49 taps
+    for tap in rows.unbind(3):  # one tap at a time, to save memory: thousands of outputs, 49 taps
         left = (tap @ blocks).reshape(n, groups, own)
         total += torch.einsum("xhj,hpj->xhp", left, tap).reshape(n, n)
     return total
 
 
 def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
-    """Variance (outputs,) of a layer's outputs for inputs with a given covariance.
+    """Compute the variance (outputs,) of a layer's outputs for a given input covariance.
 
     Args:
         taps: W (outputs, inputs, taps).

@@ -1,4 +1,4 @@
-"""Make and apply the merge map of each group that shrinks: what pruning and fusion share."""
+"""Make and apply the merge map of each group that shrinks, for pruning and for fusion."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def merge_groups(
 
     Channels that may not be combined (`ChannelGroup.chosen`: heads, the width of queries and keys)
     are selected by their importance, unless the method chooses among them itself. Attention is a
-    softmax over products of two activations: the mean of two heads attends to neither's positions,
-    and P q and P k give the product q' P' P k, not q' k. The width of values is read linearly, so
-    every method may combine it. Channels that a norm takes its statistics over are selected by
-    every method: combinations have other statistics, which no weight makes up for.
+    softmax over products of two activations. The mean of two heads attends to the positions of
+    neither, and the product of P q and P k is q' P' P k, not q' k. The width of values is read
+    linearly, so every method may combine it. Every method selects the channels that a norm
+    computes its statistics over: combinations have other statistics, and no weight restores them.
 
     Args:
-        method: scores and width to merge map.
-        groups: from input to output; those that have their width already stay.
-        scores: importance of the channels, by group name.
+        method: maps scores and a width to a merge map.
+        groups: from input to output; a group that already has its width does not change.
+        scores: importance of the channels (n,), by group name.
         widths: channels to keep, by group name.
-        context: its weights are merged; its progress is called with (groups done, groups in all).
-        repair: `analytic` adds gains and shifts to every map.
+        context: its weights are merged; its progress is called with (groups done, all groups).
+        repair: `analytic` adds gains and shifts to every map, from analytic moments.
 
     Returns:
         The maps in the order in which they were applied.
 
     Raises:
-        IntrafuseError: the method returned a map of other sizes.
+        IntrafuseError: the method returned a map for another group, size or width.
     """
     forward = getattr(method, "order", "backward") == "forward"
     ordered = groups if forward else list(reversed(groups))
@@ -56,17 +56,21 @@ def merge_groups(
     for done, group in enumerate(shrinking):
         free = not group.chosen or (getattr(method, "chooses", False) and not group.normed)
         own = method if free else Select()
-        step = own(group, scores[group.name], widths[group.name], context).check()
-        if (step.group, step.size, step.width) != (group.name, group.size, widths[group.name]):
+        merge_map = own(group, scores[group.name], widths[group.name], context).check()
+        if (merge_map.group, merge_map.size, merge_map.width) != (
+            group.name,
+            group.size,
+            widths[group.name],
+        ):
             raise IntrafuseError(
                 f"a method must return the map of {group.size} to {widths[group.name]} channels",
-                value=(step.group, step.size, step.width),
+                value=(merge_map.group, merge_map.size, merge_map.width),
                 layer=group.name,
             )
         if repair == "analytic" and not group.normed:
-            step = analytic_repair(step, group, context)
-        context.weights.merge(step)
-        maps.append(step)
+            merge_map = analytic_repair(merge_map, group, context)
+        context.weights.merge(merge_map)
+        maps.append(merge_map)
         if context.progress is not None:
             context.progress(done + 1, len(shrinking))
     return tuple(maps)

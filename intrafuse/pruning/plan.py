@@ -1,4 +1,4 @@
-"""The plan: the merge maps of all groups, to look at, save and apply."""
+"""The plan: the merge maps of all groups. A plan can be inspected, saved and applied."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["MergeMap", "Plan"]
 FORMAT = 1
 MATRICES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KEPT = (torch.int64, torch.int32)
-# What is raised where parts of a plan that somebody changed contradict each other, or a model.
+# Errors raised if parts of an edited plan contradict each other or the model.
 CONTRADICTIONS = (
     *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError),
     StopIteration,
@@ -45,15 +45,15 @@ CONTRADICTIONS = (
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What will happen to each group of a model; nothing has happened yet.
+    """The planned change of each channel group; making a plan changes nothing.
 
     Attributes:
         graph: the channel graph of the model.
         maps: one merge map for each group that shrinks, in the order of application.
         fold: whether batch norm is folded first.
         settings: method, importance, budget and seed, as JSON data.
-        before, after: sizes of the network.
-        seconds: time that planning took.
+        before, after: channels, parameters and MACs of the network.
+        seconds: planning time.
     """
 
     graph: ChannelGraph
@@ -66,49 +66,49 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Channels that each prunable group keeps, by group name."""
-        merged = {step.group: step.width for step in self.maps}
+        """Number of channels that each prunable group keeps, by group name."""
+        merged = {merge_map.group: merge_map.width for merge_map in self.maps}
         return {group.name: merged.get(group.name, group.size) for group in self.graph.groups}
 
     @property
     def notes(self) -> dict[str, Mapping[str, Any]]:
-        """What the method says of its choices, by group name; most methods say nothing."""
-        return {step.group: step.note for step in self.maps if step.note}
+        """Notes of the method on its choices, by group name; most methods leave none."""
+        return {merge_map.group: merge_map.note for merge_map in self.maps if merge_map.note}
 
     @property
     def removed(self) -> dict[str, float]:
-        """Share of channels, params and macs that goes, in [0, 1]."""
+        """Removed share of channels, params and macs, in [0, 1]."""
         return self.after.removed(self.before)
 
     @apart
     def weights(self, model: nn.Module) -> Weights:
-        """Compute the tensors of the pruned network; the model stays as it is.
+        """Compute the tensors of the pruned network; the model does not change.
 
         Raises:
-            IntrafuseError: the model has other shapes than the one that was planned for, or holds
-                numbers that are not finite.
+            IntrafuseError: the model's shapes differ from the planned ones, or a weight is not
+                finite.
         """
         check_arguments(model=model)
         try:
             weights = Weights.of(self.graph, model)
             if self.fold:
                 fold_norms(weights)
-            for step in self.maps:
-                weights.merge(step.check())
+            for merge_map in self.maps:
+                weights.merge(merge_map.check())
             self._require_places(model, weights)
         except IntrafuseError:
             raise
         except CONTRADICTIONS as error:
-            if self.graph.traced is not None:  # planned here: no file can be to blame
+            if self.graph.traced is not None:  # planned in this process, not loaded from a file
                 raise
             raise IntrafuseError(
-                f"the plan contradicts itself, or the model ({type(error).__name__}: {error})",
-                remedy="make the plan again, from this model",
+                f"the plan contradicts itself or the model ({type(error).__name__}: {error})",
+                remedy="make the plan again from this model",
             ) from error
         return weights
 
     def _require_places(self, model: nn.Module, weights: Weights) -> None:
-        """Refuse tensors and attributes that a model has no place for, before it is changed."""
+        """Refuse tensors and attributes that the model cannot hold, before changing it."""
         owners = dict(model.named_modules(remove_duplicate=False))
         for name in (*weights.state, *self.graph.aliases):
             path, _, leaf = name.rpartition(".")
@@ -130,14 +130,14 @@ class Plan:
         """Return the pruned network.
 
         Args:
-            model: the network that the plan was made for (or one of the same shapes).
-            example_inputs: run the result with them, to prove that it is what was planned.
+            model: the network that the plan was made for, or one of the same shapes.
+            example_inputs: inputs to check the result with, as `prune` does.
             inplace: change and return `model` itself instead of a copy.
-            check: whether to do so where example inputs are given.
+            check: whether to check the result if example inputs are given.
 
         Raises:
-            IntrafuseError: the model has other shapes than the one that was planned for, holds
-                numbers that are not finite, or the result is found wrong.
+            IntrafuseError: the model's shapes differ from the planned ones, a weight is not
+                finite, or the check finds the result wrong.
         """
         check_arguments(inplace=inplace, check=check)
         weights = self.weights(model)
@@ -179,7 +179,7 @@ class Plan:
         return f"{text_table(title, header, rows, numbers=(0, 2, 3))}{summary}"
 
     def as_data(self) -> dict[str, Any]:
-        """Give what was asked for, sizes and widths as JSON data."""
+        """Return settings, sizes and widths as JSON data."""
         names = ("method", "importance", "budget", "seed")
         widths = {
             group.name: {
@@ -202,17 +202,17 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to one safetensors file; no half-written file is left on failure."""
+        """Write the plan to one safetensors file; a failure leaves no partial file."""
         tensors = {
             f"{i}/{name}": tensor.contiguous().clone()
-            for i, step in enumerate(self.maps)
-            for name, tensor in step.tensors().items()
+            for i, merge_map in enumerate(self.maps)
+            for name, tensor in merge_map.tensors().items()
         }
         data = {
             "format": FORMAT,
-            "groups": [step.group for step in self.maps],
+            "groups": [merge_map.group for merge_map in self.maps],
             "fold": self.fold,
-            "notes": [dict(step.note) for step in self.maps],
+            "notes": [dict(merge_map.note) for merge_map in self.maps],
             "settings": dict(self.settings),
             "before": vars(self.before),
             "after": vars(self.after),
@@ -228,7 +228,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan.
+        """Read a plan from a file that `save` wrote.
 
         Raises:
             IntrafuseError: the file is missing, truncated or not a plan.
@@ -237,11 +237,11 @@ class Plan:
             require_file(path)
             with safe_open(str(path), "pt") as file:
                 text = (file.metadata() or {})["plan"]
-                # a copy is aligned as new tensors are, so that products round alike
+                # copies are aligned like new tensors, so products round the same way
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             version = parse_json(text, infinite=True)["format"]
             if version != FORMAT:
-                raise IntrafuseError("a plan of an unknown format", value=version)
+                raise IntrafuseError("the plan has an unknown format", value=version)
             return cls._from_data(_PlanData.model_validate_json(text), tensors)
         except IntrafuseError:
             raise
@@ -257,7 +257,7 @@ class Plan:
     @classmethod
     def _from_data(cls, data: _PlanData, tensors: Mapping[str, Tensor]) -> Plan:
         if not isinstance(data.settings.get("method", {}), dict):
-            raise ValueError("the settings of its method are no mapping")
+            raise ValueError("the settings of the method must be a mapping")
         graph = graph_from_data(data.graph)
         graph.attribute_values(graph.sizes)
         for name in graph.axes:
@@ -267,13 +267,13 @@ class Plan:
             own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{i}/")}
             for part, tensor in own.items():
                 if tensor.dtype not in (KEPT if part == "keep" else MATRICES):
-                    raise ValueError(f"{part} of {name} has numbers of type {tensor.dtype}")
-            step = replace(MergeMap.from_tensors(name, own).check(), note=note)
-            if step.size != graph.by_name[name].size:
-                raise IntrafuseError("a merge map of another size than its group", layer=name)
-            maps.append(step)
-        if len({step.group for step in maps}) < len(maps):
-            raise ValueError("two merge maps for one group")
+                    raise ValueError(f"{part} of {name} has the unsupported dtype {tensor.dtype}")
+            merge_map = replace(MergeMap.from_tensors(name, own).check(), note=note)
+            if merge_map.size != graph.by_name[name].size:
+                raise IntrafuseError("a merge map and its group differ in size", layer=name)
+            maps.append(merge_map)
+        if len({merge_map.group for merge_map in maps}) < len(maps):
+            raise ValueError("the plan has two merge maps for one group")
         plan = cls(
             graph, tuple(maps), data.fold, data.settings, data.before, data.after, data.seconds
         )
@@ -282,12 +282,12 @@ class Plan:
             count for figures in (plan.before, plan.after) for count in vars(figures).values()
         ]
         if macs != (plan.before.macs, plan.after.macs) or min(counted) < 0:
-            raise ValueError("its channel graph does not fit its figures")
+            raise ValueError("the channel graph contradicts the sizes of the plan")
         return plan
 
 
 class _PlanData(BaseModel):
-    """What the file of a plan says beside its tensors."""
+    """The JSON data in the file of a plan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -303,5 +303,5 @@ class _PlanData(BaseModel):
 
     @property
     def noted(self) -> tuple[dict[str, JsonValue], ...]:
-        """What the method says of each group; files of early versions do not say."""
+        """The method's note on each group; empty in files of early versions."""
         return ({},) * len(self.groups) if self.notes is None else self.notes

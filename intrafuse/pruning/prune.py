@@ -1,4 +1,4 @@
-"""One model in, one model out: plan and prune."""
+"""Plan and prune one model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]
 
-OBSERVED = 6  # networks that are timed while widths for a budget of latency are chosen
-AFTER = ("batchnorm", "synthetic")  # repairs that follow the surgery
+OBSERVED = 6  # most networks to time while choosing widths for a latency budget
+AFTER = ("batchnorm", "synthetic")  # repairs that run after surgery
 
 
 @takes_settings
@@ -50,19 +50,19 @@ def plan(
     progress: Callable[[int, int], None] | None = None,
     **arguments: Unpack[Arguments],
 ) -> Plan:
-    """Decide what happens to each channel group; change nothing.
+    """Plan the change of each channel group without changing the model.
 
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace it with.
         settings: how to prune.
-        data: batches of inputs or of (inputs, labels), for metrics and methods that need them.
-        progress: called with (groups done, groups in all), and before, where a method makes
-            synthetic inputs, with (steps done, steps in all).
-        arguments: fields of `Settings`; they replace those of `settings`.
+        data: batches of inputs or of (inputs, labels), for metrics and methods that need data.
+        progress: called with (groups done, all groups). If a method makes synthetic inputs, it is
+            first called with (steps done, all steps).
+        arguments: fields of `Settings`; they override those of `settings`.
 
     Returns:
-        The plan; `print` it, `save` it, or `apply` it.
+        The plan, to print, save or apply.
 
     Raises:
         IntrafuseError: see the table of errors in the documentation.
@@ -78,10 +78,10 @@ def plan(
     require_rereadable(data)
     if asked.repair in AFTER:
         raise IntrafuseError(
-            "repair of a plan must be analytic, or None",
+            "repair of a plan must be analytic or None",
             value=asked.repair,
             usage=True,
-            remedy="intrafuse.prune repairs batch norm",
+            remedy="call intrafuse.prune, which repairs batch norm",
         )
     method = asked.compression
     graph = trace(model, example_inputs, include=asked.include or ())
@@ -115,20 +115,21 @@ def prune(
     progress: Callable[[int, int], None] | None = None,
     **arguments: Unpack[Arguments],
 ) -> Pruned:
-    """Make a network smaller.
+    """Make a network smaller: plan, apply, repair and check.
 
     Args:
         model, example_inputs, settings, data, progress, arguments: as for `plan`.
-        inplace: change `model` itself; by default it stays untouched.
-        check: run the result, and its widths as a plan of `select` against the original with the
-            other channels silenced; an error instead of a network that is wrong.
+        inplace: change `model` itself; by default it does not change.
+        check: run the result. Also select channels of the same widths, and compare the outputs
+            with those of the original whose other channels are masked. Raise an error if the
+            result is wrong.
 
     Returns:
         The pruned network, its plan and a report.
 
     Raises:
-        IntrafuseError: as for `plan`; also a repair that lacks data, and a result that the check
-            finds wrong.
+        IntrafuseError: as for `plan`; also if a repair lacks data, or the check finds the result
+            wrong.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -140,9 +141,9 @@ def prune(
     check_arguments(inplace=inplace, check=check)
     if asked.repair == "batchnorm" and data is None:
         raise IntrafuseError(
-            "repair of batch norm needs unlabelled data",
+            "repair of batch norm needs unlabeled data",
             usage=True,
-            remedy='give data= (on the command line --data), or repair="synthetic"',
+            remedy='pass data= (on the command line --data), or repair="synthetic"',
         )
     now = {"repair": None} if asked.repair in AFTER else {}
     made = plan(model, example_inputs, Settings.of(asked, now), data=data, progress=progress)
@@ -178,7 +179,7 @@ def _choose(
     context: Context,
     before: Figures,
 ) -> tuple[dict[str, int], dict[str, float] | None]:
-    """Choose the widths of groups, and predict the latency where the budget is of that."""
+    """Choose the widths of groups; for a latency budget, also predict the latency."""
     budget, graph, original = asked.wanted, context.weights.graph, context.original
     predicts = budget.scope == "predicted"
     damage = damage_by_width(groups, _folded(context.weights)) if predicts else None
@@ -190,7 +191,7 @@ def _choose(
 
 
 def _folded(weights: Weights) -> Weights:
-    """Return the tensors with batch norm folded, whether or not the method asks for it."""
+    """Return the tensors with batch norm folded, even if the method does not fold it."""
     if weights.statistics:
         return weights
     copy = weights.snapshot()
@@ -199,13 +200,13 @@ def _folded(weights: Weights) -> Weights:
 
 
 def _counting(kind: str, weights: Weights, before: Figures) -> Callable[[Mapping[str, int]], float]:
-    """Make the function that counts what a budget is of, at some widths of groups."""
+    """Return a function from group widths to the size that a budget limits."""
     graph, counted = weights.graph, weights.counted()
 
     def amount(widths: Mapping[str, int]) -> float:
         shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
-        found = measure(graph, graph.resized(widths), counted) if shrinks else before
-        return getattr(found, kind)
+        figures = measure(graph, graph.resized(widths), counted) if shrinks else before
+        return getattr(figures, kind)
 
     return amount
 
@@ -213,10 +214,10 @@ def _counting(kind: str, weights: Weights, before: Figures) -> Callable[[Mapping
 def _settle(
     choose: Callable[..., dict[str, int]], timed: LatencyModel
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Choose widths by predicted latency, time them, and choose again until nothing changes.
+    """Choose widths by predicted latency, time them, and repeat until the widths stay the same.
 
     Returns:
-        The widths, and the predicted milliseconds "before" and "after".
+        The widths, and the predicted latency "before" and "after" in milliseconds.
     """
     widths = choose(amount=timed.milliseconds)
     for _ in range(OBSERVED):

@@ -1,4 +1,4 @@
-"""Repair: restore the statistics of activations after surgery, with or without data."""
+"""Restore activation statistics after surgery, with or without data."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ __all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
-    "batch, also in the last one"
+    "batch, including the last one"
 )
-FINITE = "look for samples on which the network overflows, and leave them out"
+FINITE = "find samples on which the network overflows, and leave them out"
 
 
-def analytic_repair(step: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:
-    """Give a map gains and shifts that restore what its readers write, without data.
+def analytic_repair(merge_map: MergeMap, group: ChannelGroup, context: Context) -> MergeMap:
+    """Return the map with gains and shifts that restore the readers' outputs, without data.
 
-    Mean and variance of the outputs of every reader become what they were, as far as analytic
-    moments tell. A map that brings gains or readouts of its own is returned as it is.
+    The gains and shifts restore mean and variance of every reader's outputs, as predicted by
+    analytic moments. A map that already has gains, shifts or readouts is returned unchanged.
 
     Args:
-        step: the map.
+        merge_map: the map.
         group: its channel group.
-        context: the tensors as merged before it.
+        context: holds the tensors before this map is applied.
     """
-    if step.gain or step.shift or step.readers:
-        return step
-    (found,) = MomentSource().readings_beside(group, [step], context)
-    return with_readout(step, found, context.weights, solve=False)
+    if merge_map.gain or merge_map.shift or merge_map.readers:
+        return merge_map
+    (readings,) = MomentSource().readings_beside(group, [merge_map], context)
+    return with_readout(merge_map, readings, context.weights, solve=False)
 
 
 @apart
@@ -62,23 +62,23 @@ def reestimate_batchnorm(
     *,
     inplace: bool = False,
 ) -> nn.Module:
-    """Estimate the statistics of batch norm anew (REPAIR, Jordan et al., arXiv 2211.08403).
+    """Re-estimate the statistics of batch norm (REPAIR, Jordan et al., arXiv 2211.08403).
 
-    Each norm of the pruned network gets the running statistics of what reaches it. Where batch
-    norm was folded, its scale and shift become the spread and mean that the merged channels have
-    in the original network.
+    Each norm of the pruned network gets the statistics of its inputs as running statistics. If
+    batch norm was folded, the norm's scale and shift become the standard deviation and mean of the
+    merged channels in the original network.
 
     Args:
         original: the network before pruning.
-        pruned: what `plan.apply(original)` gave.
+        pruned: the result of `plan.apply(original)`.
         plan: the plan.
-        data: batches of inputs, or of (inputs, labels); labels are ignored. It is read twice
-            where batch norm was folded, so it must be a list or a loader, not a generator.
+        data: batches of inputs, or of (inputs, labels); labels are ignored. The data is
+            read twice if batch norm was folded, so it must be a list or a loader, not a generator.
         inplace: put the result into `original` instead of returning `pruned`.
 
     Raises:
-        IntrafuseError: the data holds no batch, or one that is too small; `pruned` is then as it
-            was.
+        IntrafuseError: the data holds no batch, or one that is too small; `pruned` then stays
+            unchanged.
     """
     norms = {norm.mean: _norm_module(pruned, norm.name) for norm in plan.graph.norms}
     own = [norm.mean for norm in plan.graph.own_norms]
@@ -106,7 +106,7 @@ def reestimate_batchnorm(
 
 
 def _aim(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Set the statistics of a norm without scale and shift so that its outputs have others."""
+    """Set the statistics of a norm without scale and shift so that its outputs have these."""
     assert norm.running_mean is not None and norm.running_var is not None
     ratio = ((norm.running_var.double() + norm.eps) / variance.clamp_min(1e-12)).sqrt()
     norm.running_mean.copy_(norm.running_mean - mean * ratio)
@@ -125,18 +125,18 @@ def _norm_module(model: nn.Module, name: str) -> _BatchNorm:
 
 
 def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable) -> None:
-    """Let batch norms average the statistics of all batches."""
-    with evaluating(model):  # also puts back momentum, and what is no norm's
+    """Average the statistics of all batches in the batch norms."""
+    with evaluating(model):  # also restores momentum, and the state of other modules
         for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
             norm.training = True
         feed(model, _inputs(data, model), advice=ADVICE)
-        found = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
-    for (name, norm), state in zip(norms.items(), found, strict=True):
+        states = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
+    for (name, norm), state in zip(norms.items(), states, strict=True):
         if not all(t.isfinite().all() for t in state.values()):
             raise IntrafuseError(
-                "statistics must be finite on the data",
+                "batch norm statistics must be finite on the data",
                 layer=name.rpartition(".")[0],
                 remedy=FINITE,
             )
@@ -149,13 +149,13 @@ def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
 
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
-    """Measure mean and variance (channels,) of each norm's output, merged as the plan says."""
+    """Measure mean and variance (channels,) of each norm's output, merged by the plan."""
     layers = {norm.mean: norm.layer for norm in plan.graph.norms}
 
     def merged(mean: str, output: Tensor) -> Tensor:
         tree = plan.graph.axes[mean][0]
-        found = merged_output(plan, tree, layers[mean], output.double())
-        return found.movedim(1, -1).flatten(0, -2)
+        channels = merged_output(plan, tree, layers[mean], output.double())
+        return channels.movedim(1, -1).flatten(0, -2)
 
     watched = [
         (norm.mean, original.get_submodule(norm.name), partial(merged, norm.mean))
@@ -166,30 +166,33 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
 
 
 def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:
-    """Apply a plan to what a layer or norm of the original puts out.
+    """Apply a plan to the output of a layer or norm of the original.
 
     Args:
-        plan: its maps encode, then scale and shift.
-        tree: which channels the outputs hold.
-        layer: name of the weight that wrote them, or None.
+        plan: its maps encode the channels, then scale and shift them.
+        tree: the symbolic axis of the output's channels.
+        layer: name of the weight that wrote the output, or None.
         output: (batch, channels, ...).
 
     Returns:
-        What the pruned network should put out there.
+        The output that the pruned network should have there.
     """
     sizes = dict(plan.graph.sizes)
-    for step in plan.maps:
-        group = plan.graph.by_name[step.group]
+    for merge_map in plan.maps:
+        group = plan.graph.by_name[merge_map.group]
         blocks = locate(tree, group.id, sizes)
         if blocks:
-            output = step.encoding.apply(output, 1, blocks, group.size)
-        sizes[group.id] = step.width
-        gain, shift = step.writer_gain.get(layer or ""), step.writer_shift.get(layer or "")
+            output = merge_map.encoding.apply(output, 1, blocks, group.size)
+        sizes[group.id] = merge_map.width
+        gain, shift = (
+            merge_map.writer_gain.get(layer or ""),
+            merge_map.writer_shift.get(layer or ""),
+        )
         if blocks and not (gain is None and shift is None):
             where = locate(tree, group.id, sizes)
             lines = torch.ones(output.shape[1]), torch.zeros(output.shape[1])
             for line, values in zip(lines, (gain, shift), strict=True):
-                put_channels(line, where, values, step.width)
+                put_channels(line, where, values, merge_map.width)
             scale, offset = (line.view(-1, *[1] * (output.dim() - 2)) for line in lines)
             output = output * scale.to(output) + offset.to(output)
     return output

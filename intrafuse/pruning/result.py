@@ -22,16 +22,16 @@ class Report:
     """Requested and achieved sizes.
 
     Attributes:
-        wanted: the budget: {kind: share to remove}.
-        reached: shares removed of channels, params and macs, in [0, 1].
-        before, after: sizes of the network.
-        seconds: time for tracing, planning and surgery (and repair, where asked for).
-        latency: of a call, measured "before" and "after"; empty but for a budget of latency.
-        notes: what the method says of its choices, by group name: for `auto` what was "chosen",
-            and the "predicted" error of each candidate.
-        check: how the network was proved, None where that was switched off; its seconds are apart.
-        unclear: numbers that modules hold, as "module.name", that no traced code read and that may
-            name several axes: these had one size and now have several, so the numbers stay.
+        wanted: the budget: {kind: share to remove}, in [0, 1].
+        reached: removed shares of channels, params and macs, in [0, 1].
+        before, after: channels, parameters and MACs of the network.
+        seconds: time for tracing, planning, surgery and any repair, without the check.
+        latency: of one call, measured "before" and "after"; empty without a latency budget.
+        notes: the method's notes on its choices, by group name. `auto` notes the "chosen"
+            candidate and the "predicted" error of each.
+        check: result of the check, with its own seconds; None if the check was off.
+        unclear: numbers that modules hold, as "module.name". No traced code reads them, and each
+            may stand for several axes that had one size and now differ, so they stay unchanged.
     """
 
     wanted: Mapping[str, float]
@@ -68,15 +68,15 @@ class Report:
         return "\n".join([table.rstrip("\n"), *self.remarks()])
 
     def remarks(self) -> list[str]:
-        """Say how the network was checked, and what may need a look."""
-        found = [] if self.check is None else [str(self.check)]
+        """Return lines on how the network was checked, and on numbers that were not followed."""
+        lines = [] if self.check is None else [str(self.check)]
         if self.unclear:
             shown = ", ".join(self.unclear[:6]) + (", ..." if len(self.unclear) > 6 else "")
-            found.append(f"Not followed, because they may name several sizes: {shown}")
-        return found
+            lines.append(f"Unchanged, because they may stand for several sizes: {shown}")
+        return lines
 
     def choices(self) -> tuple[list[str], list[list[str]]]:
-        """Give header and rows of what was chosen for each group, beside the best of the others."""
+        """Return header and rows: the choice for each group, and the best other candidate."""
         rows = []
         for group, note in self.notes.items():
             errors = dict(note.get("predicted", {}))

@@ -1,4 +1,4 @@
-"""What a user asks of a pruning, in one object: keyword arguments, recipes and the command line."""
+"""The settings of pruning, shared by keyword arguments, recipes and the command line."""
 
 from __future__ import annotations
 
@@ -43,32 +43,33 @@ class Arguments(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to prune: everything that decides the result, but for the network and the data.
+    """How to prune: everything that decides the result, except the network and the data.
 
     Attributes:
-        channels, params, macs, latency: the budget, at most one of them (`plan` and `prune` need
-            one): the share to remove, in [0, 1). Latency is that of a call with the example inputs
-            where the model is, predicted from some networks that are timed (`LatencyModel`).
+        channels, params, macs, latency: the budget: the share to remove, in [0, 1). At most one may
+            be given; `plan` and `prune` need one. Latency is the time of one call with the example
+            inputs on the model's device, predicted from a few timed networks (`LatencyModel`).
         budget: a `Budget` in place of these four and of `scope`, `floor`, `round_to`, `overrides`.
-        method: `select`, `intra-fusion`, `folding`, `moment`, `auto`, or a method with settings of
-            its own, such as `IntraFusion(p=2)`.
+        method: `select`, `intra-fusion`, `folding`, `moment`, `auto`, or a method with its own
+            settings, such as `IntraFusion(p=2)`.
         importance: a metric's name, or a callable `(group, context) -> scores (channels,)`.
         scope: `uniform` removes the same share in every group; `global` ranks all channels
-            together; `predicted` removes where the moments predict least damage for what is
-            saved. With the last two every group keeps at least the share `floor`.
+            together; `predicted` removes channels from the groups where moments predict the least
+            damage for the size saved. With `global` and `predicted` every group keeps at least
+            the share `floor`.
         include, exclude: patterns of group or layer names; by default every prunable group.
         overrides: share of channels to remove, by pattern.
-        floor: share of its channels that a group keeps at least, except under `uniform`.
+        floor: smallest share of its channels that a group keeps; `uniform` ignores it.
         round_to: widths are multiples of this.
         seed: seeds everything random.
-        repair: `analytic` gives the readers of each group the gains and shifts that restore mean
-            and variance of what they write, from analytic moments (`moment` and `auto` always do).
+        repair: `analytic` scales and shifts the outputs of each group's readers to restore their
+            mean and variance, from analytic moments (`moment` and `auto` always do so).
             `batchnorm` re-estimates the statistics of batch norm from the data, `synthetic` from
-            inputs made without data (`synthesise`); these two follow the surgery, so `plan` alone
-            refuses them.
+            inputs made without data (`synthesise`). These two run after surgery, so `plan` refuses
+            them.
 
     Raises:
-        IntrafuseError: a value that is not allowed; names the field.
+        IntrafuseError: a value is not allowed; the error names the field.
 
     >>> Settings(channels=0.5).wanted.share
     0.5
@@ -94,9 +95,9 @@ class Settings:
         check_arguments(include=self.include, exclude=self.exclude, seed=self.seed)
         check_choice("repair", self.repair, Repair, optional=True)
         if self.budget is None and all(getattr(self, name) is None for name in Budget.SHARES):
-            Budget(kind="channels", share=0.0, **self._limits())  # its share may follow
+            Budget(kind="channels", share=0.0, **self._limits())  # the share may follow
         else:
-            assert self.wanted is not None  # it checks itself
+            assert self.wanted is not None  # a Budget checks itself
 
     def _limits(self) -> dict[str, Any]:
         limits = {name: getattr(self, name) for name in LIMITS}
@@ -104,10 +105,10 @@ class Settings:
 
     @cached_property
     def wanted(self) -> Budget:
-        """How much to remove, and where.
+        """The budget: how much to remove, and where.
 
         Raises:
-            IntrafuseError: no budget was given, or two.
+            IntrafuseError: no budget was given, or more than one.
         """
         shares: Any = {name: getattr(self, name) for name in Budget.SHARES}
         if self.budget is None:
@@ -118,7 +119,7 @@ class Settings:
         twice = [name for name, value in given.items() if value != DEFAULTS[name]]
         if twice:
             raise IntrafuseError(
-                f"budget= says {twice[0]} already", value=given[twice[0]], usage=True
+                f"budget= already sets {twice[0]}", value=given[twice[0]], usage=True
             )
         return self.budget
 
@@ -129,31 +130,32 @@ class Settings:
 
     @classmethod
     def of(cls, settings: Settings | None, arguments: Mapping[str, Any]) -> Settings:
-        """Lay keyword arguments over settings.
+        """Return settings with some fields replaced by keyword arguments.
 
         Raises:
-            TypeError: there is no such argument.
-            IntrafuseError: `settings` are none.
+            TypeError: an argument is unknown.
+            IntrafuseError: `settings` is not a `Settings` object.
         """
         if settings is None:
             return cls(**arguments)
         if not isinstance(settings, Settings):
             raise IntrafuseError(
-                "settings must be Settings",
+                "settings must be a Settings object",
                 value=type(settings).__name__,
                 usage=True,
                 remedy="name a budget, such as channels=0.5",
             )
         shares = dict.fromkeys(("budget", *Budget.SHARES))
-        again = any(arguments.get(name) is not None for name in shares)  # a budget for another
+        # a new budget replaces the old one
+        again = any(arguments.get(name) is not None for name in shares)
         return replace(settings, **{**(shares if again else {}), **arguments})
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
-        """Make settings from plain data, as a recipe holds them; see `as_data`.
+        """Make settings from plain data, such as a recipe; see `as_data`.
 
         Raises:
-            IntrafuseError: names the field that is unknown or wrong.
+            IntrafuseError: a field is unknown or wrong; the error names it.
 
         >>> Settings.from_data({"params": 0.4, "method": {"name": "intra-fusion", "p": 2}}).method.p
         2.0
@@ -178,11 +180,11 @@ class Settings:
         """Return all settings as plain data, from which `from_data` makes equal settings.
 
         Raises:
-            IntrafuseError: the importance is a function, which no file can hold.
+            IntrafuseError: the importance is a function, which a file cannot hold.
         """
         if not isinstance(self.importance, str):
             raise IntrafuseError(
-                "an importance that is a function cannot be written into a recipe",
+                "a recipe cannot hold an importance that is a function",
                 value=name_of(self.importance),
             )
         budget = self.wanted
@@ -206,12 +208,12 @@ DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
 def name_of(function: object) -> str:
-    """Name a function, or an object that is called like one."""
+    """Return the name of a function, or of the class of a callable object."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def takes_settings(function: Function) -> Function:
-    """Show the fields of `Settings` in the signature of a function that takes them as keywords."""
+    """Add the fields of `Settings` to the signature of a function that takes them as keywords."""
     own = inspect.signature(function)
     shown = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     positional = [p for p in shown if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -1,4 +1,4 @@
-"""The demonstration: train on the embedded digits, prune by four methods, save, reload, report."""
+"""The demo: train on the embedded digits, prune by four methods, save, reload and report."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ __all__ = ["Demo", "run_demo"]
 
 NETWORK, SHARES = "digits_resnet", (0.3, 0.5, 0.7)
 METHODS = ("select", "intra-fusion", "folding", "moment")
-PAIR = ("select", "moment")  # what landscape and sensitivity set against each other
-POINTS = 7  # of the landscape's grid, in each direction
-ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, as networks in use are
+PAIR = ("select", "moment")  # methods that landscape and sensitivity compare
+POINTS = 7  # points of the landscape's grid in each direction
+ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, like networks in practice
 TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64})
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration found.
+    """Results of the demo.
 
     Attributes:
         comparison: size and accuracy of each network, before fine-tuning.
-        folders: where the networks were saved; the unpruned one first.
-        reloaded: the folder that was loaded again.
-        identical: whether the outputs of that network are the same bit for bit.
-        report: the page of it all; None where the extra `plots` is not installed.
+        folders: folders of the saved networks; the unpruned one first.
+        reloaded: the folder of the reloaded network.
+        identical: whether the reloaded network's outputs are bit-identical.
+        report: the report page; None if the extra `plots` is not installed.
     """
 
     comparison: Comparison
@@ -68,22 +68,22 @@ def run_demo(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Demo:
-    """Train a small network on the digits, prune it by four methods, and save all.
+    """Train a small network on the digits, prune it by four methods, and save all networks.
 
     Args:
-        out: folder for one folder of each network.
-        seed: of weights and order of images.
-        epochs: of training.
-        shares: of channels to remove.
-        points: of the landscape's grid, in each direction.
-        device: where to compute.
-        progress: called with (what, done, total).
+        out: folder that holds a folder for each network.
+        seed: seeds the weights and the order of images.
+        epochs: number of training epochs.
+        shares: shares of channels to remove.
+        points: points of the landscape's grid in each direction.
+        device: device to compute on.
+        progress: called with (name of the work, done, total).
 
     Raises:
         IntrafuseError: a folder cannot be written.
     """
     report = progress or (lambda what, done, total: None)
-    folder_target(out)  # refuse it before the training
+    folder_target(out)  # refuse a bad folder before training
     network = _trained(seed, epochs, device, partial(report, "training"))
     test = load_data("digits")
     example = map_tensors(lambda tensor: tensor.to(device), network.example_inputs)
@@ -128,7 +128,7 @@ def run_demo(
 def _trained(
     seed: int, epochs: int, device: str, progress: Callable[[int, int], None]
 ) -> ResolvedModel:
-    """Train the network, and leave the stream of random numbers as it was."""
+    """Train the network, and restore the random state afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = resolve_model(NETWORK, **ARGUMENTS)
@@ -140,7 +140,7 @@ def _trained(
 
 @dataclass(frozen=True)
 class _Study:
-    """What is looked at of the network and its prunings."""
+    """The analyses of the network and its pruned versions."""
 
     model: nn.Module
     example_inputs: tuple[Any, ...]
@@ -151,7 +151,7 @@ class _Study:
     def measure(
         self, shares: Sequence[float], kept: Mapping[str, Pruned], points: int
     ) -> dict[str, dict[str, Any]]:
-        """Measure divergence, landscape, sensitivity and cost: a record of each kind."""
+        """Measure divergence, landscape, sensitivity and cost; return a record of each kind."""
         middle = shares[len(shares) // 2]
         common: Any = {"device": self.device}
         network = (self.model, self.example_inputs, self.test)

@@ -1,1 +1,1 @@
-"""Change a network: merge maps, its weights and their statistics, batch norm, the module itself."""
+"""Change a network: merge maps, weights and their statistics, batch norm, and the module."""

@@ -1,4 +1,4 @@
-"""Batch norm: fold it into the layer before."""
+"""Fold batch norm into the preceding layer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def fold_batchnorm(
 
     Args:
         model: the network; it is not changed unless `inplace`.
-        example_inputs: what the network is traced with.
-        remove: put `nn.Identity` where a norm was folded; else an identity batch norm stays,
-            whose statistics can be estimated again later.
+        example_inputs: inputs to trace the network with.
+        remove: replace folded norms by `nn.Identity`; otherwise identity batch norms stay, whose
+            statistics can be re-estimated later.
         inplace: change and return `model` itself.
 
     Returns:
-        A network with the same evaluation outputs, up to rounding (1e-5). A norm without a layer
-        to fold into (before an activation, say) becomes a scale and a shift.
+        A network with the same evaluation outputs, up to rounding (1e-5). A norm that follows no
+        layer (for example a norm at the input) becomes a scale and a shift.
 
     Raises:
         IntrafuseError: the model cannot be traced, or holds numbers that are not finite.
@@ -47,11 +47,11 @@ def fold_batchnorm(
 
 
 def fold_norms(weights: Weights) -> None:
-    """Fold every batch norm of a set of tensors, and note the statistics that it told.
+    """Fold every batch norm of a set of tensors, and note the statistics that it tells.
 
-    After this a norm has mean 0 and variance 1 - eps, unless it shares tensors with another or
-    has no scale and shift to hold these. One that was folded also has weight 1 and bias 0, and
-    `weights.statistics` holds mean and standard deviation of its layer's output.
+    Afterwards a norm has mean 0 and variance 1 - eps, unless it shares tensors with another norm,
+    or follows no layer and has no scale and shift. A norm that follows a layer also has weight 1
+    and bias 0, and `weights.statistics` holds mean and standard deviation of the layer's output.
     """
     for norm in weights.graph.own_norms:
         weights.fold(norm)

@@ -1,4 +1,4 @@
-"""What importance metrics and methods may look at while a plan is made."""
+"""The state of planning that importance metrics and methods read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Context"]
 
 @dataclass(eq=False)
 class Context:
-    """The state of planning. It changes as groups are merged, and so is not frozen.
+    """The state of planning. It is not frozen, because it changes as groups are merged.
 
     Attributes:
-        weights: the tensors as merged so far, batch norm folded where the method asks for it.
-            `merge_groups` merges them; metrics and methods read them, and change a `snapshot`.
-        original: the tensors before any group was merged, batch norm folded alike.
-        model: the module that was passed in; read it, never change it.
-        example_inputs: what the model was traced with.
-        data: batches of inputs, or of (inputs, labels), where the user gave any.
+        weights: the tensors as merged so far, with batch norm folded if the method asks for it.
+            `merge_groups` merges them; metrics and methods only read them, or change a `snapshot`.
+        original: the tensors before any merge, with batch norm folded in the same way.
+        model: the caller's module; read it, never change it.
+        example_inputs: inputs that the model was traced with.
+        data: batches of inputs, or of (inputs, labels); None if the user gave none.
         seed: seeds everything random.
-        progress: called with (steps done, steps in all) by work that takes long.
-        cache: what a method keeps from one group of a plan to the next.
+        progress: called with (steps done, all steps) by slow work.
+        cache: values that a method keeps from one group of a plan to the next.
     """
 
     weights: Weights
@@ -41,7 +41,7 @@ class Context:
     cache: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, salt: int = 0) -> torch.Generator:
-        """Make a random generator that depends on the seed and a salt only."""
+        """Make a random generator that depends only on the seed and a salt."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + salt) % 2**63)
 
     def untouched(self) -> Context:

@@ -1,8 +1,8 @@
-"""Let the configuration of a Hugging Face model follow its sizes, so that it can be built again.
+"""Update the configuration of a pruned Hugging Face model, so that it can be rebuilt.
 
-A configuration says one number for all layers. Where the layers agree, the fields with that number
-are changed, so that `save_pretrained` and `from_pretrained` give the same network again; what each
-field means is found out by building the model from it, without memory.
+A configuration holds one number for all layers. If the layers agree on a new size, the fields with
+that number are changed, so that `save_pretrained` and `from_pretrained` restore the same network.
+The meaning of each field is found by building the model from it on the meta device.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import nn
 
 __all__ = ["follow_sizes", "has_config", "take_configuration"]
 
-PAIRS = 40  # of fields that are tried together: each builds the model once
-WORDS = ("dim", "size", "inner", "heads")  # in the names of fields that are None by default
+PAIRS = 40  # most pairs of fields to try together; each trial builds the model once
+WORDS = ("dim", "size", "inner", "heads")  # parts of names of size fields that may be None
 
 
 def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Change the fields of a model's configuration that say its sizes.
+    """Change the size fields of a model's configuration to fit the model.
 
-    A field is changed where that brings the model that the configuration describes nearer to this
-    one. What a configuration cannot say (layers of different widths, heads of BERT, whose width is
-    always the model's divided by their number) stays as it was, and `from_pretrained` then refuses
-    the weights by their shapes; `intrafuse.load` takes them.
+    A field is changed if the model built from the configuration then comes closer to this one. Some
+    sizes cannot be expressed: layers of different widths, or the heads of BERT, whose width is
+    always the model's divided by their number. Their fields stay unchanged, and `from_pretrained`
+    then refuses the weights because of their shapes; `intrafuse.load` accepts them.
 
     Args:
         model: a pruned model; without a configuration nothing happens.
-        changes: sizes before and after.
+        changes: pairs of sizes, before and after.
 
     Returns:
         The fields that were changed.
@@ -48,41 +48,41 @@ def follow_sizes(model: nn.Module, changes: Iterable[tuple[int, int]]) -> dict[s
     pinned = _built(model, config, pins) if pins else None
     if pinned is None or _misfit(model, pinned, base) == float("inf"):
         pins = {}
-    found, best, improved = dict(pins), _misfit(model, base, base), True
+    chosen, best, improved = dict(pins), _misfit(model, base, base), True
     while best and improved:
         improved = False
         for fields in _steps(config, options):
             if improved and len(fields) > 1:
                 break
-            built = _built(model, config, {**found, **fields})
+            built = _built(model, config, {**chosen, **fields})
             misfit = float("inf") if built is None else _misfit(model, built, base)
             if misfit < best - 1e-9:
                 best, improved = misfit, True
-                found.update(fields)
-    for field in pins:  # those that make no difference
-        rest = {k: v for k, v in found.items() if k != field}
+                chosen.update(fields)
+    for field in pins:  # drop those that make no difference
+        rest = {k: v for k, v in chosen.items() if k != field}
         built = _built(model, config, rest)
         if built is not None and _misfit(model, built, base) <= best:
-            found = rest
-    _write(model, config, found)
-    return found
+            chosen = rest
+    _write(model, config, chosen)
+    return chosen
 
 
 def take_configuration(model: nn.Module, like: nn.Module) -> None:
-    """Give a model copies of the configurations of another one of the same modules."""
-    copied: dict[int, Any] = {}  # what modules share stays shared
+    """Copy the configurations of one model into another model with the same modules."""
+    copied: dict[int, Any] = {}  # shared configurations stay shared
     for module, other in zip(model.modules(), like.modules(), strict=True):
         if "config" in vars(other):
             module.config = copy.deepcopy(other.config, copied)
 
 
 def has_config(model: nn.Module) -> bool:
-    """Tell whether a model has a configuration that it is built from, as those of transformers."""
+    """Tell whether a model has a configuration, as models of transformers do."""
     return hasattr(getattr(model, "config", None), "to_dict") and hasattr(model, "save_pretrained")
 
 
 def _steps(config: Any, options: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """List changes to try: single fields, then two in one ratio (a width with its heads)."""
+    """List changes to try: single fields, then pairs in one ratio (a width and its heads)."""
     yield from ({field: value} for field, value in options)
     pairs = (
         {one: a, two: b}
@@ -93,7 +93,7 @@ def _steps(config: Any, options: Sequence[tuple[str, Any]]) -> Iterator[dict[str
 
 
 def _write(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> None:
-    """Set fields of a configuration, and of the copies that modules hold."""
+    """Set fields of a configuration and of its copies in modules."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for field, value in fields.items():
         old = getattr(config, field, None)
@@ -105,7 +105,7 @@ def _write(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> None:
 def _options(
     config: Any, model: nn.Module, changes: set[tuple[int, int]]
 ) -> Iterator[tuple[str, Any]]:
-    """List values that a field may have now: those of sizes that were what the field says."""
+    """List candidate values of fields: new sizes for fields that hold the old size."""
     ratios = sorted({new / old for old, new in changes})
     sizes = sorted({new for _, new in changes})
     names = {name for module in model.modules() for name in vars(module)}
@@ -119,9 +119,9 @@ def _options(
 
 
 def _pins(config: Any, model: nn.Module) -> dict[str, int]:
-    """List sizes that all modules agree on, and that the configuration leaves to be computed.
+    """List sizes on which all modules agree and that the configuration leaves unset.
 
-    Such as the width of heads, which is the model's divided by their number unless it is said.
+    For example the width of heads: if unset, it is the model's width divided by their number.
     """
     known: dict[str, set[int]] = {}
     for module in model.modules():
@@ -133,7 +133,7 @@ def _pins(config: Any, model: nn.Module) -> dict[str, int]:
 
 
 def _built(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> nn.Module | None:
-    """Build a model without memory from a configuration with some fields changed, if it can be."""
+    """Build a model on the meta device from a changed configuration; None if that fails."""
     changed = copy.deepcopy(config)
     try:
         for field, value in fields.items():
@@ -145,10 +145,11 @@ def _built(model: nn.Module, config: Any, fields: Mapping[str, Any]) -> nn.Modul
 
 
 def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
-    """Measure how far a model lies from one that was built; infinite where that computes otherwise.
+    """Measure how far the sizes of a model are from those of a built model.
 
-    What is computed when a model is built, and not saved, would be another: frequencies of
-    rotary embeddings, factors such as the scale of attention. `base` has those of the model.
+    The result is infinite if the built model would compute something else, because values that
+    are computed when a model is built, and not saved, differ: frequencies of rotary embeddings,
+    or factors such as the scale of attention. `base` has those of the model.
     """
     before = dict(base.named_modules())
     total = 0.0
@@ -169,16 +170,16 @@ def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
 
 
 def _recomputed(module: nn.Module) -> dict[str, Any]:
-    """List what a module computes when it is built: factors, and shapes of buffers not saved."""
-    found: dict[str, Any] = {k: v for k, v in vars(module).items() if type(v) is float}
+    """List values that a module computes when built: factors, and shapes of unsaved buffers."""
+    computed: dict[str, Any] = {k: v for k, v in vars(module).items() if type(v) is float}
     for name in sorted(module._non_persistent_buffers_set):
         buffer = module._buffers.get(name)
-        found[name] = None if buffer is None else tuple(buffer.shape)
-    return found
+        computed[name] = None if buffer is None else tuple(buffer.shape)
+    return computed
 
 
 def _different(first: Mapping[str, Any], second: Mapping[str, Any]) -> int:
-    """Count the whole numbers that two modules hold under one name, and that differ."""
+    """Count the integer attributes that differ between two modules."""
     return sum(
         type(value) is int and name in second and second[name] != value
         for name, value in first.items()

@@ -1,4 +1,4 @@
-"""Put planned tensors into a module: a copy, or the module itself."""
+"""Install planned tensors in a module or in a copy of it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ def install(
     share: bool = False,
     like: nn.Module | None = None,
 ) -> nn.Module:
-    """Return a module that holds the given tensors, with attributes that agree with them.
+    """Return a module that holds the given tensors, with attributes set to their sizes.
 
     Args:
         model: the module that the weights were taken from.
         weights: the new tensors.
         remove: paths of modules to replace by `nn.Identity`.
         inplace: change `model` itself instead of a copy.
-        share: let the copy hold the model's own parameters where they stay as they are.
-        like: a network of these sizes, whose configuration is taken; finding it out takes time.
+        share: let the copy hold the model's own parameters where they do not change.
+        like: a network of the same sizes, to copy its configuration instead of searching for one,
+            which takes time.
     """
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {k: t for k, t in weights.state.items() if k not in old or t is not _detached(old[k], t)}
@@ -49,7 +50,7 @@ def install(
 
 
 def size_changes(graph: ChannelGraph, sizes: Mapping[int, int]) -> set[tuple[int, int]]:
-    """List sizes before and after, of groups, of attributes and of the axes of parameters."""
+    """List changed sizes (before, after) of groups, attributes and axes of parameters."""
     trees = {tree for axes in graph.axes.values() for tree in axes}
     trees |= {item.tree for item in graph.attributes} | {group.id for group in graph.groups}
     for tree in [tree for tree in trees if isinstance(tree, Product)]:  # such as heads x width

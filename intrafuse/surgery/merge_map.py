@@ -1,4 +1,4 @@
-"""The merge map: what happens to the channels of one group."""
+"""The merge map: the change of one group's channels."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["PARTS", "Change", "MergeMap"]
 
-# Tensors by the name of a parameter.
+# Fields that hold tensors by parameter name.
 PARTS = ("readers", "writers", "gain", "shift", "writer_gain", "writer_shift")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
-    """What a merge map does to the channels along one axis.
+    """The change of the channels along one axis.
 
     Attributes:
         kind: `select` indexes the channels by `tensor` (m,). `combine` multiplies them by `tensor`
-            (m, n), or by one matrix for each of r places, (r, m, n). `mix` multiplies all of an
-            axis that holds nothing but the r places of each channel by `tensor` (m r, n r).
+            (m, n), or by one matrix for each of r places, (r, m, n). `mix` multiplies a whole
+            axis, which holds only the r places of each channel, by `tensor` (m r, n r).
         tensor: indices or matrix.
     """
 
@@ -38,9 +38,9 @@ class Change:
         """Return a tensor with changed channels.
 
         Args:
-            tensor: holds n channels along an axis; it stays as it is.
-            axis: the dimension of the tensor.
-            blocks: where the channels lie along it.
+            tensor: holds n channels along an axis; it is not changed.
+            axis: the axis of the channels.
+            blocks: places of the channels along this axis.
             channels: n.
         """
         if self.kind == "select":
@@ -54,24 +54,25 @@ class Change:
 class MergeMap:
     """Replace the n channels of a group by m.
 
-    Writers become P W, readers W Q, and what lies between follows. Matrices are float32.
+    Writers become P W, readers W Q, and carriers follow. Matrices are float32.
 
     Attributes:
         group: name of the channel group.
-        encode: P (m, n), for writers' weights and biases and for what carriers add.
+        encode: P (m, n), for writers' weights and biases and for shifts of carriers.
         decode: Q (n, m), for readers that `readers` does not name.
-        carry: (m, n) with rows that sum to one, for what carriers multiply channels with.
-        keep: (m,) ascending indices where the channels are selected, else None. Writers and
-            carriers are then indexed, exactly, instead of multiplied.
-        readers: Q (n, m) by the name of a reader's weight; or (n r, m r) where each channel lies
-            at r places of an axis that holds nothing else: all of them from all of the new ones.
-        writers: P (r, m, n) by the name of a writer's weight or bias, instead of `encode`, where
-            each channel lies at r places (the width of r heads): one matrix for each place.
+        carry: (m, n) with rows that sum to one, for scales of carriers.
+        keep: (m,) ascending indices of selected channels; None if channels are combined. Writers
+            and carriers are then indexed exactly instead of multiplied.
+        readers: Q (n, m) by the name of a reader's weight. If each channel lies at r places of an
+            axis that holds nothing else, Q may be (n r, m r), from all new places to all old.
+        writers: P (r, m, n) by the name of a writer's weight or bias, instead of `encode`, if each
+            channel lies at r places (the width of r heads): one matrix for each place.
         gain, shift: (outputs,) by the name of a reader's weight: its outputs are multiplied by
             the gain and then shifted.
         writer_gain, writer_shift: (m,), or (m, r) where a channel has r outputs, by the name of
-            the weight of a writer or of a grouped convolution between writers and readers: after P.
-        note: what a method says of its choice, as JSON data.
+            the weight of a writer or of a grouped convolution between writers and readers. They
+            are applied after P.
+        note: the method's note on its choice, as JSON data.
     """
 
     group: str
@@ -91,7 +92,7 @@ class MergeMap:
     def select(
         cls, group: str, size: int, keep: Tensor, **outputs: Mapping[str, Tensor]
     ) -> MergeMap:
-        """Make the map that keeps some channels and discards the others.
+        """Make a map that keeps some channels and discards the others.
 
         >>> MergeMap.select("conv", 3, torch.tensor([2, 0])).encode
         tensor([[1., 0., 0.],
@@ -135,13 +136,13 @@ class MergeMap:
 
     @property
     def encoding(self) -> Change:
-        """What becomes of the channels themselves: of activations, or of a line of statistics."""
+        """The change of the channels themselves, in activations or statistics."""
         if self.keep is not None:
             return Change("select", self.keep)
         return Change("combine", self.encode)
 
     def change(self, slot: Slot) -> Change:
-        """Say how one slot of the group follows."""
+        """Return the change of one slot of the group."""
         if slot.role == "reader":
             if self.keep is not None and slot.parameter not in self.readers:
                 return self.encoding
@@ -158,17 +159,17 @@ class MergeMap:
         return max(1, len(matrix) // self.size)
 
     def tensors(self) -> dict[str, Tensor]:
-        """List every tensor of the map under a name that `from_tensors` understands."""
-        found = {"encode": self.encode, "decode": self.decode, "carry": self.carry}
+        """List every tensor of the map by a name that `from_tensors` understands."""
+        tensors = {"encode": self.encode, "decode": self.decode, "carry": self.carry}
         if self.keep is not None:
-            found["keep"] = self.keep
+            tensors["keep"] = self.keep
         for part in PARTS:
-            found.update({f"{part}:{name}": t for name, t in getattr(self, part).items()})
-        return found
+            tensors.update({f"{part}:{name}": t for name, t in getattr(self, part).items()})
+        return tensors
 
     @classmethod
     def from_tensors(cls, group: str, tensors: Mapping[str, Tensor]) -> MergeMap:
-        """Rebuild a map from what `tensors` gave."""
+        """Rebuild a map from the result of `tensors`."""
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
         for name, tensor in tensors.items():
             part, colon, parameter = name.partition(":")
@@ -178,10 +179,11 @@ class MergeMap:
         return cls(group, encode, decode, carry, tensors.get("keep"), **parts)
 
     def check(self) -> MergeMap:
-        """Return the map itself, or refuse one that does not fit together or is not finite.
+        """Return the map itself; refuse it if shapes do not fit or values are not finite.
 
         Raises:
-            IntrafuseError: a matrix, gain or shift has the wrong shape, or holds NaN or infinity.
+            IntrafuseError: a matrix has the wrong shape, a tensor holds NaN or infinity, or `keep`
+                does not ascend.
         """
         n, m = self.size, self.width
         shapes = {"encode": (m, n), "decode": (n, m), "carry": (m, n), "keep": (m,)}

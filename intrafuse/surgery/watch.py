@@ -1,4 +1,4 @@
-"""Run a network on data and watch what its modules are given or put out."""
+"""Run a network on data and watch the inputs or outputs of its modules."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Watched = Iterable[tuple[nn.Module, Callable[[Tensor], Any]]]
 
 @contextmanager
 def watching(watched: Watched, *, inputs: bool = False) -> Iterator[None]:
-    """Call functions with what modules put out, or are given; all hooks come off at the end.
+    """Call functions with the outputs or inputs of modules; remove all hooks at the end.
 
     Args:
-        watched: modules, and for each the function. It runs with PyTorch's own default type and
-            device. A tensor that it returns goes on in place of the output.
-        inputs: give the functions the first tensor that a module is called with instead, by
-            position or by name; what they return is ignored.
+        watched: pairs of a module and a function. The function runs with PyTorch's own default type
+            and device. A tensor that it returns replaces the output.
+        inputs: call the functions with the first tensor argument of a module, by position or by
+            name, instead of its output; their results are ignored.
     """
     handles = []
     try:
@@ -54,12 +54,12 @@ def _leave(see: Callable[[Tensor], Any], _module: nn.Module, _args: tuple, outpu
 
 
 def run(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
-    """Run a network in evaluation mode on batches, for what is watched, and count them.
+    """Run a network in evaluation mode on batches, and return the number of batches.
 
     Args:
-        model: left in the mode that it was in.
+        model: the network; its mode is restored.
         inputs: batches: a tensor, a tuple of args or a mapping of kwargs.
-        advice: what the user can do where the model refuses a batch.
+        advice: remedy in the error if the model refuses a batch.
 
     Raises:
         IntrafuseError: the model refuses a batch.
@@ -69,7 +69,7 @@ def run(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
 
 
 def feed(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
-    """Run a network as `run` does, in whatever mode its modules are."""
+    """Run a network as `run` does, without changing the mode of its modules."""
     count = 0
     with torch.no_grad():
         for count, batch in enumerate(inputs, 1):
@@ -86,16 +86,16 @@ def measure(
     *,
     advice: str = FIT,
 ) -> tuple[dict[str, Sums], int]:
-    """Measure the channels of what modules put out.
+    """Sum the channels of the outputs of modules, for means and variances.
 
     Args:
         model: the network.
-        watched: a name, a module of the network, and how to order its output as (samples,
-            channels). What has the same name is measured together.
+        watched: triples of a name, a module of the network, and a function that orders its output
+            as (samples, channels). Outputs with the same name are summed together.
         inputs, advice: as for `run`.
 
     Returns:
-        Sums by name, of the modules that were called, and the number of batches.
+        Sums by name, without modules that were never called, and the number of batches.
     """
     sums: dict[str, Sums] = {}
 

@@ -1,4 +1,4 @@
-"""The tensors of a network on their way through a plan, without the module that owns them."""
+"""The tensors of a network while it is planned, without the module that owns them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Statistics = tuple[Tensor, Tensor]  # mean and standard deviation (outputs,) of 
 class Weights:
     """The one owner of a network's tensors while it is planned, merged and repaired.
 
-    What is held is read through views that cannot be written to. It is changed by the operations
-    below and by nothing else: `merge`, `rescale`, `fold`, `put`, `note` and `forget`. Each lets
-    tensors, sizes and statistics follow together, and replaces tensors instead of writing into
-    them, so the model that they came from stays as it is.
+    Tensors, sizes and statistics are read through read-only views. Only these operations change
+    them: `merge`, `rescale`, `fold`, `put`, `note` and `forget`. Each operation updates tensors,
+    sizes and statistics together. It replaces tensors instead of writing into them, so the original
+    model does not change.
 
-    The owner itself changes, instead of giving a new one for each merge, because planner, methods
-    and moments look at one network as it shrinks (`Context.weights`): a tensor that was replaced
-    is free at once, and nobody can go on with yesterday's. Who wants to keep a state takes a
-    `snapshot`, which shares the tensors and costs as much as a copy of the dictionaries.
+    `Weights` changes in place, instead of returning a new object for each merge, because planner,
+    methods and moments read the same shrinking network (`Context.weights`). A replaced tensor is
+    freed at once, and no caller can continue with outdated weights. A `snapshot` keeps a state: it
+    shares the tensors and copies only the dictionaries.
 
     Args:
         graph: the channel graph of the traced network.
-        state: its tensors; other names of shared parameters are left out.
-        buffers: which of them are buffers.
-        widths: channels of the groups that have other sizes than the traced ones, by name.
+        state: its tensors by name; aliases of shared parameters are left out.
+        buffers: names of the buffers among them.
+        widths: channels of the groups whose sizes differ from the traced ones, by name.
 
     >>> from intrafuse.graph.trace import trace
     >>> layer = nn.Linear(1, 1)
@@ -74,15 +74,15 @@ class Weights:
     def statistics(self) -> Mapping[str, Statistics]:
         """Mean and standard deviation of layers' outputs, by the names of their weights.
 
-        Known where a batch norm that was folded into the layer told them.
+        Known for layers with a folded batch norm, and where `note` has set them.
         """
         return MappingProxyType(self._statistics)
 
     @property
     def folded(self) -> frozenset[str]:
-        """The batch norms that were folded, by the names of their running means.
+        """The folded batch norms, by the names of their running means.
 
-        They pass what they read, but for a scale and a shift, and tell nothing of it.
+        They only scale and shift their inputs, and hold no statistics of them.
         """
         return self._folded
 
@@ -90,11 +90,12 @@ class Weights:
     def of(cls, graph: ChannelGraph, model: nn.Module) -> Weights:
         """Take the tensors of a model, without copying them.
 
-        A module has no place to record that a batch norm was folded before: one that holds
-        exactly the statistics that `fold` leaves counts as folded.
+        A module cannot record that a batch norm is already folded. A norm that holds exactly the
+        statistics that `fold` leaves is treated as folded.
 
         Raises:
-            IntrafuseError: a tensor of the graph is absent, of another shape, or not finite.
+            IntrafuseError: a tensor of the graph is missing, has another shape, has fewer than 16
+                bits, or is not finite.
         """
         buffers = dict(model.named_buffers())
         weights = cls(graph, {**dict(model.named_parameters()), **buffers}, buffers)
@@ -124,7 +125,7 @@ class Weights:
                     "weights must have 16 bits or more",
                     value=str(tensor.dtype),
                     layer=name,
-                    remedy="prune model.to(torch.bfloat16), and quantize what comes out",
+                    remedy="prune model.to(torch.bfloat16), and quantize the result",
                 )
             mask = name in buffers and name not in slots  # attention masks hold -inf
             if tensor.is_floating_point() and not _finite(tensor, mask):
@@ -144,27 +145,27 @@ class Weights:
         return channel_rows(self.state[slot.parameter], slot.axis, blocks, self.sizes[group.id])
 
     def present(self, slots: tuple[Slot, ...]) -> list[Slot]:
-        """Drop slots of biases that layers could have but do not."""
+        """Return the slots whose parameter exists; a layer may lack a bias."""
         return [slot for slot in slots if slot.parameter in self.state]
 
     def counted(self) -> dict[str, int]:
-        """Count the elements of every parameter, by name; buffers do not count."""
+        """Count the elements of every parameter, by name, without buffers."""
         return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}
 
     # -- copies ----------------------------------------------------------------------------------
 
     def snapshot(self) -> Weights:
-        """Return an owner of its own of the same tensors: later changes do not reach it."""
+        """Return a copy that shares the tensors; later changes do not affect it."""
         return self.moved(lambda tensor: tensor)
 
     def on_cpu(self) -> Weights:
-        """Return the same tensors in the CPU's memory; where they lie there already, itself."""
+        """Return a copy on the CPU, or itself if all tensors are there already."""
         if all(tensor.device.type == "cpu" for tensor in self.state.values()):
             return self
         return self.moved(lambda tensor: tensor.cpu())
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Weights:
-        """Return a copy whose tensors and statistics are `move(tensor)` of these."""
+        """Return a copy with `move(tensor)` in place of each tensor and statistic."""
         copy = Weights(self.graph, {}, self.buffers)
         copy._state = {name: move(tensor) for name, tensor in self._state.items()}
         copy._statistics = {
@@ -176,9 +177,9 @@ class Weights:
     # -- changes ---------------------------------------------------------------------------------
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give parameters and buffers other values, at the sizes that they have now.
+        """Replace parameters and buffers by tensors of the same shapes.
 
-        Norms that were folded count as folded, and statistics as true, afterwards too.
+        Records of folded norms and of statistics stay unchanged.
 
         Raises:
             ValueError: a tensor of the graph has another shape.
@@ -191,19 +192,19 @@ class Weights:
         self._state.update(tensors)
 
     def note(self, weight: str, mean: Tensor, std: Tensor) -> None:
-        """Note mean and standard deviation (outputs,) of what a layer puts out now."""
+        """Record mean and standard deviation (outputs,) of a layer's current outputs."""
         self._statistics[weight] = mean, std
 
     def forget(self) -> None:
-        """Forget the statistics of all layers, where what comes next would not keep them true."""
+        """Forget the statistics of all layers, before changes that would invalidate them."""
         self._statistics.clear()
 
     def fold(self, norm: Norm) -> None:
-        """Fold a batch norm into the layer before it, and note the statistics that it told.
+        """Fold a batch norm into the preceding layer, and note the statistics that it tells.
 
-        The norm then has mean 0 and variance 1 - eps, and, where a layer feeds it, weight 1 and
-        bias 0. Without a layer its weight and bias hold all that it does; without these, too, it
-        stays as it is.
+        The norm then has mean 0 and variance 1 - eps. If it follows a layer, it also has weight 1
+        and bias 0. Otherwise its weight and bias hold its whole scale and shift; a norm without
+        layer, weight and bias does not change.
 
         Args:
             norm: a batch norm of the graph, which shares no tensor with another.
@@ -237,41 +238,41 @@ class Weights:
             shift = shift + self.state[norm.bias].double()
         return scale, shift
 
-    def merge(self, step: MergeMap) -> None:
+    def merge(self, merge_map: MergeMap) -> None:
         """Apply one merge map.
 
-        The gains and shifts of readers restore what their outputs were: statistics stay. Those of
-        writers change what the outputs are: statistics follow.
+        Gains and shifts of readers restore the statistics of their outputs, so the noted
+        statistics stay. Gains and shifts of writers change their outputs, so the statistics follow.
         """
-        group = self.graph.by_name[step.group]
+        group = self.graph.by_name[merge_map.group]
         n = self.sizes[group.id]
         before = dict(self._state)
         for slot in self.present(group.slots):
             blocks = self.graph.blocks(slot, group.id, self.sizes)
             old = self._state[slot.parameter]
-            self._state[slot.parameter] = step.change(slot).apply(old, slot.axis, blocks, n)
-        self._merge_statistics(step, group, before)
-        self._sizes[group.id] = step.width
+            self._state[slot.parameter] = merge_map.change(slot).apply(old, slot.axis, blocks, n)
+        self._merge_statistics(merge_map, group, before)
+        self._sizes[group.id] = merge_map.width
         self._follow_size(group, n)
-        for weight in sorted({*step.writer_gain, *step.writer_shift}):
-            self.rescale(weight, *self._writer_lines(step, group, weight))
-        for weight in sorted({*step.gain, *step.shift}):
-            self._rescale_layer(weight, step.gain.get(weight), step.shift.get(weight))
+        for weight in sorted({*merge_map.writer_gain, *merge_map.writer_shift}):
+            self.rescale(weight, *self._writer_lines(merge_map, group, weight))
+        for weight in sorted({*merge_map.gain, *merge_map.shift}):
+            self._rescale_layer(weight, merge_map.gain.get(weight), merge_map.shift.get(weight))
 
     def _writer_lines(
-        self, step: MergeMap, group: ChannelGroup, weight: str
+        self, merge_map: MergeMap, group: ChannelGroup, weight: str
     ) -> tuple[Tensor, Tensor]:
-        """Return gain and shift (outputs,) of a writer, of which the group may be a part."""
+        """Return gain and shift (outputs,) of a writer, whose outputs may include other groups."""
         at = next(s for s in group.writers + group.carriers if s.parameter == weight)
         blocks = self.graph.blocks(at, group.id, self.sizes)
         size = self.state[weight].shape[at.axis]
         gain, shift = torch.ones(size), torch.zeros(size)
-        put_channels(gain, blocks, step.writer_gain.get(weight), step.width)
-        put_channels(shift, blocks, step.writer_shift.get(weight), step.width)
+        put_channels(gain, blocks, merge_map.writer_gain.get(weight), merge_map.width)
+        put_channels(shift, blocks, merge_map.writer_shift.get(weight), merge_map.width)
         return gain, shift
 
     def _follow_size(self, group: ChannelGroup, old: int) -> None:
-        """Let the outputs of layers follow a size that has changed (`Rescale`)."""
+        """Rescale the outputs of layers that depend on a changed size (`Rescale`)."""
         for item in self.graph.rescales:
             if group.id not in leaves(item.over):
                 continue
@@ -287,37 +288,37 @@ class Weights:
                     self._state[name] = tensor
 
     def _merge_statistics(
-        self, step: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]
+        self, merge_map: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]
     ) -> None:
-        """Let the statistics of a layer's outputs follow its merged outputs.
+        """Update the statistics of layers whose outputs were merged.
 
-        Outputs that are merged count as correlated as the weights that write them.
+        The correlation of merged outputs is taken as the cosine of the weights that write them.
         """
         for slot in group.writers + group.carriers:
             layer = self.graph.layers.get(slot.parameter)
             if slot.parameter not in self.statistics or layer is None:
                 continue
-            if slot.axis != layer.output_axis:  # of a grouped transposed convolution
+            if slot.axis != layer.output_axis:  # a grouped transposed convolution
                 del self._statistics[slot.parameter]
                 continue
             n = self.sizes[group.id]
             blocks = self.graph.blocks(slot, group.id, self.sizes)
             mean, std = self.statistics[slot.parameter]
-            change = step.encoding
+            change = merge_map.encoding
             merged, deviation = (change.apply(line, 0, blocks, n) for line in (mean, std))
             if change.kind != "select":
                 rows = channel_rows(before[slot.parameter], slot.axis, blocks, n).float()
                 relation = torch.nn.functional.normalize(rows, dim=1)
                 own = channel_rows(std, 0, blocks, n).float().mean(1, keepdim=True)
-                spread = (step.encode.to(own) @ (relation * own)).norm(dim=1)
-                after = self.graph.blocks(slot, group.id, {**self.sizes, group.id: step.width})
-                put_channels(deviation, after, spread, step.width)
+                spread = (merge_map.encode.to(own) @ (relation * own)).norm(dim=1)
+                after = self.graph.blocks(slot, group.id, {**self.sizes, group.id: merge_map.width})
+                put_channels(deviation, after, spread, merge_map.width)
             self.note(slot.parameter, merged, deviation)
 
     def rescale(self, weight: str, gain: Tensor | None, shift: Tensor | None) -> None:
         """Multiply the outputs of a layer by a gain and add a shift, both (outputs,).
 
-        Its statistics follow.
+        Updates its statistics too.
 
         Raises:
             IntrafuseError: the layer has no bias and its module cannot hold one.
@@ -344,7 +345,7 @@ class Weights:
             bias = bias * gain
         if shift is not None and (bias is not None or bool((shift != 0).any())):
             if layer.bias is None:
-                raise IntrafuseError("a layer that is shifted needs a bias", layer=layer.name)
+                raise IntrafuseError("a layer needs a bias to be shifted", layer=layer.name)
             bias = shift.to(tensor) if bias is None else bias + shift.to(tensor)
         if bias is not None:
             assert layer.bias is not None
@@ -368,6 +369,6 @@ def _finite(tensor: Tensor, infinite: bool) -> bool:
 
 
 def _was_folded(norm: Norm, state: Mapping[str, Tensor]) -> bool:
-    """Tell whether a norm of a model holds the statistics that folding leaves."""
+    """Tell whether a norm of a model holds exactly the statistics that folding leaves."""
     mean, variance = state[norm.mean], state[norm.variance]
     return not mean.any() and torch.equal(variance, torch.full_like(variance, 1 - norm.eps))

@@ -84,8 +84,8 @@ def test_without_data_the_table_shows_sizes(files):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--features", "activations"], 2, "needs unlabelled data"),
-        (["--repair", "batchnorm"], 2, "needs unlabelled data"),
+        (["--features", "activations"], 2, "needs unlabeled data"),
+        (["--repair", "batchnorm"], 2, "needs unlabeled data"),
         (["--method", "mean"], 2, "method must be one of ot, assignment, moment"),
         (["--shares", "1,-1"], 2, "not negative"),
         (["--shares", "1,1,1"], 2, "weights must be 2 numbers"),

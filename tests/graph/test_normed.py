@@ -129,7 +129,7 @@ def test_verify_fails_where_the_weight_does_not_make_up_for_the_number(norm):
     model, x = Normed(norm), torch.randn(5, 3)
     plan = planned(model, x)
     forgetful = replace(plan, graph=replace(plan.graph, rescales=()))
-    with pytest.raises(IntrafuseError, match="must compute what the masked original does"):
+    with pytest.raises(IntrafuseError, match="must equal those of the masked original"):
         intrafuse.verify(model, forgetful)
 
 

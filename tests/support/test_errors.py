@@ -363,7 +363,7 @@ def test_what_needs_data_names_the_option_that_gives_it():
     model, x = build("mlp")
     with refused("taylor.* needs data.*give data=", model):
         prune(model, x, channels=0.5, importance="taylor")
-    with refused(r"repair of batch norm needs unlabelled data.*data= .*--data", model):
+    with refused(r"repair of batch norm needs unlabeled data.*data= .*--data", model):
         prune(model, x, channels=0.5, repair="batchnorm")
     with refused("data gave no batch", model):
         prune(model, x, channels=0.5, repair="batchnorm", data=[])

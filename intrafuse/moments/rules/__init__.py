@@ -1,4 +1,4 @@
-"""One rule for each operator says what becomes of means and covariances.
+"""One rule for each operator maps means and covariances of its inputs to those of its result.
 
 A new rule is one function with `register("operator")` in the file of its kind; a new file is
 imported here.

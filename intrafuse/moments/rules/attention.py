@@ -10,8 +10,8 @@ every position has its own draw of k and v; s is the scale; l = s q k the logits
                                           E[o | q] ~ E[v] + (1 - p) s Cov(v, k) q
 
 For many keys all are exact: weights exp(l) tilt a Gaussian, which moves its mean by the
-covariance with l and leaves its covariance as it is. p = 1 means that attention takes one position,
-p = 1 / T that it takes the mean of all.
+covariance with l and does not change its covariance. p = 1 means that attention reads a single
+position, p = 1 / T that it averages all positions.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from intrafuse.moments.rules.shape import kept
 
 @register("scaled_dot_product_attention")
 def attention(propagation: Propagation, node: Node) -> Moments | None:
-    """Average the values over as many positions as the spread of the logits leaves.
+    """Average the values over an effective number of positions, set by the logits' variance.
 
-    Exact for keys that do not differ. Masks and what positions of one sequence have in common are
-    left out of account. Where queries or keys are unknown, or keys are shared by several queries'
-    heads, the spread is that of attention to a single position, an upper bound.
+    Exact for equal keys. Masks, and correlations between positions of one sequence, are ignored. If
+    queries or keys are unknown, or several query heads share keys, attention to a single position
+    is assumed, which gives an upper bound of the variance.
     """
     args = arguments(node)
     names = ("query", "key", "value")
@@ -66,7 +66,7 @@ def attention(propagation: Propagation, node: Node) -> Moments | None:
 
 
 def _heads(propagation: Propagation, node: Node, moments: Moments | None) -> int | None:
-    """Count the heads where moments describe heads x width, else None."""
+    """Count the heads if moments describe heads x width, else return None."""
     axes = propagation.axes(node)
     if moments is None or len(axes) < 3:
         return None
@@ -96,6 +96,6 @@ def _averaged(
 
 
 def _own_blocks(matrix: Tensor, heads: int) -> Tensor:
-    """Cut the blocks (heads, rows, columns) of each head with itself out of a matrix."""
+    """Take the diagonal block of each head from a matrix: (heads, rows, columns)."""
     blocks = matrix.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
     return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)

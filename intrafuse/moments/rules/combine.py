@@ -37,8 +37,8 @@ ELEMENTWISE = frozenset(
 def add(propagation: Propagation, node: Node) -> Moments | None:
     """Add means and covariances.
 
-    Summands of a residual stream count as independent. Exact for a constant, for functions of
-    the same variables, and for layers that read the same activation.
+    Summands of a residual stream are assumed to be independent. Exact for a constant, for
+    functions of the same variables, and for layers that read the same activation.
     """
     pair = _operands(propagation, node)
     if pair is None:
@@ -135,7 +135,7 @@ def _quotient(propagation: Propagation, first: Moments, second: Moments) -> Mome
 
 @register("reciprocal")
 def reciprocal(propagation: Propagation, node: Node) -> Moments | None:
-    """Divide one by a function that has no zero."""
+    """Divide one by a function without a zero."""
     one, below = propagation.operand(1.0), propagation.operand(node.args[0])
     return None if one is None or below is None else _quotient(propagation, one, below)
 
@@ -153,7 +153,7 @@ def lerp(propagation: Propagation, node: Node) -> Moments | None:
 
 @register("sum")
 def sum_(propagation: Propagation, node: Node) -> Moments | None:
-    """Add up positions: as many times their mean, whose moments count as theirs."""
+    """Sum over positions: their mean times their number, with the moments of one position."""
     args = arguments(node)
     before, axes, dims = (
         propagation.operand(args["self"]),
@@ -170,7 +170,7 @@ def sum_(propagation: Propagation, node: Node) -> Moments | None:
 @register("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "new_zeros", "new_ones",
           "new_full", "scalar_tensor")  # fmt: skip
 def filled(propagation: Propagation, node: Node) -> Moments | None:
-    """Give one number, unless something may be written in its place."""
+    """Return a constant, unless a later operator may overwrite it."""
     for user in node.users:
         changes = user.args[0] is node and str(user.target).split(".")[1].endswith("_")
         if changes or operator_name(user) not in ELEMENTWISE:
@@ -200,7 +200,7 @@ def glu(propagation: Propagation, node: Node) -> Moments | None:
 def cat(propagation: Propagation, node: Node) -> Moments | None:
     """Put channels side by side, or mix the moments of positions.
 
-    Functions of the same variables are correlated; other parts count as independent.
+    Functions of the same variables are correlated; other parts are assumed to be independent.
     """
     args = arguments(node)
     axes = propagation.axes(node)
@@ -244,7 +244,7 @@ def _beside(propagation: Propagation, parts: list[Moments], tree: Tree) -> Momen
 
 
 def _mixture(parts: list[Moments], shares: Tensor) -> Moments:
-    """Describe positions of which a share is of each kind."""
+    """Describe a mixture of positions with given shares of each kind."""
     means = torch.stack([part.mean for part in parts])
     mean = shares @ means
     apart = means - mean

@@ -28,9 +28,9 @@ __all__ = ["relation"]
 def layer(propagation: Propagation, node: Node) -> Moments | None:
     """Infer correlations from the weights and from a part of those of the inputs.
 
-    Channels of different groups of a grouped (or depthwise) convolution share no input: they are
-    as correlated as their inputs, so there the whole covariance of the input counts. Where the
-    input is unknown, it has mean 0 and variance 1. Padding is left out of account.
+    Channels of different groups of a grouped (or depthwise) convolution share no input. They are
+    as correlated as their inputs, so the whole covariance of the input is used there. Where the
+    input is unknown, it has mean 0 and variance 1. Padding is ignored.
     """
     name = propagation.program.parameter(node.args[1])
     found = propagation.weights.graph.layers.get(name)
@@ -68,7 +68,7 @@ def _transposed(found: Layer) -> bool:
 
 
 def _groups(propagation: Propagation, node: Node, found: Layer, tree: Tree) -> int:
-    """Count the groups at the current sizes: whole groups may have gone, or come."""
+    """Count the groups at the current sizes, as whole groups may be removed or added."""
     if found.operator == "linear":
         return 1
     weight = propagation.weights.state[found.weight]
@@ -87,7 +87,7 @@ def _kernel(propagation: Propagation, node: Node, found: Layer) -> Tensor:
 
 
 def _stride(node: Node, found: Layer) -> tuple[int, ...]:
-    """Return the stride of a transposed convolution; no other changes what a position sees."""
+    """Return the stride of a transposed convolution; other strides do not affect moments."""
     return tuple(arguments(node)["stride"]) if _transposed(found) else ()
 
 
@@ -102,7 +102,7 @@ def _tap_sum(node: Node, found: Layer, taps: Tensor) -> Tensor:
 def _dense(
     propagation: Propagation, node: Node, found: Layer, before: Moments | None
 ) -> tuple[Tensor, Tensor, Moments | None]:
-    """Return W (outputs, inputs, taps), K (taps, taps), and the input's moments where they fit.
+    """Return W (outputs, inputs, taps), K (taps, taps), and the input's moments if they fit.
 
     The positions of a flattened map behind a channel are the taps of a linear layer.
     """
@@ -124,7 +124,7 @@ def _dense(
 
 
 def _behind(tree: Tree, channels: Tree) -> tuple[Tree, ...] | None:
-    """List the factors that lie behind each channel on an axis; None if it is no such axis."""
+    """List the factors after the channel factor of an axis; None for any other axis."""
     if tree == channels:
         return ()
     if isinstance(tree, Sum):
@@ -140,7 +140,7 @@ def _behind(tree: Tree, channels: Tree) -> tuple[Tree, ...] | None:
 
 
 def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
-    """Return standard deviations and means (inputs,) of what a layer reads."""
+    """Return standard deviations and means (inputs,) of a layer's inputs."""
     if before is None:
         return torch.ones(taps.shape[1]).double(), torch.zeros(taps.shape[1]).double()
     return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
@@ -149,12 +149,12 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
 def _inputs(
     propagation: Propagation, before: Moments | None, name: str, taps: Tensor
 ) -> Tensor | None:
-    """Return the covariance (inputs, inputs) that a dense layer counts with.
+    """Return the covariance (inputs, inputs) that a dense layer's rule assumes.
 
-    Inferred correlations are right in part only, and a part of them serves better than all or
-    none. Where a batch norm tells the variance of the outputs, inputs of equal variance serve
-    better than the inferred ones: the mean of those that are read, so that channels which were put
-    beside others to compare them change nothing.
+    Inferred correlations are only partly right, and a fraction of them works better than all or
+    none. If a batch norm tells the variance of the outputs, equal input variances work better than
+    inferred ones. They are set to the mean over the inputs that are read, so channels appended for
+    comparison change nothing.
     """
     if before is None:
         return None
@@ -233,13 +233,13 @@ def _rows(propagation: Propagation, node: Node) -> Tensor | None:
 
 @register("embedding")
 def embedding(propagation: Propagation, node: Node) -> Moments | None:
-    """Take mean and covariance over the rows of the weight: every word counts alike."""
+    """Take mean and covariance over the rows of the weight, with equal weights."""
     weight = propagation.tensor(node.args[0])
     if weight is None:
         return None
     mean = weight.double().mean(0)
     squares = torch.zeros(len(mean), len(mean)).double()
-    for words in weight.split(4096):  # a vocabulary in float64 would fill the memory
+    for words in weight.split(4096):  # to save memory: a vocabulary in float64 is large
         centred = words.double() - mean
         squares += centred.T @ centred
     return Moments(propagation.axes(node)[-1], mean, squares / len(weight))

@@ -1,4 +1,4 @@
-"""Moment rules for normalisation: its parameters tell mean and spread, its input correlations."""
+"""Moment rules for normalization: mean and deviation from its parameters, the rest from input."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ UNDER = CASTS | {"add", "sqrt", "rsqrt", "reciprocal", "pow"}
 
 @register("batch_norm", "instance_norm")
 def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
-    """Take mean and spread from the norm, and correlations from what enters it.
+    """Take mean and deviation from the norm, and correlations from its input.
 
-    Without running statistics each channel is normalised by its own: mean beta, spread gamma.
+    Without running statistics each channel is normalized by its own: mean beta, deviation gamma.
     """
     args = arguments(node)
     before, tree = propagation.operand(args["input"]), propagation.axes(args["input"])[1]
@@ -31,13 +31,13 @@ def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
         propagation.tensor(args[name]) for name in ("weight", "bias", "running_mean", "running_var")
     )
     if running is None or spread is None or args.get("use_input_stats", False):
-        return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
+        return _normalized(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
     scale = (spread.double() + args["eps"]).rsqrt() * (1 if gamma is None else gamma.double())
     shift = -running.double() * scale + (0 if beta is None else beta.double())
     if before is not None and before.tree != tree:
         before = None
     if propagation.program.parameter(args["running_mean"]) in propagation.weights.folded:
-        if before is None:  # it passes what it reads
+        if before is None:  # it only scales and shifts its input
             return None
         covariance = before.covariance * scale * scale[:, None]
         return Moments(propagation.axes(node)[1], before.mean * scale + shift, covariance)
@@ -51,22 +51,22 @@ def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
 
 @register("group_norm")
 def group_norm(propagation: Propagation, node: Node) -> Moments | None:
-    """Share mean and spread of a group out evenly among its channels: mean beta, spread gamma."""
+    """Assume equal statistics for all channels of a group: mean beta, deviation gamma."""
     args = arguments(node)
     before, tree = propagation.operand(args["input"]), propagation.axes(args["input"])[1]
     gamma, beta = propagation.tensor(args["weight"]), propagation.tensor(args["bias"])
-    return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
+    return _normalized(propagation, before, tree, gamma, beta, propagation.axes(node)[1])
 
 
 @register("layer_norm", "rms_norm")
 def layer_norm(propagation: Propagation, node: Node) -> Moments | None:
-    """Describe the first normalised axis; over the others, gamma and beta are averaged.
+    """Describe the first normalized axis; over the others, gamma and beta are averaged.
 
-    Layer norm leaves channels that sum to zero before gamma, of mean square one over all of them.
-    How the spread is shared among them, what enters says; their means count as beta, because
-    the means of a residual stream, inferred layer upon layer, are worse than none (measured:
-    docs/research.md). RMS norm tells the second moment, gamma squared; how much of it is the
-    mean, what enters says.
+    Before gamma, the channels of a layer norm sum to zero and have mean square one over all
+    channels. The input decides how the variance is shared among them. Their means are taken as
+    beta, because means of a residual stream, inferred layer upon layer, are worse than none
+    (measured: docs/research.md). RMS norm tells the second moment, gamma squared; the input
+    decides which part of it is the mean.
     """
     args = arguments(node)
     rank = len(args["normalized_shape"])
@@ -77,7 +77,7 @@ def layer_norm(propagation: Propagation, node: Node) -> Moments | None:
             return _shared(
                 _centred(before), gamma, beta, float(args["eps"]), propagation.axes(node)[-1]
             )
-        return _normalised(propagation, before, tree, gamma, beta, propagation.axes(node)[-rank])
+        return _normalized(propagation, before, tree, gamma, beta, propagation.axes(node)[-rank])
     eps = torch.finfo(torch.float32).eps if args["eps"] is None else args["eps"]
     return _root_mean_square(
         propagation, before, tree, gamma, float(eps), propagation.axes(node)[-rank]
@@ -85,7 +85,7 @@ def layer_norm(propagation: Propagation, node: Node) -> Moments | None:
 
 
 def norm_by_hand(propagation: Propagation, node: Node) -> Moments | None:
-    """Describe an RMS norm that is written by hand, before its weight; None for anything else.
+    """Describe a hand-written RMS norm, before its weight; None for other operators.
 
     Args:
         node: a product or a quotient.
@@ -114,8 +114,8 @@ def _root_mean_square(
     eps: float,
     result: Tree,
 ) -> Moments:
-    """Give each channel the second moment gamma squared, less what eps takes of small ones."""
-    found = _normalised(propagation, before, tree, gamma, None, result)
+    """Set the second moment of each channel to gamma squared, reduced by eps for small inputs."""
+    found = _normalized(propagation, before, tree, gamma, None, result)
     if before is None or before.tree != tree:
         return found
     power = before.mean.square() + before.covariance.diagonal().clamp_min(0)
@@ -126,7 +126,7 @@ def _root_mean_square(
     return Moments(result, mean, found.covariance * level.square() * rest * rest[:, None])
 
 
-def _normalised(
+def _normalized(
     propagation: Propagation,
     before: Moments | None,
     tree: Tree,
@@ -134,9 +134,9 @@ def _normalised(
     beta: Tensor | None,
     result: Tree,
 ) -> Moments:
-    """Give the channels of an axis mean beta and spread gamma; a constant channel has no spread.
+    """Set mean beta and deviation gamma for the channels of an axis; zero for constant channels.
 
-    Correlations come from what enters, where that is described along the same axis.
+    Correlations come from the input, if it is described along the same axis.
     """
     n = propagation.size(tree)
     if before is None or before.tree != tree:
@@ -150,7 +150,7 @@ def _normalised(
 def _shared(
     before: Moments, gamma: Tensor | None, beta: Tensor | None, eps: float, result: Tree
 ) -> Moments:
-    """Bring the mean variance of all channels to one: each keeps its share of the spread."""
+    """Scale the mean variance of all channels to one; each channel keeps its share."""
     n = len(before.mean)
     level = before.covariance.diagonal().clamp_min(0).mean() + eps
     scale = _levels(gamma, n) / level.clamp_min(1e-300).sqrt()
@@ -158,12 +158,12 @@ def _shared(
 
 
 def _offsets(beta: Tensor | None, n: int) -> Tensor:
-    """Return beta (n,): the mean over several positions."""
+    """Return beta (n,), averaged over positions."""
     return torch.zeros(n).double() if beta is None else beta.double().reshape(n, -1).mean(1)
 
 
 def _levels(gamma: Tensor | None, n: int) -> Tensor:
-    """Return gamma (n,): of several positions the root of the mean square, with the mean's sign."""
+    """Return gamma (n,): the root mean square over positions, with the sign of the mean."""
     if gamma is None:
         return torch.ones(n).double()
     lines = gamma.double().reshape(n, -1)
@@ -173,12 +173,12 @@ def _levels(gamma: Tensor | None, n: int) -> Tensor:
 
 
 def _centred(before: Moments) -> Moments:
-    """Take the mean over the channels off every channel."""
+    """Subtract the mean over the channels from every channel."""
     covariance = before.covariance
     rows = covariance.mean(0)
     found = covariance - rows - rows[:, None] + rows.mean()
     floor = 1e-12 * covariance.diagonal().amax()
-    still = found.diagonal() <= floor  # what is left of a constant is rounding
+    still = found.diagonal() <= floor  # the rest of a constant channel is rounding
     found[still] = 0.0
     found[:, still] = 0.0
     return Moments(before.tree, before.mean - before.mean.mean(), found)

@@ -42,7 +42,7 @@ def pointwise(propagation: Propagation, node: Node) -> Moments | None:
     """Expand the function in Hermite polynomials of the Gaussian variable behind its input.
 
     Of several inputs, all must be functions of the same variables, or constants. The function
-    must be defined on all that a Gaussian variable reaches.
+    must be defined for all values of a Gaussian variable.
     """
     given = {n: propagation.operand(n) for n in node.all_input_nodes}
     known = {n: moments for n, moments in given.items() if moments is not None}
@@ -78,7 +78,7 @@ def _together(
 
 @register("pow")
 def power(propagation: Propagation, node: Node) -> Moments | None:
-    """As `pointwise`, for an exponent that is a number."""
+    """Apply `pointwise` to powers whose exponent is a number."""
     before, exponent = propagation.operand(node.args[0]), node.args[1]
     if before is None or not isinstance(exponent, int | float):
         return None
@@ -90,13 +90,13 @@ def power(propagation: Propagation, node: Node) -> Moments | None:
 
 
 def has_one_sign(values: Tensor) -> bool:
-    """Tell whether values may be divided by: they lie on one side of zero."""
+    """Tell whether all values lie on one side of zero, and so may be divisors."""
     return bool((values > 0).all()) or bool((values < 0).all())
 
 
 @register("prelu")
 def prelu(propagation: Propagation, node: Node) -> Moments | None:
-    """As `pointwise`, with a slope for each channel."""
+    """Apply `pointwise` with a slope for each channel."""
     before, slope = propagation.operand(node.args[0]), propagation.tensor(node.args[1])
     if before is None or slope is None:
         return None
@@ -125,7 +125,7 @@ def values_of(moments: Moments) -> Tensor:
 def of_values(propagation: Propagation, before: Moments, values: Tensor) -> Moments:
     """Return the moments of another function of the variables behind an activation.
 
-    A parameter has no variables behind it but its own positions.
+    The only variables behind a parameter are its own positions.
     """
     origin = None if before.origin is None else replace(before.origin, values=values)
     among = relation(propagation, origin, origin) if origin else correlation(before.covariance)[0]
@@ -148,7 +148,7 @@ def same_variables(x: Moments, y: Moments) -> bool:
 
 
 def cross_covariance(propagation: Propagation, x: Moments, y: Moments) -> Tensor | None:
-    """Covariance (n, m) of two activations; None where nothing is known of it."""
+    """Return the covariance (n, m) of two activations; None if it is unknown."""
     if x.origin is None or y.origin is None:
         return None
     among = relation(propagation, x.origin, y.origin)

@@ -32,7 +32,7 @@ EXTREMES = frozenset(("max", "min", *(pool.format(n) for pool in POOLS for n in 
 @register(*sorted(PERMUTATIONS | CASTS | LIFTS | RESHAPES | DROPOUTS - {"native_dropout"}))
 @register("pixel_unshuffle", "channel_shuffle")
 def moved(propagation: Propagation, node: Node) -> Moments | None:
-    """Keep the moments of channels that are moved or copied, wherever their axis goes."""
+    """Keep the moments of moved or copied channels, on whichever axis they are now."""
     before = propagation.operand(node.args[0])
     return None if before is None else kept(propagation, before, propagation.axes(node))
 
@@ -43,7 +43,7 @@ def moved(propagation: Propagation, node: Node) -> Moments | None:
           "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
           "upsample_trilinear3d")  # fmt: skip
 def resampled(propagation: Propagation, node: Node) -> Moments | None:
-    """Keep the moments: what changes all channels alike cancels in every readout."""
+    """Keep the moments: a change common to all channels cancels in every readout."""
     before = propagation.operand(node.args[0])
     return None if before is None else elsewhere(propagation, before, node)
 
@@ -58,7 +58,7 @@ def pixel_shuffle(propagation: Propagation, node: Node) -> Moments | None:
 
 
 def kept(propagation: Propagation, before: Moments, axes: Sequence[Tree]) -> Moments | None:
-    """Follow channels into a tensor with other axes; None where some of them are not in it."""
+    """Follow channels into a tensor with other axes; None if it lacks some of them."""
     if before.tree in axes:
         return before
     atoms = Counter(leaves(before.tree))
@@ -101,7 +101,7 @@ def part(
     """Take a range of the channel axis, or of one of its factors.
 
     Args:
-        whole: what is cut: the channel axis, or a factor of it.
+        whole: the axis to cut: the channel axis, or a factor of it.
         start: the first position.
         piece: the tree of the range; None takes the single position `start` and drops the factor.
     """
@@ -122,7 +122,7 @@ def part(
 
 @register("slice", "narrow")
 def slice_(propagation: Propagation, node: Node) -> Moments | None:
-    """Take a range of channels, or of anything else, which leaves them as they are."""
+    """Take a range of channels; a range of another axis does not change the moments."""
     args = arguments(node)
     before, axes = propagation.operand(node.args[0]), propagation.axes(node.args[0])
     if before is None:
@@ -141,9 +141,9 @@ def slice_(propagation: Propagation, node: Node) -> Moments | None:
 
 
 def _border(tree: Tree, at: int, old: Mapping[int, int], new: Mapping[int, int]) -> int | None:
-    """Find where a border between the positions of an axis lies once atoms have other sizes.
+    """Map a boundary between positions of an axis to its place at the current sizes of atoms.
 
-    None inside an atom, or a block, of another size than before: nobody knows.
+    None for a boundary inside an atom or block whose size has changed: its place is unknown.
     """
     if isinstance(tree, Sum):
         passed = 0
@@ -167,7 +167,7 @@ def _border(tree: Tree, at: int, old: Mapping[int, int], new: Mapping[int, int])
 
 @register("select")
 def select(propagation: Propagation, node: Node) -> Moments | None:
-    """Take one position of a factor of the channel axis, or of anything else."""
+    """Take one position of a factor of the channel axis, or of another axis."""
     args = arguments(node)
     return _selected(propagation, node.args[0], node, args["dim"], args["index"])
 
@@ -216,7 +216,7 @@ def _shares(tree: Tree, channels: Tree) -> bool:
 
 @register("pad", "constant_pad_nd")
 def pad(propagation: Propagation, node: Node) -> Moments | None:
-    """Put channels of one value around the channels; padded positions are left out of account."""
+    """Put channels of one value around the channels; padded positions are ignored."""
     args = arguments(node)
     before, axes = propagation.operand(node.args[0]), propagation.axes(node.args[0])
     if before is None:

@@ -1,4 +1,4 @@
-"""Prove a pruned network: its code against the plan, its outputs against a masked original."""
+"""Check a pruned network: its code by the plan, its outputs by a masked original."""
 
 from intrafuse.pruning.verification.proof import Check, check
 from intrafuse.pruning.verification.verify import Verification, verify

@@ -1,4 +1,4 @@
-"""Hold the code of a pruned network against its plan, operator by operator."""
+"""Compare the code of a pruned network with its plan, operator by operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_code", "culprits"]
 
-TRIALS = 24  # of parts of a plan, while the groups at fault are looked for
+TRIALS = 24  # most parts of a plan to try while searching for the groups at fault
 
 
 def check_code(
@@ -33,62 +33,64 @@ def check_code(
     """Trace a pruned network and compare it with the plan, operator by operator.
 
     Code may hold a size as a number (a reshape, a branch, a factor such as ``x.shape[1] ** -0.5``).
-    Then the pruned network would run something else than was planned.
+    Such a pruned network would not run what was planned.
 
     Args:
-        pruned: what the plan made of its network.
-        plan: a plan that was made, not loaded.
+        pruned: the network that the plan returned.
+        plan: a plan made in this process, not loaded.
         example_inputs: what to trace with.
-        original: the network that the plan was made for; with it, an error names the groups that
+        original: the network that the plan was made for; if given, an error names the groups that
             must keep their size.
 
     Raises:
-        IntrafuseError: an operator, a shape or a factor differs; names the line of code.
+        IntrafuseError: an operator, a shape or a factor differs; the error names the line of code.
     """
     error = _fault(pruned, plan, example_inputs)
     if error is None:
         return
-    remedy = "exclude the layers that write these channels, or let the code not use the number"
+    remedy = "exclude the layers that write these channels, or rewrite the code without the number"
     if original is not None:
 
-        def works(steps: list[MergeMap]) -> bool:
-            some = replace(plan, maps=tuple(steps))
+        def works(maps: list[MergeMap]) -> bool:
+            some = replace(plan, maps=tuple(maps))
             return _fault(some.apply(original), some, example_inputs) is None
 
         guilty = culprits(plan.maps, works)
-        remedy = f"exclude={guilty} (--exclude), or let the code not use the number"
+        remedy = f"exclude={guilty} (--exclude), or rewrite the code without the number"
     raise IntrafuseError(error.rule, layer=error.layer, remedy=remedy) from error
 
 
 def _fault(pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> IntrafuseError | None:
-    """Find what a pruned network does otherwise than planned."""
+    """Find where the operators of a pruned network differ from the plan."""
     program, sizes = plan.graph.program, plan.graph.resized(plan.widths)
     expected = Expected(
         program.nodes, program.values, program.scales, program.starts, plan.graph.sizes
     )
     try:
-        found = first_difference(expected, record(pruned, example_inputs), sizes)
-        if found is not None:  # perhaps in what an export leaves out
+        difference = first_difference(expected, record(pruned, example_inputs), sizes)
+        if difference is not None:  # an export may leave the differing operator out
             now = export_program(pruned, example_inputs).graph.nodes
-            found = first_difference(expected, now, sizes)
+            difference = first_difference(expected, now, sizes)
     except IntrafuseError as error:
         rule = f"the code depends on a number of channels: {error.rule}"
-        return IntrafuseError(f"{rule}, but only once the network is pruned", layer=error.layer)
-    if found is None:
+        return IntrafuseError(f"{rule}, but only after pruning", layer=error.layer)
+    if difference is None:
         return None
     return IntrafuseError(
-        f"the code depends on a number of channels: operator {operator_name(found.node)} "
-        f"{found.rule}, but not once the network is pruned, where it is {found.value}",
-        layer=location(found.node) or found.node.name,
+        f"the code depends on a number of channels: operator "
+        f"{operator_name(difference.node)} {difference.rule}, but after pruning it is "
+        f"{difference.value}",
+        layer=location(difference.node) or difference.node.name,
     )
 
 
-def culprits(steps: Sequence[MergeMap], works: Callable[[list[MergeMap]], bool]) -> list[str]:
-    """List groups without which the rest of a plan works, found by halving.
+def culprits(maps: Sequence[MergeMap], works: Callable[[list[MergeMap]], bool]) -> list[str]:
+    """Find by bisection the groups without which the rest of a plan works.
 
-    After some trials those that are known are listed; all of them, where none is.
+    The search stops after `TRIALS` trials and lists the groups found so far, or all groups if it
+    found none.
     """
-    left, guilty, trials = [*steps], [], 0
+    left, guilty, trials = [*maps], [], 0
     while trials < TRIALS and left and not works(left):
         fine, failing = 0, len(left)
         while failing - fine > 1:
@@ -97,4 +99,4 @@ def culprits(steps: Sequence[MergeMap], works: Callable[[list[MergeMap]], bool])
             fine, failing = (half, failing) if works(left[:half]) else (fine, half)
         trials += 1
         guilty.append(left.pop(failing - 1).group)
-    return guilty or [step.group for step in steps]
+    return guilty or [merge_map.group for merge_map in maps]

@@ -1,4 +1,4 @@
-"""Compare what a plan of `select` makes of a network with the original, dropped channels masked."""
+"""Compare a network pruned by `select` with the original whose dropped channels are masked."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["Difference", "compare", "disagreement"]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two networks' outputs are apart, as shares of the largest output.
+    """How far the outputs of two networks differ.
 
     Attributes:
         difference: the largest absolute difference.
-        relative: the same, as a share.
-        effect: the largest change that the masks make, as a share.
+        relative: the same, as a share of the largest output.
+        effect: the largest change that the masks make, as the same share.
     """
 
     difference: float
@@ -50,20 +50,20 @@ def compare(
     like: nn.Module | None = None,
     before: list[Tensor] | None = None,
 ) -> Difference:
-    """Run the pruned network, the masked original and the original: copies of them all.
+    """Run copies of the pruned network, the masked original and the original.
 
     Args:
         model: the network; it is not changed.
         plan: a plan of `select`.
-        inputs: what to run them with.
-        double: run them in double precision, which tells rounding from a wrong result.
-        share: let them hold the model's own parameters where these stay as they are. That saves
-            memory; but a forward may change its parameters, as that of RWKV does.
-        like: a network of the plan's widths, for the fields of its configuration.
-        before: what the network gives, where that is known.
+        inputs: inputs for all three.
+        double: run them in double precision, to distinguish rounding from a wrong result.
+        share: let the copies hold the model's own parameters where these do not change. This
+            saves memory, but a forward call may change its parameters, as RWKV does.
+        like: a network of the plan's widths, to copy its configuration.
+        before: outputs of the original, if known.
 
     Raises:
-        IntrafuseError: one of them cannot run, or the outputs have other shapes.
+        IntrafuseError: one of them cannot run, or the output shapes differ.
     """
 
     def run(network: nn.Module, what: str) -> list[Tensor]:
@@ -77,11 +77,11 @@ def compare(
         del original
     small = run(_selected(model, plan, share, like), "the pruned network")
     silent = masked(model, plan, share=share)
-    if any(plan.graph.by_name[step.group].normed for step in plan.maps):
+    if any(plan.graph.by_name[merge_map.group].normed for merge_map in plan.maps):
         silent = silent.double() if double else silent
         expected = floating(run_reference(silent, plan, given))
     else:
-        expected = run(silent, "the network with its channels silenced")
+        expected = run(silent, "the network with its channels masked")
     scale = largest(expected)
     apart = distance(small, expected)
     return Difference(apart, apart / scale, distance(before, expected) / scale)
@@ -98,26 +98,26 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 
 def disagreement(
-    model: nn.Module, plan: Plan, inputs: ExampleInputs, found: Difference, tolerance: float
+    model: nn.Module, plan: Plan, inputs: ExampleInputs, difference: Difference, tolerance: float
 ) -> IntrafuseError:
-    """Make the error for outputs that differ: it names the groups, and where they part."""
+    """Make the error for outputs that differ; it names the groups and the first operator."""
     fault = None
     if plan.graph.traced is not None:
         silent, small = masked(model, plan), _selected(model, plan)
         fault = first_fault(silent, small, plan, inputs, tolerance)
 
-    def agrees(steps: list[MergeMap]) -> bool:
+    def agrees(maps: list[MergeMap]) -> bool:
         try:
-            return compare(model, replace(plan, maps=tuple(steps)), inputs).relative <= tolerance
-        except IntrafuseError:  # it cannot run
+            return compare(model, replace(plan, maps=tuple(maps)), inputs).relative <= tolerance
+        except IntrafuseError:  # one of the networks cannot run
             return False
 
     guilty = culprits(plan.maps, agrees) if fault is None or not fault.groups else [*fault.groups]
-    begins = "" if fault is None else f"; they part in {fault.where}"
+    begins = "" if fault is None else f"; they first differ at {fault.where}"
     return IntrafuseError(
-        f"the pruned network must compute what the masked original does to {tolerance:g} of the "
-        f"largest output{begins}",
-        value=found.relative,
+        f"the outputs of the pruned network must equal those of the masked original to "
+        f"{tolerance:g} of the largest output{begins}",
+        value=difference.relative,
         layer=", ".join(guilty),
         remedy=f"exclude={guilty} (--exclude), and report the network",
     )

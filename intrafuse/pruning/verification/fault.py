@@ -1,4 +1,4 @@
-"""Find the operator where a pruned network begins to compute something else than its reference."""
+"""Find the first operator where a pruned network and its reference compute different values."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["Fault", "first_fault"]
 
 @dataclass(frozen=True)
 class Fault:
-    """Where two networks part.
+    """Where two networks first differ.
 
     Attributes:
-        groups: those of the plan whose channels meet there.
-        where: the operator, and its line of the model's code where that is known.
+        groups: the groups of the plan whose channels meet there.
+        where: the operator, and its line in the model's code if known.
     """
 
     groups: tuple[str, ...]
@@ -38,17 +38,17 @@ class Fault:
 def first_fault(
     silent: nn.Module, small: nn.Module, plan: Plan, inputs: ExampleInputs, tolerance: float
 ) -> Fault | None:
-    """Run two networks operator by operator and find where the channels that stay differ first.
+    """Run two networks operator by operator and find where the kept channels first differ.
 
     Args:
-        silent: the original with the channels silenced that the plan drops.
-        small: the original without them.
-        plan: a plan of `select` that was made, not loaded.
-        inputs: what to run both with.
+        silent: the original with the dropped channels masked.
+        small: the original without the dropped channels.
+        plan: a plan of `select` made in this process, not loaded.
+        inputs: inputs for both.
         tolerance: how far a tensor may differ, as a share of its largest entry.
 
     Returns:
-        The operator; None where none is found, or where the two do not run the same operators.
+        The operator; None if there is none, or if the two do not run the same operators.
     """
     try:
         first, second = (export_program(model, inputs) for model in (silent, small))
@@ -60,7 +60,7 @@ def first_fault(
                 runner.run(*placed(program, inputs))
         nodes = zip(long.known.items(), _calls(short), strict=True)
     except (IntrafuseError, RuntimeError, ValueError, TypeError, IndexError):
-        return None  # what is looked for is a better message for an error that is known
+        return None  # the caller raises its own error, without the operator
     for (own, known), other in nodes:
         if not isinstance(long.env[own], Tensor) or operator_name(own) != operator_name(other):
             continue

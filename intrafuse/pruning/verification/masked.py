@@ -1,4 +1,4 @@
-"""Silence channels instead of removing them: what a pruned network is held against."""
+"""Mask channels instead of removing them, as the reference of a pruned network."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ __all__ = ["masked", "selecting"]
 
 
 def masked(model: nn.Module, plan: Plan, *, share: bool = False) -> nn.Module:
-    """Copy a network and silence the channels that a plan of `select` drops.
+    """Copy a network and mask the channels that a plan of `select` drops.
 
-    Layers write nothing into them and read nothing out of them. Weights that are computed from
-    parameters, by a norm that may not be zero, are left as they are: readers ignore their channels.
-    With `share` the copy holds the network's own parameters where they have no such channel.
+    Layers write zeros into these channels and read them with zero weights. Weights that are
+    computed from parameters, by a norm that may not be zero, do not change; their channels are
+    masked in the readers only. With `share` the copy holds the network's own parameters where they
+    have no dropped channel.
     """
-    groups = [plan.graph.by_name[step.group] for step in plan.maps]
+    groups = [plan.graph.by_name[merge_map.group] for merge_map in plan.maps]
     touched = {slot.parameter for group in groups for slot in group.slots}
     kept = [p for n, p in model.named_parameters() if n not in touched] if share else []
     copied = copy_without(model, kept)
     tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
-    for step, group in zip(plan.maps, groups, strict=True):
-        assert step.keep is not None
-        dropped = sorted(set(range(group.size)) - set(step.keep.tolist()))
+    for merge_map, group in zip(plan.maps, groups, strict=True):
+        assert merge_map.keep is not None
+        dropped = sorted(set(range(group.size)) - set(merge_map.keep.tolist()))
         for slot in group.readers if COMPUTED in group.chosen else group.slots:
             tensor = tensors.get(slot.parameter)
             if tensor is None or slot.kind in ("variance", "function"):
@@ -44,13 +45,13 @@ def masked(model: nn.Module, plan: Plan, *, share: bool = False) -> nn.Module:
 
 
 def selecting(plan: Plan, seed: int = 0) -> Plan:
-    """Make the plan that gives every group its width by selecting channels at random.
+    """Make a plan of the same widths that selects channels at random.
 
-    Random, because the first channels, or the last, would hide code that counts from there.
+    Selecting the first or last channels could hide code that indexes from that end.
     """
     generator = torch.Generator().manual_seed(seed)
     maps = []
-    for step in plan.maps:
-        keep = torch.randperm(step.size, generator=generator)[: step.width]
-        maps.append(MergeMap.select(step.group, step.size, keep))
+    for merge_map in plan.maps:
+        keep = torch.randperm(merge_map.size, generator=generator)[: merge_map.width]
+        maps.append(MergeMap.select(merge_map.group, merge_map.size, keep))
     return replace(plan, maps=tuple(maps), fold=False)

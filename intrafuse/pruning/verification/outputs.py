@@ -1,4 +1,4 @@
-"""Run networks beside each other and measure how far their outputs are apart."""
+"""Run networks and measure how far their outputs differ."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def outputs(
 
     Args:
         model: the network.
-        inputs: what to call it with.
-        what: names the network in an error.
-        seed: of random numbers that the network draws; the caller's stay as they were.
-        cached: also give what the network caches for its next call, if it does so by default. Such
-            tensors have the sizes of the network's inside, not of its outputs.
+        inputs: arguments of the call.
+        what: name of the network in an error.
+        seed: seeds random numbers of the network; the caller's random state does not change.
+        cached: also return the tensors that the network caches for its next call, if it does so
+            by default. These have the sizes of inner channels, not of outputs.
 
     Raises:
-        IntrafuseError: the call fails; says what cannot run, and names the line of code.
+        IntrafuseError: the call fails; the error names the network and the line of code.
     """
     args, kwargs = as_arguments(inputs)
     plain = nullcontext() if cached else plainly(model)
     with torch.no_grad(), evaluating(model), plain, as_called():
-        torch.manual_seed(seed)  # the random state is the caller's again afterwards
+        torch.manual_seed(seed)  # the caller's random state is restored afterwards
         try:
             return floating(model(*args, **kwargs))
         except (Exception, SystemExit) as error:
@@ -47,14 +47,14 @@ def outputs(
 
 
 def floating(value: Any) -> list[Tensor]:
-    """List the tensors with numbers of a result, in double precision."""
+    """List the real and complex tensors of a result, in double precision."""
     wide = {True: torch.complex128, False: torch.float64}
-    found = (t for t in tensors_of(value) if t.is_floating_point() or t.is_complex())
-    return [t.to(wide[t.is_complex()]) for t in found]
+    tensors = (t for t in tensors_of(value) if t.is_floating_point() or t.is_complex())
+    return [t.to(wide[t.is_complex()]) for t in tensors]
 
 
 def lively(inputs: ExampleInputs) -> ExampleInputs:
-    """Replace floating inputs that are all equal, which tell nothing, by seeded noise."""
+    """Replace constant floating inputs, which reveal nothing, by seeded noise."""
     generator = torch.Generator().manual_seed(0)
 
     def replaced(tensor: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ def lively(inputs: ExampleInputs) -> ExampleInputs:
 
 def largest(tensors: list[Tensor]) -> float:
     """Find the largest finite magnitude among tensors; never zero."""
-    found = (float(t.abs().nan_to_num(0.0, 0.0, 0.0).max()) for t in tensors if t.numel())
-    return max((*found, torch.finfo(torch.float32).tiny))
+    magnitudes = (float(t.abs().nan_to_num(0.0, 0.0, 0.0).max()) for t in tensors if t.numel())
+    return max((*magnitudes, torch.finfo(torch.float32).tiny))
 
 
 def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
-    """Find the largest difference; infinite where only one of the two is a finite number.
+    """Find the largest absolute difference; infinite where only one of two entries is finite.
 
     Raises:
         IntrafuseError: the shapes differ.
@@ -84,11 +84,11 @@ def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (xs, ys)]
     if shapes[0] != shapes[1]:
         raise IntrafuseError(
-            f"the pruned network must give outputs of the shapes {shapes[1]}", value=shapes[0]
+            f"the outputs of the pruned network must have the shapes {shapes[1]}", value=shapes[0]
         )
-    found = 0.0
+    largest_gap = 0.0
     for x, y in zip(xs, ys, strict=True):
         same = (x == y) | (x.isnan() & y.isnan())  # two infinities are equal
         apart = torch.where(same, torch.zeros_like(y), x - y).abs().nan_to_num(float("inf"))
-        found = max(found, float(apart.max()) if apart.numel() else 0.0)
-    return found
+        largest_gap = max(largest_gap, float(apart.max()) if apart.numel() else 0.0)
+    return largest_gap

@@ -1,4 +1,4 @@
-"""What `prune` does to prove its own result, whatever the method."""
+"""Check the result of `prune`, for every method."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "check"]
 
-TOLERANCE = 1e-4  # of the largest output, in single precision and finer
-COARSE = 16  # units in the last place of the coarsest parameter, in half precision
+TOLERANCE = 1e-4  # share of the largest output, in single precision or finer
+COARSE = 16  # tolerance in units in the last place of the coarsest parameter's type
 
 
 @dataclass(frozen=True)
 class Check:
-    """How a pruned network was held against its original.
+    """How a pruned network was compared with its original.
 
     Attributes:
-        seconds: that it took.
-        relative: the largest difference between outputs of the original with channels silenced and
+        seconds: time of the check.
+        relative: the largest difference between outputs of the original with masked channels and
             of the network without them, as a share of the largest output; None if not compared.
-        effect: the largest change that silencing them makes, as the same share.
-        note: what was not compared, and why; empty where all was.
+        effect: the largest change that the masks make, as the same share.
+        note: why outputs were not compared; empty if they were.
     """
 
     seconds: float
@@ -51,27 +51,27 @@ class Check:
         if self.relative is None:
             return f"Checked in {self.seconds:.2f} s: {self.note or 'nothing was removed'}"
         return (
-            f"Checked in {self.seconds:.2f} s: the original with as many channels silenced gives "
-            f"the same outputs to {self.relative:.1e} of the largest"
+            f"Checked in {self.seconds:.2f} s: the masked original of the same widths gives the "
+            f"same outputs to {self.relative:.1e} of the largest"
         )
 
 
 def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: ExampleInputs) -> Check:
-    """Prove a pruned network by running it.
+    """Check a pruned network by running it.
 
-    Its code must run what the plan says, operator by operator. Its widths, as a plan of `select`
-    with channels drawn at random, must compute what the original does with the others silenced. And
-    it must run by itself, in its own default mode, to finite outputs. The first two do not depend
-    on the method, whose merged weights have no reference.
+    The check has three parts. The code must run the operators that the plan predicts. A network of
+    the same widths, whose channels are selected at random, must compute what the original computes
+    with the other channels masked. The pruned network must run in its own default mode and return
+    finite outputs. The first two do not depend on the method: merged weights have no reference.
 
     Args:
         model: the original; it is not changed.
-        pruned: what the plan made of it; it is not changed.
+        pruned: the network that the plan returned; it is not changed.
         plan: the plan.
-        example_inputs: what to run both with.
+        example_inputs: inputs for both.
 
     Raises:
-        IntrafuseError: one of the three fails; names the groups, and the line of code where that is
+        IntrafuseError: one of the three fails; the error names the groups, and the line of code if
             known.
     """
     started = time.perf_counter()
@@ -84,11 +84,11 @@ def check(model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Examp
     inputs, before = _usable(model, example_inputs, share)
     _require_running(model, pruned, plan, inputs, share)
     exact = plan if all(map(is_selection, plan.maps)) and not plan.fold else selecting(plan)
-    found = Check(0.0, 0.0, 0.0)
+    result = Check(0.0, 0.0, 0.0)
     for part in _parts(model, exact, room):
         like = pruned if len(part.maps) == len(exact.maps) else None
-        found = _worse(found, _compared(model, part, inputs, share, like, before))
-    return replace(found, seconds=time.perf_counter() - started)
+        result = _worse(result, _compared(model, part, inputs, share, like, before))
+    return replace(result, seconds=time.perf_counter() - started)
 
 
 def _worse(first: Check, second: Check) -> Check:
@@ -108,27 +108,27 @@ def _compared(
     before: list[Tensor] | None,
 ) -> Check:
     tolerance = _tolerance(model)
-    found = compare(model, plan, inputs, share=share, like=like, before=before)
-    if found.relative > tolerance and not share:
+    difference = compare(model, plan, inputs, share=share, like=like, before=before)
+    if difference.relative > tolerance and not share:
         try:
-            found = compare(model, plan, inputs, double=True, like=like)
+            difference = compare(model, plan, inputs, double=True, like=like)
         except IntrafuseError:
-            pass  # its code insists on a type: the first comparison counts
-    if found.relative <= tolerance:
-        return Check(0.0, found.relative, found.effect)
+            pass  # the model's code requires its own type: the first comparison counts
+    if difference.relative <= tolerance:
+        return Check(0.0, difference.relative, difference.effect)
     if _is_random(model, inputs, tolerance, share):
-        return Check(0.0, note="its outputs differ from call to call, so that none were compared")
-    raise disagreement(model, plan, inputs, found, tolerance)
+        return Check(0.0, note="outputs differ from call to call, so they were not compared")
+    raise disagreement(model, plan, inputs, difference, tolerance)
 
 
 def _tolerance(model: nn.Module) -> float:
-    """Say how far rounding may go: by the coarsest type among the parameters."""
+    """Return the largest relative difference that rounding explains, by the coarsest type."""
     units = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
     return max(TOLERANCE, COARSE * max(units, default=0.0))
 
 
 def _is_random(model: nn.Module, inputs: ExampleInputs, tolerance: float, share: bool) -> bool:
-    """Tell whether the network itself gives something else at each call."""
+    """Tell whether the outputs of the network differ from call to call."""
     first, second = (
         outputs(_copied(model, share), inputs, "the network", seed=seed) for seed in (0, 1)
     )
@@ -136,72 +136,72 @@ def _is_random(model: nn.Module, inputs: ExampleInputs, tolerance: float, share:
 
 
 def _copied(model: nn.Module, share: bool) -> nn.Module:
-    """Copy a network to run it: what its forward keeps or changes is not left in it."""
+    """Copy a network before a run, because a forward call may change its module."""
     return copy_without(model, [*model.parameters()] if share else [])
 
 
 def _usable(
     model: nn.Module, example_inputs: ExampleInputs, share: bool
 ) -> tuple[ExampleInputs, list[Tensor] | None]:
-    """Choose noise in place of inputs that are all equal, unless the network cannot take noise.
+    """Replace constant inputs by noise, unless the network fails on noise.
 
     Returns:
-        The inputs, and what the network gives for them, where that was found out.
+        The inputs, and the outputs for them if known.
     """
     noise = lively(example_inputs)
     try:
-        found = outputs(_copied(model, share), noise, "the network")
+        before = outputs(_copied(model, share), noise, "the network")
     except IntrafuseError:
         return example_inputs, None
-    if all(bool(t.isfinite().all()) for t in found):
-        return noise, found
+    if all(bool(t.isfinite().all()) for t in before):
+        return noise, before
     return example_inputs, None
 
 
 def _require_running(
     model: nn.Module, pruned: nn.Module, plan: Plan, inputs: ExampleInputs, share: bool
 ) -> None:
-    """Run the pruned network in its own default mode, caches and all; name groups if it fails."""
+    """Run the pruned network in its default mode, with caches; name the groups if it fails."""
 
     def run(network: nn.Module) -> bool:
-        found = outputs(_copied(network, share), inputs, "the pruned network", cached=True)
-        return all(bool(t.isfinite().all()) for t in found)
+        tensors = outputs(_copied(network, share), inputs, "the pruned network", cached=True)
+        return all(bool(t.isfinite().all()) for t in tensors)
 
-    def works(steps: list[MergeMap]) -> bool:
+    def works(maps: list[MergeMap]) -> bool:
         try:
-            return run(replace(plan, maps=tuple(steps)).apply(model))
+            return run(replace(plan, maps=tuple(maps)).apply(model))
         except IntrafuseError:
             return False
 
     try:
         if run(pruned) or not run(model):
             return
-        rule, where = "the pruned network gives outputs that are not finite", None
+        rule, where = "the pruned network returns outputs that are not finite", None
     except IntrafuseError as error:
         rule, where = error.rule, error.layer
-        if not works([]):  # nor does the original
+        if not works([]):  # the original fails too
             raise IntrafuseError(
                 f"with these example inputs the network cannot run: {rule}", layer=where
             ) from error
     guilty = culprits(plan.maps, works)
     raise IntrafuseError(
-        f"{rule}, though the code that was traced does",
+        f"{rule}; the traced code passed its check",
         layer=where,
-        remedy=f"exclude={guilty} (--exclude), or check=False (--no-check) to have it all the same",
+        remedy=f"exclude={guilty} (--exclude), or check=False (--no-check) to skip the check",
     )
 
 
 def _parts(model: nn.Module, plan: Plan, room: int) -> Iterator[Plan]:
-    """Divide a plan where the tensors that it touches take more bytes than there is room for."""
+    """Split a plan into parts whose tensors take at most `room` bytes."""
     size = _bytes(model)
     part: list[MergeMap] = []
     touched: set[str] = set()
-    for step in plan.maps:
-        own = {slot.parameter for slot in plan.graph.by_name[step.group].slots}
+    for merge_map in plan.maps:
+        own = {slot.parameter for slot in plan.graph.by_name[merge_map.group].slots}
         if part and sum(size.get(name, 0) for name in touched | own) > room:
             yield replace(plan, maps=tuple(part))
             part, touched = [], set()
-        part.append(step)
+        part.append(merge_map)
         touched |= own
     yield replace(plan, maps=tuple(part))
 
@@ -211,12 +211,12 @@ def _bytes(model: nn.Module) -> dict[str, int]:
 
 
 def _room(model: nn.Module) -> int:
-    """Say how many bytes a copy may take: two live at a time, beside what they compute."""
+    """Return the bytes that a copy may take: two copies live at a time, plus activations."""
     return _free_memory(next(iter(model.parameters())).device) // 4
 
 
 def _free_memory(device: torch.device) -> int:
-    """Count the bytes that a device has free; where nobody says, there is no limit."""
+    """Return the free bytes of a device; without a limit if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -1,9 +1,9 @@
-"""Run a masked network whose norms take their statistics over the channels that stay.
+"""Run a masked network whose norms compute their statistics over the kept channels only.
 
-A norm over channels that were masked counts zeros: layer norm would subtract them from the mean,
-and what is added to a variance would weigh more. Here each operator of the network is run in turn,
-and norms are computed by the definition: layer norm's mean over the channels that stay, the sum of
-squares over them divided by the number of all, and eps as a share of these that stay.
+A norm over masked channels counts zeros: they would pull the mean of layer norm towards zero, and
+eps would weigh more beside the smaller variance. This module runs the operators one by one and
+computes norms by definition: the mean over the kept channels, their sum of squares divided by the
+number of all channels, and eps times the kept share.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) 
     """Run a masked network.
 
     Args:
-        masked: a copy of the original whose dropped channels are silent.
-        plan: the plan of `select` that says which they are.
-        example_inputs: what to run it with.
+        masked: a copy of the original with the dropped channels masked.
+        plan: the plan of `select` that drops them.
+        example_inputs: inputs of the network.
 
     Returns:
-        What the network returns.
+        The output of the network.
     """
     graph = plan.graph
     program = export_program(masked, example_inputs)
@@ -56,40 +56,40 @@ def run_reference(masked: nn.Module, plan: Plan, example_inputs: ExampleInputs) 
 
 
 def _alike(program: ExportedProgram, nodes: Sequence[Node]) -> bool:
-    """Tell whether a program runs the operators that were traced; a plan may be loaded."""
+    """Tell whether a program runs the traced operators; those of a loaded plan may differ."""
     names = [[*map(operator_name, calls(some))] for some in (program.graph.nodes, nodes)]
     return names[0] == names[1]
 
 
 def placed(program: ExportedProgram, example_inputs: ExampleInputs) -> list[Any]:
-    """List what the placeholders of a program stand for, in their order."""
+    """List the tensors for the placeholders of a program, in their order."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     tensors = {**program.state_dict, **program.constants}
     given = iter(_pytree.tree_leaves(as_arguments(example_inputs)))
-    found = []
+    values = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = names.get(node.name) or constants.get(node.name)
-            found.append(next(given) if name is None else tensors[name])
-    return found
+            values.append(next(given) if name is None else tensors[name])
+    return values
 
 
 class Reference(fx.Interpreter):
-    """An interpreter that knows which channels lie where, and computes norms by the definition."""
+    """An interpreter that locates channels and computes norms by definition."""
 
     def __init__(self, program: ExportedProgram, graph: ChannelGraph, plan: Plan) -> None:
         super().__init__(program.graph_module)
         both = calls(program.graph.nodes), calls(graph.program.nodes)
         self.known = dict(zip(*both, strict=True))
         self.channels = graph
-        self.gone: dict[int, Tensor] = {}  # atom -> its channels that go
-        for step in plan.maps:
-            stays = torch.zeros(step.size, dtype=torch.bool)
-            stays[step.keep] = True  # type: ignore[index]
-            self.gone[graph.by_name[step.group].id] = (~stays).nonzero()[:, 0]
-        self.share: dict[Node, float] = {}  # mean over channels -> share of them that stays
+        self.gone: dict[int, Tensor] = {}  # atom -> its dropped channels
+        for merge_map in plan.maps:
+            stays = torch.zeros(merge_map.size, dtype=torch.bool)
+            stays[merge_map.keep] = True  # type: ignore[index]
+            self.gone[graph.by_name[merge_map.group].id] = (~stays).nonzero()[:, 0]
+        self.share: dict[Node, float] = {}  # mean over channels -> kept share
 
     def run_node(self, n: Node) -> Any:
         """Run an operator, or compute a norm."""
@@ -115,7 +115,7 @@ class Reference(fx.Interpreter):
         return super().run_node(n)
 
     def staying(self, known: Node, value: Tensor) -> Tensor:
-        """Leave out the channels that go from the result of a traced operator."""
+        """Remove the dropped channels from the result of a traced operator."""
         for dim, tree in enumerate(self.channels.program.values[known]):
             stays = self._positions(tree, value)
             if stays is not None:
@@ -126,7 +126,7 @@ class Reference(fx.Interpreter):
         return self.env[n.all_input_nodes[0]]
 
     def _stays(self, n: Node, dim: int) -> Tensor | None:
-        """List the positions that stay along a dimension of an operator's input; None for all."""
+        """List the kept positions along a dimension of an operator's input; None for all."""
         values = self.channels.program.values[self.known[n].all_input_nodes[0]]
         return self._positions(values[dim], self._input(n))
 
@@ -144,7 +144,7 @@ class Reference(fx.Interpreter):
         return stays.nonzero()[:, 0].to(x.device)
 
     def _norm(self, n: Node, name: str, stays: Tensor) -> Tensor:
-        """Compute layer norm or RMS norm over the last dimension; what does not stay is zero."""
+        """Compute layer norm or RMS norm over the last dimension; dropped positions are zero."""
         given = arguments(n).items()
         args = {k: self.env[v] if isinstance(v, Node) else v for k, v in given}
         x, share = args["input"], len(stays) / args["input"].shape[-1]

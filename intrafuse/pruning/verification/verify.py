@@ -1,4 +1,4 @@
-"""Hold a plan of `select` against a copy of the network whose dropped channels are silenced."""
+"""Verify a plan of `select` against a copy of the network whose dropped channels are masked."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Verification", "is_selection", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the outputs of a pruned network are from those of the masked original.
+    """How far the outputs of a pruned network differ from those of the masked original.
 
     Attributes:
-        groups: how many channel groups the plan shrinks.
+        groups: number of channel groups that the plan shrinks.
         difference: the largest absolute difference of any output.
         relative: the same, as a share of the largest absolute output of the masked original.
-        effect: the largest absolute change that the masks make, as the same share; where it is
-            next to nothing, agreement says little.
-        tolerance: the largest `relative` that was accepted.
+        effect: the largest absolute change that the masks make, as the same share; if it is close
+            to zero, agreement proves little.
+        tolerance: the largest accepted `relative`.
     """
 
     groups: int
@@ -50,14 +50,14 @@ def verify(
     example_inputs: ExampleInputs | None = None,
     tolerance: float = 1e-4,
 ) -> Verification:
-    """Run the pruned network against a copy of the original whose dropped channels are masked.
+    """Compare the pruned network with a copy of the original whose dropped channels are masked.
 
     Args:
         model: the network that the plan was made for; it is not changed.
-        plan: a plan of the method `select`, which leaves the other channels as they are.
-        example_inputs: what to run both with, of any sizes that the model takes; by default what
-            it was traced with. Floating inputs that are all equal tell nothing and are replaced by
-            seeded noise.
+        plan: a plan of the method `select`, which does not change the kept channels.
+        example_inputs: inputs for both, of any sizes that the model takes; by default those that
+            it was traced with. Constant floating inputs reveal nothing and are replaced by seeded
+            noise.
         tolerance: how far the outputs may differ, as a share of the largest.
 
     Returns:
@@ -65,7 +65,8 @@ def verify(
 
     Raises:
         IntrafuseError: a group is merged rather than selected, the code depends on a number of
-            channels, a network cannot run, or the outputs differ; names the group or the line.
+            channels, a network cannot run, or the outputs differ; the error names the group or
+            the line.
 
     >>> import torch, intrafuse
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -78,35 +79,35 @@ def verify(
         raise IntrafuseError(
             "plan must be an intrafuse.Plan", value=type(plan).__name__, usage=True
         )
-    for step in plan.maps:
-        _require_selection(step)
+    for merge_map in plan.maps:
+        _require_selection(merge_map)
     program = plan.graph.traced
     if example_inputs is None:
         if program is None:
             raise IntrafuseError(
-                "a plan that was loaded does not know what its model takes",
-                remedy="give example_inputs",
+                "a loaded plan does not know the inputs of its model",
+                remedy="pass example_inputs",
             )
         example_inputs = program.example_inputs
     inputs = lively(example_inputs)
     if plan.maps and program is not None:
         check_code(plan.apply(model), plan, program.example_inputs, original=model)
-    found = compare(model, plan, inputs)
-    if not found.relative <= tolerance:
-        raise disagreement(model, plan, inputs, found, tolerance)
-    return Verification(len(plan.maps), found.difference, found.relative, found.effect, tolerance)
+    seen = compare(model, plan, inputs)
+    if not seen.relative <= tolerance:
+        raise disagreement(model, plan, inputs, seen, tolerance)
+    return Verification(len(plan.maps), seen.difference, seen.relative, seen.effect, tolerance)
 
 
-def is_selection(step: MergeMap) -> bool:
-    """Tell whether a group's channels are selected, and nothing else is done to them."""
-    return step.keep is not None and not any(getattr(step, part) for part in PARTS)
+def is_selection(merge_map: MergeMap) -> bool:
+    """Tell whether a map only selects channels, without gains, shifts or readouts."""
+    return merge_map.keep is not None and not any(getattr(merge_map, part) for part in PARTS)
 
 
-def _require_selection(step: MergeMap) -> None:
-    if not is_selection(step):
+def _require_selection(merge_map: MergeMap) -> None:
+    if not is_selection(merge_map):
         raise IntrafuseError(
             "only a plan that selects channels has a masked reference, but this group is merged "
             "or repaired",
-            layer=step.group,
+            layer=merge_map.group,
             remedy='verify a plan with method="select" and the same budget',
         )
