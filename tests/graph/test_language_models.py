@@ -51,7 +51,11 @@ def half(name: str, **settings):
     return model, intrafuse.prune(model, inputs(name), channels=0.5, method="select", **settings)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# What the others do, one of these does too; `benchmarks/zoo.py` runs them all.
+SAMPLE = ["bert", "swin", "gpt2", "llama", "qwen3", "mixtral", "t5", "whisper"]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
 def test_half_of_everything_equals_the_masked_reference(name):
     model, result = half(name)
     names = [group.name for group in result.plan.graph.groups]
