@@ -27,7 +27,7 @@ from intrafuse.surgery.weights import Weights
 __all__ = ["Alignment", "align"]
 
 Solver = Literal["ot", "assignment"]
-Features = Mapping[str, Tensor]  # by side: (channels, F)
+Sides = Mapping[str, Tensor]  # by side: (channels, F)
 SWEEPS = {"ot": 3, "assignment": 100}  # upper limits; an assignment usually stops far earlier
 QUANTILES = 33  # number of quantiles to describe a row whose columns are in unknown order
 
@@ -53,7 +53,7 @@ def align(
     weights: Weights,
     *,
     solver: Solver,
-    activations: tuple[Mapping[str, Features], Mapping[str, Features]] | None = None,
+    activations: tuple[Mapping[str, Sides], Mapping[str, Sides]] | None = None,
     regularisation: float | None = None,
     seed: int = 0,
 ) -> Alignment:
@@ -120,7 +120,7 @@ def _solve(
     return merge_map.check(), solution.value / max(float(cost.mean()), 1e-300)
 
 
-def _cost(x: Features, y: Features) -> np.ndarray:
+def _cost(x: Sides, y: Sides) -> np.ndarray:
     """Sum the squared distances C (n, m) over the sides, in float64."""
     total: Tensor | float = 0.0
     for side in y:
@@ -137,7 +137,7 @@ def _cost(x: Features, y: Features) -> np.ndarray:
 
 def _compared(
     name: str, reference: Weights, weights: Weights, maps: Mapping[str, MergeMap], readers: bool
-) -> tuple[Features, Features, bool]:
+) -> tuple[Sides, Sides, bool]:
     """Describe the channels of a group in both networks by the weights of each layer.
 
     Returns:
