@@ -42,11 +42,26 @@ def install(
     target = model if inplace else copy_without(model, [*kept, *(old[k] for k in new if k in old)])
     attributes = weights.graph.attribute_values(weights.sizes)
     place(target, new, attributes, remove, weights.graph.aliases)
+    _drop_caches(target)
     if like is None:
         follow_sizes(target, size_changes(weights.graph, weights.sizes))
     else:
         take_configuration(target, like)
     return target
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Let modules drop what they keep between calls; all modes stay.
+
+    A module may keep tensors that it computed from its parameters, as attention of timm keeps its
+    position biases in evaluation mode. It then drops them in its own `train`.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train:
+            modes = [(part, part.training) for part in module.modules()]
+            module.train(module.training)
+            for part, mode in modes:
+                part.training = mode
 
 
 def size_changes(graph: ChannelGraph, sizes: Mapping[int, int]) -> set[tuple[int, int]]:

@@ -351,3 +351,36 @@ def test_a_loaded_plan_says_that_it_does_not_know_the_operators(tmp_path):
     assert graph.traced is None and made.graph.program.example_inputs is x
     with pytest.raises(IntrafuseError, match=r"does not know the operators.*make the plan again"):
         _ = graph.program
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes from its parameter until its mode is set, as attention of timm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Dropout(0.0), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.kept = {}
+
+    def train(self, mode=True):
+        self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return self.c(self.b(self.a(x)) * self.scale.exp())
+        if "scale" not in self.kept:
+            self.kept["scale"] = self.scale.exp()
+        return self.c(self.b(self.a(x)) * self.kept["scale"])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_a_module_keeps_between_calls_goes_with_its_parameters(inplace):
+    x = torch.randn(3, 4)
+    model = Keeping().eval()
+    model.b.train()
+    model(x)
+    pruned = intrafuse.prune(model, x, channels=0.5, method="select", inplace=inplace).model
+    assert pruned(x).shape == (3, 2)  # no mode was set since
+    assert pruned.b.training and not pruned.training
+    assert inplace or len(model.kept["scale"]) == 8
