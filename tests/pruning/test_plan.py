@@ -354,7 +354,7 @@ def test_a_loaded_plan_says_that_it_does_not_know_the_operators(tmp_path):
 
 
 class Keeping(nn.Module):
-    """Keeps what it computes from its parameter until its mode is set, as attention of timm does."""
+    """Keeps what it computes from a parameter until its mode is set, as attention of timm does."""
 
     def __init__(self):
         super().__init__()
@@ -379,7 +379,8 @@ def test_what_a_module_keeps_between_calls_goes_with_its_parameters(inplace):
     x = torch.randn(3, 4)
     model = Keeping().eval()
     model.b.train()
-    model(x)
+    with torch.no_grad():
+        model(x)
     pruned = intrafuse.prune(model, x, channels=0.5, method="select", inplace=inplace).model
     assert pruned(x).shape == (3, 2)  # no mode was set since
     assert pruned.b.training and not pruned.training
