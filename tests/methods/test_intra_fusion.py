@@ -315,7 +315,7 @@ def test_the_seed_decides(target):
         ({"target_marginal": "even"}, "uniform, importance, softmax; got 'even'"),
         ({"normalisation": "rows"}, "paper, barycentric, projected; got 'rows'"),
         ({"p": 0.5}, "at least 1; got 0.5"),
-        ({"regularisation": -1.0}, "not negative; got -1.0"),
+        ({"regularisation": -1.0}, "not be negative; got -1.0"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings, message):
