@@ -193,7 +193,7 @@ def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(IntrafuseError, match="size must be at least 1"):
         load_data(f"imagefolder:{tmp_path}@0")
     write_folder(tmp_path / "train", {"a": 1})
-    with pytest.raises(IntrafuseError, match="no test or val inside"):
+    with pytest.raises(IntrafuseError, match="no subfolder test or val"):
         load_data(spec)
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(IntrafuseError, match=r"no \.png or \.jpg.*empty"):
