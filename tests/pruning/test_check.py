@@ -51,7 +51,8 @@ def test_prune_finds_out_a_wrong_rule_whatever_the_method(wrong_rule, method):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
         IntrafuseError,
-        match=r"masked original.*part in operator mean at test_check\.py:\d+.*exclude=\['body'\]",
+        match=r"masked original.*first differ at operator mean at test_check\.py:\d+.*"
+        r"exclude=\['body'\]",
     ):
         intrafuse.prune(model, X, channels=0.5, method=method, inplace=True)
     for name, value in model.state_dict().items():
@@ -249,7 +250,7 @@ def test_a_number_that_names_a_size_follows_it_on_paths_that_no_trace_took():
 def test_a_number_that_names_two_sizes_stays_and_is_reported():
     pruned = intrafuse.prune(TwoWays(), X, channels=0.5, exclude=["inner.0"])
     assert pruned.model.c == 16 and pruned.report.unclear == ("c",)
-    assert "may name several sizes: c" in " ".join(str(pruned.report).split())
+    assert "may stand for several sizes: c" in " ".join(str(pruned.report).split())
 
 
 def test_a_number_that_is_read_for_something_else_stays():
