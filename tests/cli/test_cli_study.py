@@ -127,7 +127,7 @@ def test_cost_of_a_network_and_its_pruning(weights, tmp_path):
         ("cost mlp --runs 3", 2, "--runs"),
         ("cost mlp --input-shape 3,32,32", 1, "cannot take its inputs"),
         ("cost mlp resnet20", 1, "got 'resnet20'"),
-        ("cost mlp mlp", 2, "given once"),
+        ("cost mlp mlp", 2, "only once"),
     ],
 )
 def test_wrong_input(arguments, code, told):
