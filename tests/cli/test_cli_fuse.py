@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(files, arguments, code, message):
 
 def test_one_network_and_another_architecture_are_refused(files):
     result = run(*given(files)[:4])
-    assert result.exit_code == 2 and "two networks or more" in result.stderr
+    assert result.exit_code == 2 and "at least two networks" in result.stderr
     result = run("fuse", "digits_resnet", "--weights", files[0], "--weights", files[1])
     assert result.exit_code == 1 and "missing" in result.stderr
 
