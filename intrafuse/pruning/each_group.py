@@ -49,12 +49,11 @@ def merge_groups(
     Raises:
         IntrafuseError: the method returned a map for another group, size or width.
     """
-    forward = getattr(method, "order", "backward") == "forward"
-    ordered = groups if forward else list(reversed(groups))
+    ordered = groups if method.order == "forward" else list(reversed(groups))
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     maps = []
     for done, group in enumerate(shrinking):
-        free = not group.chosen or (getattr(method, "chooses", False) and not group.normed)
+        free = not group.chosen or (method.chooses and not group.normed)
         own = method if free else Select()
         merge_map = own(group, scores[group.name], widths[group.name], context).check()
         if (merge_map.group, merge_map.size, merge_map.width) != (

@@ -97,7 +97,7 @@ class Settings:
         if self.budget is None and all(getattr(self, name) is None for name in Budget.SHARES):
             Budget(kind="channels", share=0.0, **self._limits())  # the share may follow
         else:
-            assert self.wanted is not None  # a Budget checks itself
+            _ = self.wanted  # a Budget checks itself
 
     def _limits(self) -> dict[str, Any]:
         limits = {name: getattr(self, name) for name in LIMITS}

@@ -70,6 +70,8 @@ def divide(trials: Trials, items: list[Literal], number: int, sizes: Mapping[int
     table, coupled = trials.scope.table, False
     quotients = [(item, _quotient(trials, item, number, sizes)) for item in items]
     for item, q in quotients:  # computed before the first cut, which makes new atoms
+        if q == 1:
+            continue
         axis = table.resolve(item.axis)
         first, rest = table.cut(axis, table.measure(axis) // q)
         for _ in range(q - 1):
