@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 
-__all__ = ["RandomNetwork", "examples", "randomise"]
-
-TIMES = int(os.environ.get("INTRAFUSE_EXAMPLES", "1"))
-
-
-def examples(count: int) -> settings:
-    """Draw so many examples, the same in every run; INTRAFUSE_EXAMPLES multiplies their number."""
-    return settings(max_examples=count * TIMES, deadline=None, derandomize=True)
-
+__all__ = ["RandomNetwork", "randomise"]
 
 ACTIVATIONS = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "hardswish": F.hardswish,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_networks import RandomNetwork, examples, randomise
+from random_networks import RandomNetwork, randomise
 from reference import mask_readers, mask_writers
 
 import intrafuse
 from intrafuse.support.errors import IntrafuseError
 
 
-@examples(60)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from([0.2, 0.5, 0.9]), st.integers(0, 1000))
 def test_select_equals_the_masked_references(data, share, seed):
     model = randomise(RandomNetwork(data.draw), seed)
@@ -29,7 +29,7 @@ def test_select_equals_the_masked_references(data, share, seed):
         assert plan.widths[group.name] == max(1, int(group.size * (1 - share) + 1e-9))
 
 
-@examples(15)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data(), st.integers(0, 1000))
 def test_every_method_runs_on_random_networks(data, seed):
     model = randomise(RandomNetwork(data.draw), seed)
