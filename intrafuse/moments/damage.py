@@ -16,7 +16,7 @@ from intrafuse.graph.axes import leaves
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.moments.explain import unexplained
 from intrafuse.moments.propagate import Propagation
-from intrafuse.moments.readers import layer_calls, readings
+from intrafuse.moments.readers import readings
 from intrafuse.surgery.weights import Weights
 
 __all__ = ["damage_by_width", "stream_shares"]
@@ -38,11 +38,12 @@ def damage_by_width(
         By group name: damage (n + 1,) by width, falling to 0 at n. Groups without moments are left
         out.
     """
-    weights = weights.on_cpu()  # once, not for each group
-    shares = stream_shares(weights, length=length)
+    weights = weights.on_cpu()  # once, not for each propagation
+    shares = stream_shares(Propagation(weights, length=length))
+    propagation = Propagation(weights, length=length, correlated=1.0)
     found = {}
     for group in groups:
-        known = readings(group, weights, length=length, correlated=1.0)
+        known = readings(group, propagation)
         if known:
             rest = unexplained(list(known.values()))
             noise = np.minimum(rest / np.maximum(1 - rest, 1e-12), MOST)
@@ -50,7 +51,7 @@ def damage_by_width(
     return found
 
 
-def stream_shares(weights: Weights, *, length: float = 1.0) -> dict[str, float]:
+def stream_shares(propagation: Propagation) -> dict[str, float]:
     """Compute the share of each layer in the variance of the residual stream that it adds to.
 
     Returns:
@@ -58,10 +59,9 @@ def stream_shares(weights: Weights, *, length: float = 1.0) -> dict[str, float]:
         earlier layers that write the same channels, summed over channels. Layers without moments
         are left out.
     """
-    graph = weights.graph
-    propagation = Propagation(weights, length=length)
+    graph = propagation.weights.graph
     variance = {}
-    for name, nodes in layer_calls(propagation).items():
+    for name, nodes in propagation.calls.items():
         moments = propagation.of(nodes[0])
         if moments is not None:
             variance[name] = float(moments.covariance.diagonal().sum())

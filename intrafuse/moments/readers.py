@@ -8,17 +8,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree, leaves, locate, tree_size
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
-from intrafuse.graph.rules import operator_name
-from intrafuse.moments.propagate import CORRELATED, Moments, Propagation
+from intrafuse.moments.propagate import Moments, Propagation
 from intrafuse.moments.taps import as_taps, output_variance, tap_correlation
 from intrafuse.surgery.weights import Weights
 
-__all__ = ["Reading", "Written", "layer_calls", "place_taps", "reader_taps", "readings", "written"]
+__all__ = ["Reading", "Written", "place_taps", "reader_taps", "readings", "written"]
 
 Written = tuple[Tensor, Tensor] | None  # mean (outputs,) and covariance of a layer's outputs
 
@@ -77,18 +75,16 @@ class Reading:
 
 
 def readings(
-    group: ChannelGroup, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED,
-    places: bool = False,
-) -> dict[str, Reading]:  # fmt: skip
+    group: ChannelGroup, propagation: Propagation, *, places: bool = False
+) -> dict[str, Reading]:
     """Infer readings of a group from the weights, by the name of each reader's weight.
 
     Readers without moments are left out. With `places` every place of the group on the reader's
     axis is treated as a separate channel, in the order of the axis: n r places for n channels at r
     places each, such as the width of all heads. Readers with other channels there are left out.
     """
-    propagation = Propagation(weights, length=length, correlated=correlated)
     weights = propagation.weights
-    calls = layer_calls(propagation)
+    calls = propagation.calls
     found = {}
     for slot in weights.present(group.readers):
         nodes = calls.get(slot.parameter, [])
@@ -98,38 +94,28 @@ def readings(
             if places:
                 reading = _placed(group, slot, weights, known)
             else:
-                reading = _reading(group, slot, weights, known, length)
+                reading = _reading(group, slot, weights, known, propagation.length)
             if reading is not None:
                 found[slot.parameter] = reading
     return found
 
 
-def written(names: Sequence[str], weights: Weights, *, length: float = 1.0) -> list[Written]:
+def written(names: Sequence[str], propagation: Propagation) -> list[Written]:
     """Infer mean and covariance of the outputs of linear maps, given the names of their weights.
 
     None for a map without moments, or one that is called more than once.
     """
-    propagation = Propagation(weights, length=length)
-    calls = layer_calls(propagation)
+    graph = propagation.weights.graph
     found: list[Written] = []
     for name in names:
-        nodes = calls.get(name, [])
+        nodes = propagation.calls.get(name, [])
         moments = propagation.of(nodes[0]) if len(nodes) == 1 else None
-        layer = weights.graph.layers.get(name)
+        layer = graph.layers.get(name)
         if moments is None or layer is None:
             found.append(None)
         else:
-            own = moments.tree == weights.graph.axes[name][layer.output_axis]
+            own = moments.tree == graph.axes[name][layer.output_axis]
             found.append((moments.mean, moments.covariance) if own else None)
-    return found
-
-
-def layer_calls(propagation: Propagation) -> dict[str, list[Node]]:
-    """List the nodes that call each convolution or linear map, by the name of its weight."""
-    found: dict[str, list[Node]] = {}
-    for node in propagation.program.nodes:
-        if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
-            found.setdefault(propagation.program.parameter(node.args[1]), []).append(node)
     return found
 
 

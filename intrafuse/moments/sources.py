@@ -11,6 +11,7 @@ import torch
 
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.moments.calibrate import Calibration
+from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import Reading, Written, reader_taps, readings, written
 from intrafuse.moments.readout import beside
 from intrafuse.moments.synthetic import synthesise
@@ -63,15 +64,22 @@ class MomentSource:
         With `places` each place of a channel on the reader's axis is treated as a separate channel.
         """
         if self.source == "analytic":
-            return readings(group, weights, length=self.length, places=places)
+            return readings(group, self._propagation(weights, context), places=places)
         measured = self._measured(context)
         return measured.readings(group, weights, length=self.length, places=places)
 
     def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
         """Return mean and covariance of the outputs of linear maps; None where unknown."""
         if self.source == "analytic":
-            return written(names, weights, length=self.length)
+            return written(names, self._propagation(weights, context))
         return self._measured(context).written(names, weights)
+
+    def _propagation(self, weights: Weights, context: Context) -> Propagation:
+        """Return the analytic moments of tensors that differ little from those of the last call."""
+        key = f"moments of length {self.length}"
+        known = context.cache.get(key) or Propagation(context.weights, length=self.length)
+        context.cache[key] = known = known.at(context.weights)
+        return known if weights is context.weights else known.trying(weights)
 
     def _measured(self, context: Context) -> Calibration:
         if self.source not in context.cache:

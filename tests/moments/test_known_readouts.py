@@ -76,7 +76,7 @@ def test_a_reader_of_two_groups_knows_what_it_reads_of_the_other():
     """The other group has mean 6 and variance 16, and is read five times."""
     model = Beside()
     weights = Weights.of(trace(model, torch.zeros(2, 2)), model)
-    found = readings(weights.graph.by_name["a"], weights)["head.weight"]
+    found = readings(weights.graph.by_name["a"], Propagation(weights))["head.weight"]
     assert (found.rest.item(), found.rest_mean.item()) == (25 * 16, 5 * 6)
     assert found.old_mean.tolist() == [3.0, -1.0] and found.taps.flatten().tolist() == [7.0, 8.0]
 
@@ -101,7 +101,7 @@ def test_each_layer_has_its_share_of_the_stream_that_it_adds_to():
     """Variances 34, 14 and 2 are 34 of 34, 14 of 48 and 2 of 50."""
     model = Blocks()
     weights = Weights.of(trace(model, torch.zeros(2, 2)), model)
-    found = stream_shares(weights)
+    found = stream_shares(Propagation(weights))
     assert found.pop("head.weight") == 1.0
     expected = {"enter.weight": 1.0, "one.weight": 14 / 48, "two.weight": 2 / 50}
     assert found == pytest.approx(expected)

@@ -152,8 +152,8 @@ def test_folded_and_unfolded_batch_norm_tell_the_same_means_and_variances():
     plain, folded = Weights.of(graph, model), Weights.of(graph, model)
     fold_norms(folded)
     for group in graph.groups:
-        for name, want in readings(group, plain).items():
-            found = readings(group, folded)[name]
+        for name, want in readings(group, Propagation(plain)).items():
+            found = readings(group, Propagation(folded))[name]
             torch.testing.assert_close(found.old_mean, want.old_mean, rtol=1e-3, atol=1e-4)
             spread, wanted = found.old.diagonal(), want.old.diagonal()
             torch.testing.assert_close(spread, wanted, rtol=2e-3, atol=1e-4)
@@ -162,7 +162,7 @@ def test_folded_and_unfolded_batch_norm_tell_the_same_means_and_variances():
 def test_the_first_layer_of_unit_inputs_is_exact():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
     graph = trace(model, torch.zeros(2, 6))
-    (found,) = readings(graph.groups[0], Weights.of(graph, model)).values()
+    (found,) = readings(graph.groups[0], Propagation(Weights.of(graph, model))).values()
     with torch.no_grad():
         h = model[:2](torch.randn(400_000, 6)).double()
     torch.testing.assert_close(found.old_mean, h.mean(0), rtol=0, atol=0.01)

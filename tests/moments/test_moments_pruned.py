@@ -143,7 +143,7 @@ def test_a_width_of_one_is_no_axis_of_size_one():
     plan = intrafuse.plan(model, x, channels=0.75, method="select")
     assert plan.widths == {"enter": 1}
     weights = plan.weights(model)
-    assert list(readings(plan.graph.groups[0], weights)) == ["leave.weight"]
+    assert list(readings(plan.graph.groups[0], Propagation(weights))) == ["leave.weight"]
 
 
 def test_a_rule_that_fails_costs_no_network(monkeypatch):

@@ -104,7 +104,7 @@ def test_shares_of_a_stream_by_hand():
     with torch.no_grad():
         for layer, size in ((model.first, 1.0), (model.second, 2.0), (model.third, 3.0)):
             layer.weight.fill_(size)
-    found = stream_shares(weights_of(model, torch.zeros(2, 6)))
+    found = stream_shares(Propagation(weights_of(model, torch.zeros(2, 6))))
     wanted = {"first.weight": 1, "second.weight": 4 / 5, "third.weight": 9 / 14, "head.weight": 1}
     assert found == pytest.approx(wanted)
 
@@ -112,7 +112,7 @@ def test_shares_of_a_stream_by_hand():
 def test_a_layer_without_spread_has_a_share_of_nothing():
     model = Stream()
     nn.init.zeros_(model.second.weight)
-    found = stream_shares(weights_of(model, torch.zeros(2, 6)))
+    found = stream_shares(Propagation(weights_of(model, torch.zeros(2, 6))))
     assert found["second.weight"] == 0 and found["first.weight"] == 1
 
 
@@ -171,7 +171,7 @@ def test_damage_never_falls_with_what_is_removed(name):
         assert len(curve) == groups[group].size + 1 and np.isfinite(curve).all()
         assert (np.diff(curve) <= 1e-9 * curve[0]).all(), group
         assert abs(curve[-1]) < 1e-6
-    everything = stream_shares(weights_of(model, x)).values()
+    everything = stream_shares(Propagation(weights_of(model, x))).values()
     assert all(0 <= share <= 1 for share in everything)
 
 

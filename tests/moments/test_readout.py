@@ -13,6 +13,7 @@ import intrafuse
 from intrafuse import MergeMap
 from intrafuse.graph import trace
 from intrafuse.methods import METHODS, Folding, Select
+from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import readings
 from intrafuse.moments.readout import beside, predicted_error, with_readout
 from intrafuse.surgery.weights import Weights
@@ -33,7 +34,7 @@ def linear():
     model = seeded(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 3))
     graph = trace(model, torch.zeros(2, 4))
     weights = Weights.of(graph, model)
-    return model, graph.groups[0], weights, readings(graph.groups[0], weights)
+    return model, graph.groups[0], weights, readings(graph.groups[0], Propagation(weights))
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -56,7 +57,7 @@ def beside_one(step, group, weights):
     n = step.size
     return {
         name: replace(r.narrowed(slice(0, n), slice(n, None)), taps=r.taps[:, :n])
-        for name, r in readings(group, wide).items()
+        for name, r in readings(group, Propagation(wide)).items()
     }
 
 
