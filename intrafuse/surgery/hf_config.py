@@ -174,9 +174,8 @@ def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
 def _recomputed(module: nn.Module) -> dict[str, Any]:
     """List values that a module computes when built: factors, and shapes of unsaved buffers."""
     computed: dict[str, Any] = {k: v for k, v in vars(module).items() if type(v) is float}
-    buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
     for name in sorted(module._non_persistent_buffers_set):  # pyright: ignore[reportPrivateUsage]
-        buffer = buffers.get(name)
+        buffer = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
         computed[name] = None if buffer is None else tuple(buffer.shape)
     return computed
 

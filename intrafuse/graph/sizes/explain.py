@@ -82,12 +82,12 @@ def reconsider(trials: Trials, difference: Difference | None) -> bool:
     """
     if trials.attempt is None:
         return False
-    (place, items), trials.attempt = trials.attempt, None
+    (number, items), trials.attempt = trials.attempt, None
     order = {node: i for i, node in enumerate(trials.nodes)}
     if difference is not None and order[difference.node] >= min(order[item.node] for item in items):
         return False
-    if not _try_next(trials, place, items):
-        trials.forget(place)
+    if not _try_next(trials, number, items):
+        trials.forget(number)
         for item in items:
             _lock(trials.scope, item)
     return True
@@ -134,14 +134,14 @@ def _explain(
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
-            place = (trials.places[difference.node], at)
+            number = (trials.places[difference.node], at)
             if wrong and (
                 divide(trials, items, wrong[at], sizes)
                 or couple(trials, items, difference.node, wrong[at], sizes)
             ):
-                trials.forget(place)
+                trials.forget(number)
                 return
-            if _try_next(trials, place, items):
+            if _try_next(trials, number, items):
                 return
     guilty = [item for item in here if wrong is None or item.at in wrong] or here
     # A number that did not change is a literal of the code; others may be computed from it.
@@ -221,21 +221,21 @@ def _indexed(
             yield (*before, i), n
 
 
-def _try_next(trials: Trials, place: Number, items: list[Literal]) -> bool:
+def _try_next(trials: Trials, number: Number, items: list[Literal]) -> bool:
     """Let another attribute follow the axis of a number; return whether there is one."""
-    tried = trials.tried.setdefault(place, [])
+    tried = trials.tried.setdefault(number, [])
     options = [_candidates(trials, item) for item in items]
     name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
     if name is None:
         return False
-    trials.forget(place)  # the last attribute did not help
+    trials.forget(number)  # the last attribute did not help
     tried.append(name)
-    trials.added[place], trials.attempt = [], (place, items)
+    trials.added[number], trials.attempt = [], (number, items)
     for item, keys in zip(items, options, strict=True):
         key = keys[name]
         if key not in trials.attributes:
             trials.attributes[key] = item.part
-            trials.added[place].append(key)
+            trials.added[number].append(key)
         trials.scope.table.unify(trials.attributes[key], item.part)  # one number: stay equal
     return True
 
