@@ -16,8 +16,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster import hierarchy  # pyright: ignore[reportMissingTypeStubs]
-from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
@@ -177,10 +175,13 @@ def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 
     else:
         labels = _plusplus(gram, width, seed)
     labels = _exchange(gram, labels, width)
-    first = np.unique(labels, return_index=True)[1]
-    number = np.empty(width, dtype=np.int64)
-    number[np.argsort(first)] = np.arange(width)
-    return from_numpy(number[labels])
+    return from_numpy(_numbered(labels))
+
+
+def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number clusters by their first rows."""
+    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[which]
 
 
 def _distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -193,10 +194,20 @@ def _distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     """Repeatedly merge the two clusters that raise the sum of squares least, down to `width`."""
+    from scipy.cluster import hierarchy  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial.distance import squareform
+
     distances = squareform(np.sqrt(_distances(gram)), checks=False)
     tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    cut = hierarchy.cut_tree(tree, width)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    return cut[:, 0]
+    n = len(gram)
+    merged: NDArray[np.int64] = np.asarray(tree)[: n - width, :2].astype(np.int64)
+    made = n + np.arange(len(merged))  # merge i makes cluster n + i of two older ones
+    pairs = merged.ravel(), made.repeat(2)
+    size = n + len(merged)
+    joined = coo_array((np.ones(len(pairs[0])), pairs), (size, size))
+    return _numbered(connected_components(joined, directed=False)[1][:n])
 
 
 def _plusplus(gram: NDArray[np.float64], width: int, seed: int) -> NDArray[np.int64]:

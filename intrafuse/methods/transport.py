@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import ot  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from numpy.typing import NDArray
-from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from intrafuse.graph.typed import from_numpy
@@ -196,6 +194,8 @@ def _solve(
     regularisation: float,
 ) -> NDArray[np.float64]:
     """Call the solver of POT, exact if the regularization is 0; return T (n, m)."""
+    import ot  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+
     if regularisation == 0:
         matrix = ot.emd(source, target, cost, numItermax=10_000_000)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     else:
@@ -248,6 +248,8 @@ def assignment(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not np.isfinite(cost).all():
         raise IntrafuseError("the cost of an assignment must be square and finite")
+    from scipy import optimize  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+
     _, targets = optimize.linear_sum_assignment(cost)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return targets  # pyright: ignore[reportUnknownVariableType]
 
