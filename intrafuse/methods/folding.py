@@ -195,19 +195,15 @@ def _distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
 def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     """Repeatedly merge the two clusters that raise the sum of squares least, down to `width`."""
     from scipy.cluster import hierarchy  # slow to import  # pyright: ignore[reportMissingTypeStubs]
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
     from scipy.spatial.distance import squareform
 
     distances = squareform(np.sqrt(_distances(gram)), checks=False)
     tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    n = len(gram)
-    merged: NDArray[np.int64] = np.asarray(tree)[: n - width, :2].astype(np.int64)
-    made = n + np.arange(len(merged))  # merge i makes cluster n + i of two older ones
-    pairs = merged.ravel(), made.repeat(2)
-    size = n + len(merged)
-    joined = coo_array((np.ones(len(pairs[0])), pairs), (size, size))
-    return _numbered(connected_components(joined, directed=False)[1][:n])
+    merged: NDArray[np.int64] = np.asarray(tree)[: len(gram) - width, :2].astype(np.int64)
+    label = np.arange(len(gram) + len(merged))  # of the rows, and of what each merge makes
+    for made, pair in reversed([*enumerate(merged, len(gram))]):
+        label[pair] = label[made]
+    return _numbered(label[: len(gram)])
 
 
 def _plusplus(gram: NDArray[np.float64], width: int, seed: int) -> NDArray[np.int64]:

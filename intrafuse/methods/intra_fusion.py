@@ -6,7 +6,7 @@ Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 240
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -199,7 +199,7 @@ def _mixture_members(points: NDArray[np.float32], width: int, seed: int) -> NDAr
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def _without_warnings() -> Generator[None]:
     """Ignore that a clustering did not converge: duplicated channels may leave a cluster empty."""
     from sklearn.exceptions import ConvergenceWarning  # pyright: ignore[reportMissingTypeStubs]
 
