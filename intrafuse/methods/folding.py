@@ -200,7 +200,9 @@ def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     distances = squareform(np.sqrt(_distances(gram)), checks=False)
     tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     merged: NDArray[np.int64] = np.asarray(tree)[: len(gram) - width, :2].astype(np.int64)
-    label = np.arange(len(gram) + len(merged))  # of the rows, and of what each merge makes
+    label: NDArray[np.int64] = np.arange(
+        len(gram) + len(merged)
+    )  # of the rows, and of what each merge makes
     for made, pair in reversed([*enumerate(merged, len(gram))]):
         label[pair] = label[made]
     return _numbered(label[: len(gram)])
