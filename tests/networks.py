@@ -6,7 +6,7 @@ weights, whose batch norms look trained: random statistics, scales (some negativ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "Network",
     "build",
     "copy_channels",
+    "covering",
     "learn_digits",
     "outputs",
     "randomise",
@@ -278,6 +279,12 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
         model = randomise(network.factory()).eval()
         return model, torch.randn(network.shape)
+
+
+def covering(*axes: Iterable) -> list[tuple]:
+    """Combine axes so that each of their values appears, in as many cases as the longest has."""
+    values = [list(axis) for axis in axes]
+    return [tuple(v[i % len(v)] for v in values) for i in range(max(map(len, values)))]
 
 
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:

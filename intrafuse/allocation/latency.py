@@ -7,7 +7,6 @@ from math import prod
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from intrafuse.allocation.timing import latencies
@@ -80,6 +79,8 @@ class LatencyModel:
         scale = self.seen.max(0)
         # fit relative errors, so that small networks count as much as large ones
         rows = self.seen / scale / np.array(self.times)[:, None]
+        from scipy.optimize import nnls  # slow to import
+
         factors, _ = nnls(rows, np.ones(len(self.times)))
         self.factors = factors / scale
 

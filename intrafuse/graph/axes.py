@@ -104,7 +104,12 @@ def layout(tree: Tree, sizes: Mapping[int, int] | Sequence[int]) -> dict[int, li
     return places
 
 
-def _lay_out(tree: Tree, sizes, at: Block, places: dict[int, list[Block]]) -> None:
+def _lay_out(
+    tree: Tree,
+    sizes: Mapping[int, int] | Sequence[int],
+    at: Block,
+    places: dict[int, list[Block]],
+) -> None:
     if isinstance(tree, int):
         places.setdefault(tree, []).append(at)
         return

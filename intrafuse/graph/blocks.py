@@ -6,20 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from intrafuse.graph.axes import Block
+from intrafuse.graph.typed import from_numpy
 
 __all__ = ["channel_rows", "merge_channels", "positions", "put_channels", "select_channels"]
 
 
-def positions(blocks: Sequence[Block], channels: int) -> np.ndarray:
+def positions(blocks: Sequence[Block], channels: int) -> NDArray[np.int64]:
     """List the positions of each channel: an integer array (channels, repeats).
 
     >>> positions([Block(offset=4, inner=2)], 3).tolist()
     [[4, 5], [6, 7], [8, 9]]
     """
-    columns = []
+    columns: list[NDArray[np.int64]] = []
     for block in blocks:
         start = np.arange(channels)[:, None] * block.inner + block.offset
         repeats = np.zeros(1, dtype=np.int64)
@@ -41,7 +43,7 @@ def channel_rows(tensor: Tensor, axis: int, blocks: Sequence[Block], channels: i
     """
     front = tensor.movedim(axis, 0)
     if not _is_whole_axis(blocks, channels, tensor.shape[axis]):
-        front = front[torch.from_numpy(positions(blocks, channels)).to(tensor.device)]
+        front = front[from_numpy(positions(blocks, channels)).to(tensor.device)]
     return front.reshape(channels, -1)
 
 
@@ -53,7 +55,7 @@ def select_channels(
     dropped = np.ones(channels, dtype=bool)
     dropped[keep.cpu().numpy()] = False
     stays[positions(blocks, channels)[dropped].ravel()] = False
-    return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(stays)).to(tensor.device))
+    return tensor.index_select(axis, from_numpy(np.flatnonzero(stays)).to(tensor.device))
 
 
 def merge_channels(
@@ -75,7 +77,8 @@ def merge_channels(
     exact = torch.promote_types(tensor.dtype, torch.float32)
     matrix = matrix.to(device=tensor.device, dtype=exact).contiguous()  # strides affect rounding
     front = tensor.movedim(axis, 0)
-    pieces, reached = [], 0
+    pieces: list[Tensor] = []
+    reached = 0
     runs = _runs(blocks)
     matrices = matrix.expand(len(runs), *matrix.shape[-2:])
     for (start, inner), own in zip(runs, matrices, strict=True):
@@ -97,7 +100,7 @@ def put_channels(
     `values=None` changes nothing.
     """
     if values is not None:
-        where = torch.from_numpy(positions(blocks, channels))
+        where = from_numpy(positions(blocks, channels))
         values = values.to(line).reshape(channels, -1)
         line[where] = values.expand(where.shape)
 

@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -46,10 +46,10 @@ REGIONS = frozenset(("wrap_with_autocast", "wrap_with_set_grad_enabled"))
 CONSTANT = "constant"  # key in a node's meta: the tensor that the code made from numbers
 # Modules that inspect a mask unless an argument says whether it is causal: its name and position.
 STACKS = {nn.TransformerEncoder: ("is_causal", 3), nn.TransformerDecoder: ("tgt_is_causal", 6)}
-ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
-def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turn example inputs (a tensor, a tuple of args or a mapping of kwargs) into (args, kwargs).
 
     Each tensor is copied once, because a model may compute in place.
@@ -62,7 +62,8 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
             copies[id(tensor)] = tensor.detach().clone().requires_grad_(trained)
         return copies[id(tensor)]
 
-    args, kwargs = (), {}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
         kwargs = dict(example_inputs)
     elif isinstance(example_inputs, tuple | list):
@@ -73,7 +74,7 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple, dict[str, Any]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module, *, exporting: bool = False) -> Generator[nn.Module]:
     """Run a model in evaluation mode, one thread at a time, then restore its state.
 
     `unchanged` restores everything that the model's code caches in attributes or counts. The global
@@ -85,7 +86,7 @@ def evaluating(model: nn.Module, *, exporting: bool = False) -> Iterator[nn.Modu
 
 
 def export_program(
-    model: nn.Module, example_inputs: ExampleInputs, *, cached: bool = False
+    model: object, example_inputs: ExampleInputs, *, cached: bool = False
 ) -> torch.export.ExportedProgram:
     """Export a model in evaluation mode, without changing it.
 
@@ -118,7 +119,10 @@ def _require_one_kind_of_place(model: nn.Module) -> None:
 
 
 def _export(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], mode: AbstractContextManager
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: AbstractContextManager[None],
 ) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the graph of a failed export to standard error
     try:
@@ -180,7 +184,7 @@ def caching(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def plainly(model: nn.Module) -> Iterator[None]:
+def plainly(model: nn.Module) -> Generator[None]:
     """Run a model without fused kernels and without a cache for its next call.
 
     A fused transformer layer is one operator that hides its parts. A cache of keys and values is an
@@ -209,8 +213,8 @@ def plainly(model: nn.Module) -> Iterator[None]:
 
 
 def _tell(
-    name: str, place: int, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+    name: str, place: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Set an argument that is missing or None to False."""
     if len(args) > place:
         return (*args[:place], args[place] or False, *args[place + 1 :]), kwargs
@@ -218,7 +222,7 @@ def _tell(
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def _without_warnings() -> Generator[None]:
     """Silence torch's log messages before an error that repeats them.
 
     Also silence warnings about modules that keep tensors in lists, such as recurrent layers.

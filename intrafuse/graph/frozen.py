@@ -61,10 +61,6 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
     free = [group for group in groups if not group.locked]
     free = [replace(group, index=len(free) - 1 - i) for i, group in enumerate(free)]
     attributes = (Attribute(a.module, a.name, resolve(a.tree)) for a in scope.attributes)
-    values = {
-        node: [list(map(resolve, v)) if isinstance(v, list) else resolve(v) for v in value]
-        for node, value in scope.values.items()
-    }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
     starts = {node: resolve(tree) for node, tree in scope.starts.items()}
     return ChannelGraph(
@@ -82,7 +78,7 @@ def freeze(scope: Scope, nodes: tuple[Node, ...], example_inputs: ExampleInputs)
             for r in scope.rescales
         ),
         hints=tuple(replace(h, trees=tuple(map(resolve, h.trees))) for h in scope.hints),
-        traced=Program(nodes, values, scope.parameters, scales, starts, example_inputs),
+        traced=Program(nodes, scope.resolved(), scope.parameters, scales, starts, example_inputs),
     )
 
 
@@ -144,7 +140,7 @@ def _kinds(scope: Scope) -> dict[int, str]:
 
 
 def _name_groups(scope: Scope) -> list[ChannelGroup]:
-    groups = []
+    groups: list[ChannelGroup] = []
     taken: Counter[str] = Counter()
     kinds = _kinds(scope)
     summed = {a for tree in scope.contracted.values() for a in leaves(scope.table.resolve(tree))}

@@ -77,6 +77,7 @@ def _unpack(data: Any, sizes: Mapping[int, int]) -> Tree:
         if data not in sizes:
             raise ValueError(f"a tree holds the atom {data}, whose size is unknown")
         return data
+    children: JsonValue
     ((sign, children),) = data.items()
     if sign not in ("+", "*") or not isinstance(children, list):
         raise ValueError(f"{sign!r} is not a node of a tree")

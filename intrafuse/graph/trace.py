@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
@@ -25,8 +26,9 @@ from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.program import Program
 from intrafuse.graph.rules import RULES, LockError, Scope, location, operator_name
 from intrafuse.graph.rules.products import tie_packed_heads
-from intrafuse.graph.rules.registry import VIEWS
+from intrafuse.graph.rules.registry import VIEWS, Result
 from intrafuse.graph.sizes.literals import Workshop, settle
+from intrafuse.graph.typed import is_several
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
@@ -147,7 +149,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _enter(scope: Scope, program) -> None:
+def _enter(scope: Scope, program: ExportedProgram) -> None:
     """Assign axes to parameters, buffers, constants and inputs."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -193,22 +195,20 @@ def _agrees(scope: Scope, result: Any, value: Any) -> bool:
     if isinstance(value, Tensor):
         sizes = [scope.table.measure(scope.table.resolve(tree)) for tree in result]
         return sizes == [int(n) for n in value.shape]
-    if isinstance(value, tuple | list):
+    if is_several(value):
         return len(result) == len(value) and all(map(_agrees, [scope] * len(value), result, value))
     return True
 
 
-def _lock_operator(scope: Scope, node: Node, reason: str) -> Any:
+def _lock_operator(scope: Scope, node: Node, reason: str) -> Result:
     for source in node.all_input_nodes:
         _lock_all(scope, source, reason)
     value = node.meta.get("val")
-    if isinstance(value, tuple | list):
+    if is_several(value):
         return [[scope.fixed(int(n), reason) for n in getattr(v, "shape", ())] for v in value]
     return [scope.fixed(int(n), reason) for n in getattr(value, "shape", ())]
 
 
 def _lock_all(scope: Scope, node: Node, reason: str) -> None:
-    values = scope.values.get(node, [])
-    for item in values:
-        for tree in item if isinstance(item, list) else [item]:
-            scope.table.lock(tree, reason)
+    for tree in scope.trees(node):
+        scope.table.lock(tree, reason)

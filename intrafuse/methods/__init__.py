@@ -35,7 +35,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def resolve_method(method: str | Method) -> Method:
+def resolve_method(method: object) -> Method:
     """Return the method of this name with its default settings; return a method unchanged.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Auto(MomentSource, Method):
         }
         known = self.readings(group, context.weights, context)
         if not known:  # no moments to predict with
-            note = {"chosen": "folding", "predicted": {}}
+            note: dict[str, Any] = {"chosen": "folding", "predicted": {}}
             return replace(plain["folding"], note=note)
         greedy = explaining_channels(list(known.values()), width)
         writers = {

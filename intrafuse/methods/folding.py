@@ -15,13 +15,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
+from intrafuse.graph.typed import from_numpy, length
 from intrafuse.methods.method import Method
 from intrafuse.support.arguments import check_choices
 from intrafuse.support.errors import IntrafuseError
@@ -128,7 +128,7 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) 
     layers = context.weights.graph.layers
     known = {name for layer in layers.values() for name in (layer.weight, layer.bias)}
     filters = tuple(slot for slot in group.carriers if slot.parameter in known)
-    sides = []
+    sides: list[Tensor] = []
     for slots in (group.writers, filters, readers):
         present = context.weights.present(slots)
         if present:
@@ -140,7 +140,7 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) 
             "a group without writers and readers has no features", layer=group.name
         )
     if kind == "balanced":
-        norms = torch.stack([side.norm(dim=1) for side in sides]).clamp_min(1e-30)
+        norms = torch.stack([length(side, 1) for side in sides]).clamp_min(1e-30)
         common = norms.log().mean(0).exp()
         sides = [normalize(side, dim=1) * common[:, None] for side in sides]
     return torch.cat(sides, 1).float()
@@ -175,13 +175,16 @@ def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 
     else:
         labels = _plusplus(gram, width, seed)
     labels = _exchange(gram, labels, width)
-    first = np.unique(labels, return_index=True)[1]
-    number = np.empty(width, dtype=np.int64)
-    number[np.argsort(first)] = np.arange(width)
-    return torch.from_numpy(number[labels])
+    return from_numpy(_numbered(labels))
 
 
-def _distances(gram: np.ndarray) -> np.ndarray:
+def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number clusters by their first rows."""
+    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[which]
+
+
+def _distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return squared distances (n, n), symmetric, with zeros on the diagonal."""
     own = np.diag(gram)
     squared = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0)
@@ -189,13 +192,23 @@ def _distances(gram: np.ndarray) -> np.ndarray:
     return (squared + squared.T) / 2
 
 
-def _ward(gram: np.ndarray, width: int) -> np.ndarray:
+def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     """Repeatedly merge the two clusters that raise the sum of squares least, down to `width`."""
-    tree = linkage(squareform(np.sqrt(_distances(gram)), checks=False), "ward")
-    return cut_tree(tree, width)[:, 0]
+    from scipy.cluster import hierarchy  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+    from scipy.spatial.distance import squareform
+
+    distances = squareform(np.sqrt(_distances(gram)), checks=False)
+    tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    merged: NDArray[np.int64] = np.asarray(tree)[: len(gram) - width, :2].astype(np.int64)
+    label: NDArray[np.int64] = np.arange(
+        len(gram) + len(merged)
+    )  # of the rows, and of what each merge makes
+    for made, pair in reversed([*enumerate(merged, len(gram))]):
+        label[pair] = label[made]
+    return _numbered(label[: len(gram)])
 
 
-def _plusplus(gram: np.ndarray, width: int, seed: int) -> np.ndarray:
+def _plusplus(gram: NDArray[np.float64], width: int, seed: int) -> NDArray[np.int64]:
     """Draw `width` rows with probability ~ squared distance; assign each row to the nearest."""
     squared = _distances(gram)
     random = np.random.default_rng(seed)
@@ -210,7 +223,9 @@ def _plusplus(gram: np.ndarray, width: int, seed: int) -> np.ndarray:
     return labels
 
 
-def _exchange(gram: np.ndarray, labels: np.ndarray, width: int) -> np.ndarray:
+def _exchange(
+    gram: NDArray[np.float64], labels: NDArray[np.int64], width: int
+) -> NDArray[np.int64]:
     """Move single rows between clusters while that lowers the sum of squared distances.
 
     A row i at squared distance d from a mean of N rows adds N / (N + 1) d when it joins them, and
@@ -266,7 +281,7 @@ def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
     shape, n = deviation.shape, len(rows)
     s = deviation.reshape(n, -1)
     scaled = normalize(rows.reshape(*s.shape, -1), dim=-1) * s[..., None]
-    got = (mean @ scaled.reshape(n, -1)).view(len(mean), *scaled.shape[1:]).norm(dim=-1)
+    got = length((mean @ scaled.reshape(n, -1)).view(len(mean), *scaled.shape[1:]), -1)
     got = torch.maximum(got, (mean.square() @ s.square()).sqrt())
     gain = torch.where(got > 0, mean @ s / got, 1.0)
     alone = (mean > 0).sum(1) == 1
@@ -305,9 +320,9 @@ def _repair(
     mean = mean.double()
     told = weights.statistics.get(slot.parameter)
     if told is None:
-        gain[slot.parameter] = repair_gain(rows, rows.norm(dim=-1), mean).squeeze(1).float()
+        gain[slot.parameter] = repair_gain(rows, length(rows, -1), mean).squeeze(1).float()
         return
-    center, deviation = (line.double().cpu()[torch.from_numpy(where)] for line in told)
+    center, deviation = (line.double().cpu()[from_numpy(where)] for line in told)
     factor = repair_gain(rows, deviation, mean)
     gain[slot.parameter] = factor.squeeze(1).float()
     shift[slot.parameter] = ((1 - factor) * (mean @ center)).squeeze(1).float()

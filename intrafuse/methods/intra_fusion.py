@@ -6,18 +6,18 @@ Theus et al., "Towards Meta-Pruning via Optimal Transport", ICLR 2024, arXiv 240
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
+from numpy.typing import NDArray
 from torch import Tensor
 
 from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.typed import from_numpy
 from intrafuse.methods.method import Method
 from intrafuse.methods.select import most_important
 from intrafuse.methods.transport import (
@@ -150,16 +150,12 @@ class IntraFusion(Method):
             keep = most_important(scores, width)
             return features[keep.to(features.device)], scores[keep]
         points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
-        with warnings.catch_warnings():  # duplicated channels may leave a cluster empty, harmlessly
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            if self.target == "k-means":
-                members = KMeans(width, n_init="auto", random_state=seed).fit(points).labels_
-            else:
-                members = _mixture_members(points, width, seed)
-        belongs = torch.nn.functional.one_hot(torch.from_numpy(members).long(), width).T.float()
+        assign = _means_members if self.target == "k-means" else _mixture_members
+        members = assign(points, width, seed)
+        belongs = torch.nn.functional.one_hot(from_numpy(members).long(), width).T.float()
         share = belongs / belongs.sum(1, keepdim=True).clamp_min(1)
         share = share.to(features)
-        return share @ torch.from_numpy(points).to(features), (share.cpu() @ scores.float())
+        return share @ from_numpy(points).to(features), (share.cpu() @ scores.float())
 
 
 def _projected(group: ChannelGroup, features: Tensor, keep: Tensor, decode: Tensor) -> MergeMap:
@@ -172,10 +168,25 @@ def _projected(group: ChannelGroup, features: Tensor, keep: Tensor, decode: Tens
     return replace(merge_map, decode=decode, keep=None)
 
 
-def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:
+def _means_members(points: NDArray[np.float32], width: int, seed: int) -> NDArray[np.int32]:
+    """Assign each channel to its cluster of k-means."""
+    from sklearn.cluster import KMeans  # pyright: ignore[reportMissingTypeStubs]
+
+    means = KMeans(width, n_init="auto", random_state=seed)
+    with _without_warnings():
+        members = means.fit(points).labels_  # pyright: ignore[reportUnknownMemberType]
+    assert members is not None
+    return members
+
+
+def _mixture_members(points: NDArray[np.float32], width: int, seed: int) -> NDArray[np.int64]:
     """Assign each channel to its most likely component, in the leading principal components."""
+    from sklearn.decomposition import PCA  # pyright: ignore[reportMissingTypeStubs]
+    from sklearn.mixture import GaussianMixture  # pyright: ignore[reportMissingTypeStubs]
+
     dimensions = min(MIXTURE_DIMENSIONS, *points.shape)
-    points = PCA(dimensions, random_state=seed).fit_transform(points)
+    components = PCA(dimensions, random_state=seed)
+    points = components.fit_transform(points)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     mixture = GaussianMixture(
         width,
         covariance_type="spherical",
@@ -183,4 +194,15 @@ def _mixture_members(points: np.ndarray, width: int, seed: int) -> np.ndarray:
         init_params="k-means++",
         random_state=seed,
     )
-    return mixture.fit(points).predict(points)
+    with _without_warnings():
+        return mixture.fit(points).predict(points)  # pyright: ignore[reportUnknownMemberType]
+
+
+@contextmanager
+def _without_warnings() -> Generator[None]:
+    """Ignore that a clustering did not converge: duplicated channels may leave a cluster empty."""
+    from sklearn.exceptions import ConvergenceWarning  # pyright: ignore[reportMissingTypeStubs]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield

@@ -15,6 +15,7 @@ from torch import Tensor
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.graph.rules.products import SUMMED
+from intrafuse.graph.typed import from_numpy
 from intrafuse.methods.folding import Folding, restored_variance
 from intrafuse.methods.intra_fusion import IntraFusion
 from intrafuse.methods.method import Method
@@ -104,7 +105,7 @@ class Moment(MomentSource, Method):
         if known and self.choice == "greedy" and not summed:
             slot = next(slot for slot in group.readers if slot.parameter in known)
             blocks = weights.graph.blocks(slot, group.id, weights.sizes)
-            places = torch.from_numpy(positions(blocks, len(scores)))
+            places = from_numpy(positions(blocks, len(scores)))
             keep = explaining_blocks(list(known.values()), places, width)
         merge_map = MergeMap.select(group.name, len(scores), keep)
         if summed:

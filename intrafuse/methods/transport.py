@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import ot
 import torch
-from scipy.optimize import linear_sum_assignment
+from numpy.typing import NDArray
 from torch import Tensor
 
+from intrafuse.graph.typed import from_numpy
 from intrafuse.support.errors import IntrafuseError
 
 __all__ = [
@@ -51,10 +51,10 @@ class Transport:
         source, target: the required marginals mu (n,) and nu (m,).
     """
 
-    matrix: np.ndarray
-    cost: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
+    matrix: NDArray[np.float64]
+    cost: NDArray[np.float64]
+    source: NDArray[np.float64]
+    target: NDArray[np.float64]
 
     @property
     def value(self) -> float:
@@ -68,7 +68,7 @@ class Transport:
         return float(rows + np.abs(self.matrix.sum(0) - self.target).sum())
 
 
-def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> np.ndarray:
+def ground_cost(x: Tensor, y: Tensor, *, p: float = 1.0) -> NDArray[np.float64]:
     """Compute p-norm distances between features scaled to unit Euclidean length.
 
     Args:
@@ -108,12 +108,12 @@ def _manhattan(x: Tensor, y: Tensor) -> Tensor:
     accurate.
     """
     distance = x.new_zeros(len(x), len(y))
-    for a, b in zip(x.split(STRIP, 1), y.split(STRIP, 1), strict=True):
+    for a, b in zip(torch.split(x, STRIP, 1), torch.split(y, STRIP, 1), strict=True):
         distance += torch.cdist(a.contiguous(), b.contiguous(), p=1.0)
     return distance
 
 
-def marginal(kind: Marginal, scores: Tensor) -> np.ndarray:
+def marginal(kind: Marginal, scores: Tensor) -> NDArray[np.float64]:
     """Compute the mass of each channel (n,): uniform, by importance, or by softmax of importance.
 
     Raises:
@@ -142,7 +142,11 @@ def marginal(kind: Marginal, scores: Tensor) -> np.ndarray:
 
 
 def transport(
-    cost: np.ndarray, source: np.ndarray, target: np.ndarray, *, regularisation: float | None = None
+    cost: NDArray[np.float64],
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    *,
+    regularisation: float | None = None,
 ) -> Transport:
     """Solve the transport problem.
 
@@ -169,15 +173,10 @@ def transport(
     with warnings.catch_warnings(), np.errstate(divide="ignore"):  # logarithm of zero mass
         warnings.simplefilter("error", UserWarning)  # POT warns on failure
         try:
-            if regularisation == 0:
-                matrix = ot.emd(source, target, cost, numItermax=10_000_000)
-            else:
-                eps = regularisation * float(cost.mean()) or 1.0
-                settings = {"numItermax": 20_000, "stopThr": TOLERANCE, "warn": False}
-                matrix = ot.sinkhorn(source, target, cost, eps, method="sinkhorn_log", **settings)
+            matrix = _solve(cost, source, target, regularisation)
         except UserWarning as warning:
             raise IntrafuseError(f"the transport solver failed: {warning}") from warning
-    solution = Transport(np.asarray(matrix), cost, source, target)
+    solution = Transport(matrix, cost, source, target)
     if not solution.error <= WORST:
         raise IntrafuseError(
             "the transport solver did not converge: the marginals are off by more than "
@@ -188,7 +187,35 @@ def transport(
     return solution
 
 
-def _check_problem(cost: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+def _solve(
+    cost: NDArray[np.float64],
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    regularisation: float,
+) -> NDArray[np.float64]:
+    """Call the solver of POT, exact if the regularization is 0; return T (n, m)."""
+    import ot  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+
+    if regularisation == 0:
+        matrix = ot.emd(source, target, cost, numItermax=10_000_000)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    else:
+        eps = regularisation * float(cost.mean()) or 1.0
+        matrix = ot.sinkhorn(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            source,
+            target,
+            cost,
+            eps,
+            method="sinkhorn_log",
+            numItermax=20_000,
+            stopThr=TOLERANCE,
+            warn=False,
+        )
+    return np.asarray(matrix)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _check_problem(
+    cost: NDArray[np.float64], source: NDArray[np.float64], target: NDArray[np.float64]
+) -> None:
     if cost.shape != (len(source), len(target)):
         raise IntrafuseError(
             f"a ground cost between {len(source)} channels and {len(target)} targets must be "
@@ -208,7 +235,7 @@ def _check_problem(cost: np.ndarray, source: np.ndarray, target: np.ndarray) -> 
         )
 
 
-def assignment(cost: np.ndarray) -> np.ndarray:
+def assignment(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """Match n channels with n targets at the lowest cost; return the target of each channel (n,).
 
     This is transport with equal widths and uniform mass (SciPy's Hungarian method).
@@ -221,7 +248,10 @@ def assignment(cost: np.ndarray) -> np.ndarray:
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not np.isfinite(cost).all():
         raise IntrafuseError("the cost of an assignment must be square and finite")
-    return linear_sum_assignment(cost)[1]
+    from scipy import optimize  # slow to import  # pyright: ignore[reportMissingTypeStubs]
+
+    _, targets = optimize.linear_sum_assignment(cost)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return targets  # pyright: ignore[reportUnknownVariableType]
 
 
 def encode_matrix(solution: Transport, normalisation: Normalisation = "paper") -> Tensor:
@@ -240,4 +270,4 @@ def encode_matrix(solution: Transport, normalisation: Normalisation = "paper") -
         encode = matrix / np.maximum(matrix.sum(1, keepdims=True), np.finfo(float).tiny)
     else:
         raise IntrafuseError("normalisation must be paper or barycentric", value=normalisation)
-    return torch.from_numpy(np.ascontiguousarray(encode)).float()
+    return from_numpy(np.ascontiguousarray(encode)).float()

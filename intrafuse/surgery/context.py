@@ -35,10 +35,10 @@ class Context:
     original: Weights
     model: nn.Module
     example_inputs: ExampleInputs
-    data: Iterable | None = None
+    data: Iterable[Any] | None = None
     seed: int = 0
     progress: Callable[[int, int], None] | None = None
-    cache: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def generator(self, salt: int = 0) -> torch.Generator:
         """Make a random generator that depends only on the seed and a salt."""

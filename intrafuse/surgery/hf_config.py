@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafuse.graph.typed import named_modules
+
 __all__ = ["follow_sizes", "has_config", "take_configuration"]
 
 PAIRS = 40  # most pairs of fields to try together; each trial builds the model once
@@ -151,9 +153,9 @@ def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
     are computed when a model is built, and not saved, differ: frequencies of rotary embeddings,
     or factors such as the scale of attention. `base` has those of the model.
     """
-    before = dict(base.named_modules())
+    before = dict(named_modules(base))
     total = 0.0
-    for path, module in built.named_modules():
+    for path, module in named_modules(built):
         if path not in before or _recomputed(module) != _recomputed(before[path]):
             return float("inf")
     old, new = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (built, model))
@@ -163,8 +165,8 @@ def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
             continue
         pairs = zip(old[name].shape, new[name].shape, strict=True)
         total += sum(abs(log(max(n, 1) / max(m, 1))) for n, m in pairs)
-    modules = dict(built.named_modules())
-    for path, module in model.named_modules():
+    modules = dict(named_modules(built))
+    for path, module in named_modules(model):
         total += 1e-3 * _different(vars(module), vars(modules.get(path, module)))
     return total
 
@@ -172,8 +174,8 @@ def _misfit(model: nn.Module, built: nn.Module, base: nn.Module) -> float:
 def _recomputed(module: nn.Module) -> dict[str, Any]:
     """List values that a module computes when built: factors, and shapes of unsaved buffers."""
     computed: dict[str, Any] = {k: v for k, v in vars(module).items() if type(v) is float}
-    for name in sorted(module._non_persistent_buffers_set):
-        buffer = module._buffers.get(name)
+    for name in sorted(module._non_persistent_buffers_set):  # pyright: ignore[reportPrivateUsage]
+        buffer = module._buffers.get(name)  # pyright: ignore[reportPrivateUsage]
         computed[name] = None if buffer is None else tuple(buffer.shape)
     return computed
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from intrafuse.graph.axes import Block
 from intrafuse.graph.blocks import merge_channels, select_channels
 from intrafuse.graph.groups import Slot
+from intrafuse.graph.typed import integers
 from intrafuse.support.errors import IntrafuseError
 
 __all__ = ["PARTS", "Change", "MergeMap"]
@@ -80,13 +81,13 @@ class MergeMap:
     decode: Tensor
     carry: Tensor
     keep: Tensor | None = None
-    readers: Mapping[str, Tensor] = field(default_factory=dict)
-    writers: Mapping[str, Tensor] = field(default_factory=dict)
-    gain: Mapping[str, Tensor] = field(default_factory=dict)
-    shift: Mapping[str, Tensor] = field(default_factory=dict)
-    writer_gain: Mapping[str, Tensor] = field(default_factory=dict)
-    writer_shift: Mapping[str, Tensor] = field(default_factory=dict)
-    note: Mapping[str, Any] = field(default_factory=dict)
+    readers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    writers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    gain: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shift: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    writer_gain: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    writer_shift: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    note: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def select(
@@ -207,7 +208,7 @@ class MergeMap:
         if self.keep is not None and not _ascends(self.keep, n):
             raise IntrafuseError(
                 f"keep of a merge map must hold ascending channels below {n}",
-                value=self.keep.tolist(),
+                value=integers(self.keep),
                 layer=self.group,
             )
         return self

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from intrafuse.graph.trace import as_arguments, evaluating
+from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating
 from intrafuse.support.batches import fitting
 from intrafuse.support.calls import as_library
 from intrafuse.support.sums import Sums
@@ -22,7 +23,7 @@ Watched = Iterable[tuple[nn.Module, Callable[[Tensor], Any]]]
 
 
 @contextmanager
-def watching(watched: Watched, *, inputs: bool = False) -> Iterator[None]:
+def watching(watched: Watched, *, inputs: bool = False) -> Generator[None]:
     """Call functions with the outputs or inputs of modules; remove all hooks at the end.
 
     Args:
@@ -31,7 +32,7 @@ def watching(watched: Watched, *, inputs: bool = False) -> Iterator[None]:
         inputs: call the functions with the first tensor argument of a module, by position or by
             name, instead of its output; their results are ignored.
     """
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for module, see in watched:
             if inputs:
@@ -45,15 +46,22 @@ def watching(watched: Watched, *, inputs: bool = False) -> Iterator[None]:
             handle.remove()
 
 
-def _enter(see: Callable[[Tensor], Any], _module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _enter(
+    see: Callable[[Tensor], Any],
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     see(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
 
-def _leave(see: Callable[[Tensor], Any], _module: nn.Module, _args: tuple, output: Tensor) -> Any:
+def _leave(
+    see: Callable[[Tensor], Any], _module: nn.Module, _args: tuple[Any, ...], output: Tensor
+) -> Any:
     return see(output)
 
 
-def run(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
+def run(model: nn.Module, inputs: Iterable[ExampleInputs], *, advice: str = FIT) -> int:
     """Run a network in evaluation mode on batches, and return the number of batches.
 
     Args:
@@ -68,7 +76,7 @@ def run(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
         return feed(model, inputs, advice=advice)
 
 
-def feed(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
+def feed(model: nn.Module, inputs: Iterable[ExampleInputs], *, advice: str = FIT) -> int:
     """Run a network as `run` does, without changing the mode of its modules."""
     count = 0
     with torch.no_grad():
@@ -82,7 +90,7 @@ def feed(model: nn.Module, inputs: Iterable, *, advice: str = FIT) -> int:
 def measure(
     model: nn.Module,
     watched: Iterable[tuple[str, nn.Module, Callable[[Tensor], Tensor]]],
-    inputs: Iterable,
+    inputs: Iterable[ExampleInputs],
     *,
     advice: str = FIT,
 ) -> tuple[dict[str, Sums], int]:

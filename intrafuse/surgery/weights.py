@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.blocks import channel_rows, put_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm, Slot
+from intrafuse.graph.typed import length
 from intrafuse.support.device import require_numbers
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.merge_map import MergeMap
@@ -310,7 +311,7 @@ class Weights:
                 rows = channel_rows(before[slot.parameter], slot.axis, blocks, n).float()
                 relation = torch.nn.functional.normalize(rows, dim=1)
                 own = channel_rows(std, 0, blocks, n).float().mean(1, keepdim=True)
-                spread = (merge_map.encode.to(own) @ (relation * own)).norm(dim=1)
+                spread = length(merge_map.encode.to(own) @ (relation * own), 1)
                 after = self.graph.blocks(slot, group.id, {**self.sizes, group.id: merge_map.width})
                 put_channels(deviation, after, spread, merge_map.width)
             self.note(slot.parameter, merged, deviation)
@@ -360,7 +361,7 @@ def _scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
         shape[axis] = -1
         return weight * gain.view(shape)
     # A grouped transposed convolution: weight (groups x inputs, outputs / groups, kernel...).
-    blocks = weight.unflatten(0, (groups, -1))
+    blocks = torch.unflatten(weight, 0, (groups, -1))
     return (blocks * gain.view(groups, 1, -1, *shape[2:])).flatten(0, 1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, build
+from networks import NETWORKS, build, covering
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,8 +266,7 @@ def test_counts_by_hand(name, params, macs):
     assert (plan.before.params, plan.before.macs) == (params, macs)
 
 
-@pytest.mark.parametrize("kind", ["params", "macs"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "kind"), covering(NETWORKS, ["params", "macs"]))
 def test_figures_are_those_of_the_real_network(name, kind):
     model, x = build(name)
     pruned = intrafuse.prune(model, x, **{kind: 0.35})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import covering
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,13 +75,14 @@ def fresh() -> nn.Module:
 # --- the same bits back -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 0.99])
-@pytest.mark.parametrize("method", ["select", "intra-fusion"])
+SMALL = {"mlp": 0.1, "vgg11_bn": 0.05, "resnet18": 0.05, "resnet20": 0.3, "digits_resnet": 1}
+
+
 @pytest.mark.parametrize(
-    ("name", "width"),
-    [("mlp", 0.1), ("vgg11_bn", 0.05), ("resnet18", 0.05), ("resnet20", 0.3), ("digits_resnet", 1)],
+    ("name", "method", "share"), covering(SMALL, ["select", "intra-fusion"], [0, 0.3, 0.99])
 )
-def test_a_network_of_the_zoo_comes_back(tmp_path, name, width, method, share):
+def test_a_network_of_the_zoo_comes_back(tmp_path, name, method, share):
+    width = SMALL[name]
     net = resolve_model(name, width=width, num_classes=3)
     model = filled(net.model)
     small = prune(model, net.example_inputs, channels=share, method=method)

@@ -9,7 +9,7 @@ import torch
 from fusions import permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import FAMILIES, NETWORKS, build, outputs
+from networks import FAMILIES, NETWORKS, build, covering, outputs
 from random_networks import RandomNetwork
 from random_networks import randomise as randomise_all
 from torch import nn
@@ -30,9 +30,9 @@ def assert_same(model: nn.Module, expected: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(outputs(model, x), outputs(expected, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "features"), HOW)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_permuted_copy_fuses_to_the_same_function(name, method, features):
+@pytest.mark.parametrize(("name", "how"), covering(NETWORKS, HOW))
+def test_a_permuted_copy_fuses_to_the_same_function(name, how):
+    method, features = how
     model, x = build(name)
     how = dict(method=method, features=features, data=inputs_like(x))
     fused = intrafuse.fuse([model, permuted(model, x)], x, **how)
@@ -41,9 +41,9 @@ def test_a_permuted_copy_fuses_to_the_same_function(name, method, features):
         assert distances[0] is None and abs(distances[1]) < 1e-6
 
 
-@pytest.mark.parametrize(("method", "features"), HOW)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_network_of_the_zoo_fuses_with_its_permuted_copy(name, method, features):
+@pytest.mark.parametrize(("name", "how"), covering(FAMILIES, HOW))
+def test_every_network_of_the_zoo_fuses_with_its_permuted_copy(name, how):
+    method, features = how
     torch.manual_seed(0)
     resolved = resolve_model(name, **({} if name == "mlp" else {"width": 0.25}))
     model, (x,) = resolved.model, resolved.example_inputs
@@ -57,7 +57,7 @@ def test_every_network_of_the_zoo_fuses_with_its_permuted_copy(name, method, fea
     assert_same(intrafuse.fuse([model, permuted(model, x)], x, **how).model, model, x)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(HOW), st.integers(0, 1000))
 def test_random_networks_fuse_with_their_permuted_copies(data, how, seed):
     model = randomise_all(RandomNetwork(data.draw), seed)
@@ -85,8 +85,7 @@ def test_the_order_of_the_others_does_not_matter(name, method, features):
     assert_same(intrafuse.fuse([c, b, a], x, reference=2, **how).model, expected, x)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "method"), covering(NETWORKS, METHODS))
 def test_weights_one_and_zero_return_one_network(name, method):
     (a, x), (b, _) = build(name), build(name, 1)
     assert_same(intrafuse.fuse([a, b], x, weights=(1, 0), method=method).model, a, x)

@@ -48,10 +48,8 @@ def sizes(graph) -> dict[str, int]:
 WRITINGS = [
     *({"projection": name} for name in PROJECTIONS),
     *({"view": name} for name in VIEWS),
-    *({"scores": name} for name in SCORES),
-    *({"scores": name, "rotary": True} for name in SCORES),
+    *({"scores": name, "rotary": i % 2 == 0} for i, name in enumerate(SCORES)),
     *({"mask": name, "scores": "constant"} for name in MASKS),
-    *({"grouping": name} for name in GROUPING),
     *({"grouping": name, "projection": "slices", "scores": "root of shape"} for name in GROUPING),
     {"mask": "add"},
     {"rotary": True, "projection": "unbind"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import covering
 from random_networks import randomise
 from spellings import LINE, SEQUENCE, network, pruned_widths
 from torch import nn
@@ -79,8 +80,7 @@ MEETINGS = {
 }
 
 
-@pytest.mark.parametrize("meeting", MEETINGS)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("name", "meeting"), covering(FUNCTIONS, MEETINGS))
 def test_channels_meet_functions_of_a_parameter_with_casts_between(name, meeting):
     model = network(lambda n, h: MEETINGS[meeting](h, FUNCTIONS[name](n.p)), (8,))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs
+from networks import NETWORKS, build, covering, outputs
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -72,8 +72,7 @@ class Saying(Method):
 # --- what is chosen
 
 
-@pytest.mark.parametrize("source", ["analytic", "calibration"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "source"), covering(NETWORKS, ["analytic", "calibration"]))
 def test_every_small_network_at_every_width(name, source):
     model, x = build(name)
     for share in (0.1, 0.6) if source == "analytic" else (0.6,):

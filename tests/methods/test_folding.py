@@ -387,7 +387,7 @@ def test_repair_saves_a_trained_network(shared):
     found = resolve_model("vgg11_bn")
     model = found.model.eval()
     load_weights(model, str(shared / "models" / "vgg11_bn_cifar10.safetensors"))
-    data = load_data(f"cifar10:{shared / 'data' / 'cifar10'}").take(500)
+    data = load_data(f"cifar10:{shared / 'data' / 'cifar10'}").take(200)
     with_repair, without = (
         accuracy(
             intrafuse.prune(

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs, same_state
+from networks import NETWORKS, build, covering, outputs, same_state
 from torch import nn
 
 import intrafuse
@@ -65,8 +65,7 @@ def half(group):
 # --- every option
 
 
-@pytest.mark.parametrize("method", OPTIONS, ids=range(len(OPTIONS)))
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "method"), covering(NETWORKS, OPTIONS))
 def test_every_network_runs_after_it(name, method):
     model, x, context = prepared(name)
     state = {k: t.clone() for k, t in model.state_dict().items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, build, outputs
+from networks import NETWORKS, build, covering, outputs
 from torch import Tensor, nn
 
 import intrafuse
@@ -175,8 +175,7 @@ def test_damage_never_falls_with_what_is_removed(name):
     assert all(0 <= share <= 1 for share in everything)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "kind"), covering(NETWORKS, KINDS))
 def test_the_budget_is_met_and_the_floor_stays(name, kind):
     model, x = build(name)
     for floor, share in ((0.1, 0.0), (0.3, 0.4)):
@@ -205,8 +204,9 @@ def test_overrides_decide_for_their_groups():
     assert found["stem"] == 8 and found["conv1"] == 5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["chain", "residual", "tied", "grouped"])
+@pytest.mark.parametrize(
+    ("name", "kind"), covering(["chain", "residual", "tied", "grouped"], KINDS)
+)
 def test_an_error_tells_the_most_that_can_be_removed(name, kind):
     model, x = build(name)
     with pytest.raises(IntrafuseError, match=f"cannot shed that share of {kind}") as info:
@@ -252,8 +252,9 @@ def test_groups_without_moments_go_last():
     assert widths(model, x, channels=0.5, exclude=["b"]) == {"a": 4, "b": 8}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["chain", "preactivation", "tied", "separable"])
+@pytest.mark.parametrize(
+    ("name", "method"), covering(["chain", "preactivation", "tied", "separable"], METHODS)
+)
 def test_every_method_takes_the_same_widths(name, method):
     model, x = build(name)
     pruned = intrafuse.prune(model, x, channels=0.4, scope="predicted", method=method)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs
+from networks import NETWORKS, build, covering, outputs
 from torch import Tensor, nn
 
 import intrafuse
@@ -218,7 +218,7 @@ def test_analytic_repair_restores_mean_and_variance(method):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, "intra-fusion") for name in NETWORKS), *(("residual", m) for m in METHODS)],
+    covering(NETWORKS, METHODS),
 )
 def test_analytic_repair_composes_with_every_method(name, method):
     model, x = build(name)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from networks import build, outputs, same_state
+from networks import build, covering, outputs, same_state
 from torch import nn
 from typer.testing import CliRunner
 
@@ -36,8 +36,7 @@ def without_norms():
 # --- synthetic moments
 
 
-@pytest.mark.parametrize("kind", [Moment, Auto])
-@pytest.mark.parametrize("name", NORMED)
+@pytest.mark.parametrize(("name", "kind"), covering(NORMED, [Moment, Auto]))
 def test_synthetic_moments_on_small_networks(name, kind):
     model, x = build(name)
     state = {k: t.clone() for k, t in model.state_dict().items()}

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs, same_state
+from networks import NETWORKS, build, covering, outputs, same_state
 from torch import nn
 
 import intrafuse
@@ -55,8 +55,7 @@ def check_attributes(model):
 # --- every network, method and share
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "share"), covering(NETWORKS, SHARES))
 def test_the_pruned_network_is_what_the_plan_foretold(name, share):
     model, x, plan = planned(name, "intra-fusion", share)
     small = plan.apply(model)

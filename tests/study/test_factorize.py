@@ -159,33 +159,11 @@ def test_iterative_pruning_reaches_the_share(tmp_path):
     assert run.model.conv1.out_channels == 2
 
 
-def test_every_part_of_k_folds_makes_a_network(tmp_path):
-    """Two folds make two; `test_splits.py` counts those of four."""
-    short = {**TRAINING, "epochs": 1}
-    made = recipe("fap", training=short, splits={"scheme": "k-fold", "folds": 2}, model="mlp")
+def test_every_worker_may_have_a_private_data_set_of_its_own(tmp_path):
+    never, splits = {"epochs": 0}, {"scheme": "places", "files": ["digits", "digits"]}
+    made = recipe("fap", private=True, splits=splits, fused=never, pruned=never,
+                  fusing={"method": "moment"})  # fmt: skip
     run = intrafuse.factorize(made, tmp_path / "run")
-    assert len(run.result.parts) == 2 and run.model.layers[1].out_features == 32
-
-
-@pytest.mark.parametrize(("scheme", "method"), [("paf", "ot"), ("fap", "moment")])
-def test_private_data_are_read_by_workers_only(scheme, method, tmp_path, monkeypatch):
-    never = {"epochs": 0}
-    made = recipe(
-        scheme,
-        private=True,
-        fused=never,
-        pruned=SETTINGS["pruned"] if scheme == "paf" else never,
-        fusing={"method": method},
-    )
-    run = intrafuse.factorize(made, tmp_path / "run")
-    joint = [r for r in run.result.records if r.part == 0]
-    assert joint and all(r.images == 0 for r in joint)
-
-
-def test_every_worker_may_have_a_data_set_of_its_own(tmp_path):
-    splits = {"scheme": "places", "files": ["digits", "digits"]}
-    run = intrafuse.factorize(recipe("fap", splits=splits, fused={"epochs": 0},
-                                     pruned={"epochs": 0}), tmp_path / "run")  # fmt: skip
     assert [r.images for r in run.result.records] == [1352, 1352, 0, 0]
 
 
@@ -254,11 +232,19 @@ built = make()
 """
 
 
-def test_workers_find_the_modules_of_their_driver(tmp_path, monkeypatch):
+def test_workers_alone_read_private_data_and_find_the_modules_of_their_driver(
+    tmp_path, monkeypatch
+):
+    """Two folds make two networks; `test_splits.py` counts the images of more."""
     (tmp_path / "users_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = recipe("fap", model="users_module:make", arguments={})
-    assert intrafuse.factorize(made, tmp_path / "run", retries=0).model[1].out_features == 8
+    folds, never = {"scheme": "k-fold", "folds": 2}, {"epochs": 0}
+    made = recipe("paf", model="users_module:make", arguments={}, splits=folds, private=True,
+                  fused=never, pruned=SETTINGS["pruned"])  # fmt: skip
+    run = intrafuse.factorize(made, tmp_path / "run", retries=0)
+    assert len(run.result.parts) == 2 and run.model[1].out_features == 8
+    joint = [r for r in run.result.records if r.part == 0]
+    assert joint and all(r.images == 0 for r in joint)
 
 
 def test_a_model_that_is_one_module_stays_as_it_is(tmp_path, monkeypatch):
@@ -362,7 +348,7 @@ def test_a_full_disk_keeps_what_is_done(undisturbed, tmp_path):
     try:
         folder = small / "run"
         with pytest.raises(IntrafuseError, match="No space left"):
-            intrafuse.factorize(recipe("paf"), folder)
+            intrafuse.factorize(recipe("paf"), folder, retries=0)
         assert not list(folder.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
         again = intrafuse.factorize(recipe("paf"), folder)

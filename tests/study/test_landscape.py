@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS, build, outputs, same_state
+from networks import NETWORKS, build, covering, outputs, same_state
 
 import intrafuse
 from intrafuse.catalog.data import load_data
@@ -43,8 +43,7 @@ def plans(net, methods=("select", "intra-fusion"), share=0.4):
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "method"), covering(NETWORKS, METHODS))
 def test_an_embedded_network_is_the_pruned_one_at_the_shapes_of_the_original(name, method):
     model, x = build(name)
     plan = intrafuse.plan(model, x, channels=0.5, method=method)

@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+from networks import covering
 from records import RECORDS
 from typer.testing import CliRunner
 
@@ -67,14 +68,14 @@ def test_pictures_tell_their_numbers_in_words(kind):
     assert TOLD[kind] in " ".join(picture.alternative for picture in pictures)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("form", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
-)
-def test_every_picture_as_a_file(tmp_path, kind, form, start):
+STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+
+
+@pytest.mark.parametrize(("kind", "form"), covering(KINDS, STARTS))
+def test_every_picture_as_a_file(tmp_path, kind, form):
     paths = draw_pictures([write(tmp_path, kind)], tmp_path / "pictures", form=form)
     assert len(paths) == len(set(paths)) == len(KINDS[kind].pictures(RECORDS[kind]))
-    assert all(path.read_bytes().startswith(start) for path in paths)
+    assert all(path.read_bytes().startswith(STARTS[form]) for path in paths)
 
 
 def test_a_picture_is_the_same_each_time(tmp_path):

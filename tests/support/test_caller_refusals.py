@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from networks import build, outputs, same_state
+from networks import build, covering, outputs, same_state
 from torch import nn
 
 import intrafuse
@@ -46,9 +46,9 @@ CONSUMERS = {
 }
 
 
-@pytest.mark.parametrize("where", ["tensor", "kwargs", "labels"])
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("how", CONSUMERS)
+@pytest.mark.parametrize(
+    ("how", "bad", "where"), covering(CONSUMERS, [NAN, INF], ["tensor", "kwargs", "labels"])
+)
 def test_data_that_is_not_finite(how, bad, where):
     model, x = build("residual")
     state = copy.deepcopy(model.state_dict())

@@ -136,7 +136,7 @@ CALLS = {
 
 
 EVERY = ("autocast", "inference mode")  # under these every call, under the others some
-SOME = ("prune", "moment", "batchnorm", "fuse")
+SOME = ("moment", "fuse")
 STATES = [(around, call) for around in AROUND for call in (CALLS if around in EVERY else SOME)]
 GENERATOR = torch.Generator().manual_seed(0)
 DATA = [

@@ -10,7 +10,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from networks import build, outputs
+from networks import build, covering, outputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -99,8 +99,10 @@ def test_tensors_that_lie_apart_do_not_meet():
         Away(torch.ones(2)) + torch.ones(2)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "preactivation", "flat", "mlp"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    covering(["chain", "residual", "grouped", "preactivation", "flat", "mlp"], METHODS),
+)
 def test_plans_are_those_of_the_cpu(name, method):
     damage, state = planned(name, method, away=True)
     same_damage, same = planned(name, method, away=False)

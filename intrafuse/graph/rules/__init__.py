@@ -30,6 +30,7 @@ from intrafuse.graph.rules.registry import (
     entering,
     line_of,
     location,
+    modules_of,
     operator_name,
     register,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "line_of",
     "location",
     "make",
+    "modules_of",
     "normed",
     "operator_name",
     "patches",

@@ -6,7 +6,6 @@ the weight takes a statistic are locked: a filter that loses inputs would change
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import prod
 
@@ -22,6 +21,7 @@ from intrafuse.graph.rules.registry import (
     Axes,
     LockError,
     Scope,
+    modules_of,
     operator_name,
     register,
 )
@@ -142,8 +142,7 @@ def _follow(scope: Scope, node: Node, inputs: Tree, out: Tree) -> None:
 
 def _owner(node: Node) -> str:
     """Name the module in whose forward an operator was recorded."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return re.sub(r"@\d+", "", stack[-1]) if stack else ""  # the path of a second call ends in @1
+    return next(iter(modules_of(node)), "")
 
 
 def claim_functions(scope: Scope) -> None:
@@ -191,7 +190,7 @@ def weight_norm(scope: Scope, node: Node) -> Axes:
     """Scale directions v to lengths g: one direction for each position of one dimension."""
     args = scope.arguments(node)
     v, g = scope.axes(args["v"]), scope.axes(args["g"])
-    dim = args["dim"] % len(v)
+    dim: int = args["dim"] % len(v)
     scope.table.unify(v[dim], g[dim])
     for other, tree in enumerate(v):
         if other != dim:

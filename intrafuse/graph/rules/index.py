@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Product
@@ -16,14 +18,15 @@ def index(scope: Scope, node: Node) -> Axes:
     """Index some dimensions with tensors of numbers; the other dimensions pass unchanged."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    wanted = [*args["indices"], *[None] * (len(x) - len(args["indices"]))]
-    given = [dim for dim, tensor in enumerate(wanted) if tensor is not None]
-    if any(wanted[dim].meta["val"].dtype.itemsize == 1 for dim in given):
+    wanted: list[Node | None] = [*args["indices"]]
+    numbers = {dim: tensor for dim, tensor in enumerate(wanted) if tensor is not None}
+    if any(tensor.meta["val"].dtype.itemsize == 1 for tensor in numbers.values()):
         raise LockError("the size of its result depends on a mask")
-    for dim in given:
+    for dim in numbers:
         scope.table.lock(x[dim], NUMBERED)
-    rest = [tree for dim, tree in enumerate(x) if dim not in given]
-    new = broadcast(scope, [wanted[dim] for dim in given], len(scope.shape(node)) - len(rest))
+    rest = [tree for dim, tree in enumerate(x) if dim not in numbers]
+    new = broadcast(scope, [*numbers.values()], len(scope.shape(node)) - len(rest))
+    given = [*numbers]
     together = given == list(range(given[0], given[-1] + 1))
     at = given[0] if together else 0
     return [*rest[:at], *new, *rest[at:]]
@@ -36,7 +39,7 @@ def gather(scope: Scope, node: Node) -> Axes:
     x, numbers = scope.axes(args["self"]), scope.axes(args.get("index") or args["indices"])
     if args["dim"] is None or len(x) != len(numbers):
         raise LockError("it takes positions of all dimensions at once")
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     scope.table.lock(x[dim], NUMBERED)
     for other in range(len(x)):
         if other != dim:
@@ -49,7 +52,7 @@ def index_select(scope: Scope, node: Node) -> Axes:
     """Index one dimension with a list of numbers."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     scope.table.lock(x[dim], NUMBERED)
     return [*x[:dim], *scope.axes(args["index"]), *x[dim + 1 :]]
 
@@ -59,7 +62,8 @@ def roll(scope: Scope, node: Node) -> Axes:
     """Shift positions along dimensions by a number."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    for dim in args["dims"] or range(len(x)):
+    dims: Sequence[int] = args["dims"] or range(len(x))
+    for dim in dims:
         scope.table.lock(x[dim], "roll moves its positions by a number")
     return scope.axes(args["self"])
 
@@ -91,7 +95,7 @@ def repeat_interleave(scope: Scope, node: Node) -> Axes:
     if not isinstance(args.get("repeats"), int) or args["dim"] is None:
         raise LockError("the size of its result depends on a tensor")
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     copies = scope.fixed(args["repeats"], "copies")
     return [*x[:dim], scope.table.resolve(Product((x[dim], copies))), *x[dim + 1 :]]
 
@@ -101,7 +105,7 @@ def index_add(scope: Scope, node: Node) -> Axes:
     """Change the positions of one dimension that a list of numbers names."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     scope.table.lock(x[dim], NUMBERED)
     source = args.get("source")
     for other, tree in enumerate(scope.axes(source) if isinstance(source, Node) else ()):
@@ -117,7 +121,7 @@ def scatter(scope: Scope, node: Node) -> Axes:
     """Change positions of one dimension, with numbers for each position of the others."""
     args = scope.arguments(node)
     x, numbers = scope.axes(args["self"]), scope.axes(args["index"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     others = [numbers, *([scope.axes(args["src"])] if isinstance(args.get("src"), Node) else [])]
     for axes in others:
         for other, tree in enumerate(axes):

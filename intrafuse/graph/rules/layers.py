@@ -8,11 +8,12 @@ from torch import nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree
-from intrafuse.graph.groups import Kind, Layer, Norm
+from intrafuse.graph.groups import Kind, Layer, Norm, Role
 from intrafuse.graph.rules.computed import INSIDE_GROUP, grouped, layer_of_computed
 from intrafuse.graph.rules.registry import (
     FOLLOWING,
     Axes,
+    Convolution,
     LockError,
     Scope,
     operator_name,
@@ -37,7 +38,7 @@ def declare(
     """
     name = weight.rpartition(".")[0]
     module = scope.model.get_submodule(name)
-    plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.endswith(".weight")
+    plain = isinstance(module, nn.Linear | Convolution) and weight.endswith(".weight")
     plain &= operator_name(node) not in PRODUCTS
     if bias is None and plain and module.bias is None:
         bias = f"{name}.bias"
@@ -82,8 +83,10 @@ def _part_of_linear(scope: Scope, node: Node, channels: Tree) -> Tree:
     if view is None or None in view[1]:
         raise LockError("its weight is computed, not a parameter")
     weight, axes = view
-    for axis, role in zip(axes, ("writer", "reader"), strict=True):
-        scope.use(weight, axis, role, "weight")  # type: ignore[arg-type]
+    roles: tuple[Role, Role] = ("writer", "reader")
+    for axis, role in zip(axes, roles, strict=True):
+        assert axis is not None
+        scope.use(weight, axis, role, "weight")
     if args["bias"] is not None:
         pieces = parameter_pieces(scope, args["bias"])
         if pieces is None:

@@ -27,6 +27,7 @@ from intrafuse.graph.rules.registry import (
     register,
 )
 from intrafuse.graph.rules.views import parameter_view
+from intrafuse.graph.typed import is_several
 
 __all__ = ["norm_after", "other_uses"]
 
@@ -66,7 +67,7 @@ def mean(scope: Scope, node: Node) -> Axes | list[Axes]:
         return reduce(scope, node)
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"][0] % len(x)
+    dim: int = args["dim"][0] % len(x)
     _scale(scope, weight[0], weight[1], x[dim], weight[2])
     return [*x[:dim], scope.table.atom(1), *x[dim + 1 :]]
 
@@ -91,7 +92,7 @@ def norm_after(node: Node) -> Node | None:
     """
     args = arguments(node)
     dims = args.get("dim")
-    if not isinstance(dims, list | tuple) or len(dims) != 1 or not args.get("keepdim", False):
+    if not is_several(dims) or len(dims) != 1 or not args.get("keepdim", False):
         return None
     x = args["self"]
     source = _squared(_uncast(x)) if isinstance(x, Node) else None

@@ -94,7 +94,7 @@ def unfold(scope: Scope, node: Node) -> Axes:
     """Slide a window along one dimension; its positions become the last dimension."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dimension"] % len(x)
+    dim: int = args["dimension"] % len(x)
     scope.table.lock(x[dim], "a window slides along it")
     shape = scope.shape(node)
     return [*x[:dim], scope.fixed(shape[dim], PATCH), *x[dim + 1 :], scope.fixed(shape[-1], PATCH)]

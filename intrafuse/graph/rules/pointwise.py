@@ -87,7 +87,8 @@ def softmax(scope: Scope, node: Node) -> Axes:
     """Normalize along one dimension, which is locked because its size affects the result."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    scope.table.lock(x[args["dim"]], "softmax is taken over it")
+    dim: int = args["dim"]
+    scope.table.lock(x[dim], "softmax is taken over it")
     return x
 
 
@@ -96,7 +97,7 @@ def glu(scope: Scope, node: Node) -> Axes:
     """Multiply the first half of a dimension by the sigmoid of the second."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     first, second = scope.table.cut(x[dim], scope.table.measure(x[dim]) // 2)
     scope.table.unify(first, second)
     return [*x[:dim], first, *x[dim + 1 :]]

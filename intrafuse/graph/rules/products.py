@@ -9,18 +9,21 @@ the result have (heads), may be removed but not combined (see
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
-from intrafuse.graph.axes import UNIT, Product
-from intrafuse.graph.groups import Attribute
+from intrafuse.graph.axes import UNIT, Product, Tree
+from intrafuse.graph.groups import Attribute, Kind, Role
 from intrafuse.graph.rules.layers import declare
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.rules.silent import is_silent
 from intrafuse.graph.rules.views import parameter_view
+from intrafuse.graph.typed import named_modules
 
 SUMMED = "a product of two activations sums over it"
 BESIDE = "each of its channels multiplies two activations on its own"
@@ -146,7 +149,12 @@ def outer(scope: Scope, node: Node) -> Axes:
 
 
 def contract(
-    scope: Scope, node: Node, operands, labels, output: list[int], bias: str | None = None
+    scope: Scope,
+    node: Node,
+    operands: Sequence[Node],
+    labels: Sequence[Sequence[int]],
+    output: Sequence[int],
+    bias: str | None = None,
 ) -> Axes:
     """Couple axes of two tensors that have the same label, and record the role of each axis.
 
@@ -157,7 +165,9 @@ def contract(
         output: the labels of the result; the others are summed over.
         bias: a parameter that is added to the result.
     """
-    table, trees, sizes = scope.table, {}, {}
+    table = scope.table
+    trees: dict[int, Tree] = {}
+    sizes: dict[int, int] = {}
     for operand, names in zip(operands, labels, strict=True):
         for name, tree, size in zip(names, scope.axes(operand), scope.shape(operand), strict=True):
             if name not in trees or sizes[name] == 1:
@@ -183,7 +193,14 @@ def contract(
     return [table.resolve(trees[name]) for name in output]
 
 
-def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
+def _couple(
+    scope: Scope,
+    node: Node,
+    labels: Sequence[Sequence[int]],
+    output: Sequence[int],
+    trees: Mapping[int, Tree],
+    sizes: Mapping[int, int],
+) -> None:
     """Record that channels in a product of two activations may be removed but not combined."""
     beside = [n for n in trees if n in output and all(n in names for names in labels)]
     beside = [name for name in beside if sizes[name] > 1]
@@ -204,13 +221,21 @@ def _couple(scope: Scope, node: Node, labels, output, trees, sizes) -> None:
 
 
 def _layer(
-    scope: Scope, node: Node, operand: Node, own, others, output, trees, bias: str | None
+    scope: Scope,
+    node: Node,
+    operand: Node,
+    own: Sequence[int],
+    others: Sequence[int],
+    output: Sequence[int],
+    trees: Mapping[int, Tree],
+    bias: str | None,
 ) -> None:
     """Record the role of a parameter in a product with an activation."""
     known = parameter_view(scope, operand)
     assert known is not None
     parameter, axes = known
-    written, read = [], []
+    written: list[int] = []
+    read: list[int] = []
     for label, axis in zip(own, axes, strict=True):
         if axis is None:
             continue
@@ -245,11 +270,14 @@ def grouped_product(scope: Scope, node: Node) -> Axes:
     experts, columns, rows = trees
     scope.table.lock(experts, "tokens are sent to experts by number")
     scope.table.unify(columns, scope.axes(x)[-1])
-    for axis, role, kind in zip(
-        axes, ("carrier", "reader", "writer"), ("scale", "weight", "weight"), strict=True
-    ):
+    uses: tuple[tuple[Role, Kind], ...] = (
+        ("carrier", "scale"),
+        ("reader", "weight"),
+        ("writer", "weight"),
+    )
+    for axis, (role, kind) in zip(axes, uses, strict=True):
         assert axis is not None
-        scope.use(parameter, axis, role, kind)  # type: ignore[arg-type]
+        scope.use(parameter, axis, role, kind)
     scope.cost(node, "experts", scope.shape(x)[0], columns, rows)
     return [scope.axes(x)[0], scope.table.resolve(rows)]
 
@@ -303,7 +331,7 @@ def _couple_mask(scope: Scope, mask: Node, products: Axes) -> None:
             scope.table.unify(axes[-back], other)
 
 
-def _share_heads(scope: Scope, queries, keys) -> None:
+def _share_heads(scope: Scope, queries: Tree, keys: Tree) -> None:
     """Couple each key-value head with the query heads that share it."""
     table = scope.table
     many, few = table.measure(queries), table.measure(keys)
@@ -314,7 +342,7 @@ def _share_heads(scope: Scope, queries, keys) -> None:
     table.lock(split[1], SHARING)
 
 
-def _together(scope: Scope, heads) -> None:
+def _together(scope: Scope, heads: Tree) -> None:
     """Lock single query heads that share a repeated key-value head: they go together."""
     tree = scope.table.resolve(heads)
     if isinstance(tree, Product):
@@ -328,7 +356,7 @@ def tie_packed_heads(scope: Scope) -> None:
 
     Its code divides the query width among the heads, so both widths change only together.
     """
-    for path, module in scope.model.named_modules():
+    for path, module in named_modules(scope.model):
         if not isinstance(module, nn.MultiheadAttention):
             continue
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight")
@@ -336,14 +364,19 @@ def tie_packed_heads(scope: Scope) -> None:
         known = [scope.parameter_axes[n] for n in weights if n in scope.parameter_axes]
         if not known:
             continue
-        wide = known[0][1]
+        wide, (width, same) = known[0][1], _widths(module)
         for rows, _ in known:
             rest = rows
             while scope.table.measure(rest):
-                part, rest = scope.table.cut(rest, module.embed_dim)
+                part, rest = scope.table.cut(rest, width)
                 if scope.is_fixed(wide):
                     scope.table.lock(part, DIVIDED)
                 else:
                     scope.table.unify(part, wide)
-        follow = ("embed_dim", *(("kdim", "vdim") if module._qkv_same_embed_dim else ()))
+        follow = ("embed_dim", *(("kdim", "vdim") if same else ()))
         scope.attributes += [Attribute(path, name, wide) for name in follow]
+
+
+def _widths(attention: Any) -> tuple[int, bool]:
+    """Return the query width of `torch.nn.MultiheadAttention`; whether keys and values have it."""
+    return attention.embed_dim, attention._qkv_same_embed_dim

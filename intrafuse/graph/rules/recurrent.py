@@ -7,12 +7,14 @@ the same units.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Sum, Tree
 from intrafuse.graph.rules.registry import Axes, LockError, Scope, operator_name, register
+from intrafuse.graph.typed import is_several
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
@@ -87,7 +89,7 @@ def recurrent(scope: Scope, node: Node) -> list[Axes]:
     return [[*x[:2], scope.table.resolve(joined)], *states]
 
 
-def _enter_states(scope: Scope, states: list[Node], batch: Tree, ends: list[Tree]) -> None:
+def _enter_states(scope: Scope, states: Sequence[Node], batch: Tree, ends: Sequence[Tree]) -> None:
     """Couple initial states with the units of their ends."""
     for state, end in zip(states, ends, strict=True):
         scope.carry(state, "shift")  # a learned initial state
@@ -109,7 +111,7 @@ def cell(scope: Scope, node: Node) -> Axes | list[Axes]:
     scope.attribute(owner, "input_size", x)
     steps = scope.positions(args["input"], scope.table.measure(x))
     _direction(scope, node, weights, x, units, steps)
-    states = args["hx"] if isinstance(args["hx"], list | tuple) else [args["hx"]]
-    _enter_states(scope, list(states), batch, [units.hidden] * len(states))
+    states: Sequence[Node] = args["hx"] if is_several(args["hx"]) else [args["hx"]]
+    _enter_states(scope, states, batch, [units.hidden] * len(states))
     result = [batch, scope.table.resolve(units.hidden)]
     return [result, result] if len(states) == 2 else result

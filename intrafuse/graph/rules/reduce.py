@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT
 from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+from intrafuse.graph.typed import is_several
 
 POOLS = [
     f"{kind}_pool{n}d"
@@ -30,12 +32,12 @@ def resample(scope: Scope, node: Node) -> Axes | list[Axes]:
     spatial = int(match[1])
     x = scope.axes(node.all_input_nodes[0])
     value = node.meta["val"]
-    result = value[0] if isinstance(value, tuple | list) else value
+    result: Tensor = value[0] if is_several(value) else value
     sizes = [int(n) for n in result.shape[len(x) - spatial :]]
     for tree in x[len(x) - spatial :]:
         scope.table.lock(tree, "spatial")
     axes = [*x[: len(x) - spatial], *(scope.fixed(n, "spatial") for n in sizes)]
-    return [axes] * len(value) if isinstance(value, tuple | list) else axes
+    return [axes] * len(value) if is_several(value) else axes
 
 
 @register("amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "any")
@@ -50,5 +52,5 @@ def reduce(scope: Scope, node: Node) -> Axes | list[Axes]:
         scope.table.lock(x[dim], f"{operator_name(node)} is taken over it")
     keep = args.get("keepdim", False)
     axes = [UNIT if dim in dims else t for dim, t in enumerate(x) if keep or dim not in dims]
-    several = isinstance(node.meta["val"], tuple | list)
-    return [axes] * len(node.meta["val"]) if several else axes
+    value = node.meta["val"]
+    return [axes] * len(value) if is_several(value) else axes

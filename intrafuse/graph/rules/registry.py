@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from intrafuse.graph.axes import AxisTable, Tree, leaves
@@ -29,14 +29,17 @@ __all__ = [
     "LockError",
     "Scope",
     "arguments",
+    "compute",
     "entering",
     "line_of",
     "location",
+    "modules_of",
     "operator_name",
     "register",
 ]
 
 Axes = list[Tree]
+Result = Sequence[Tree | Axes]  # the axes of a tensor, or those of each of several tensors
 
 # Operators that move values and change none, by what they do. Who asks whether an operator only
 # moves values takes the answer from this table.
@@ -63,11 +66,13 @@ VIEWS = PERMUTATIONS | CASTS | RESHAPES | CUTS
 
 CHECKS = frozenset(("_assert_tensor_metadata",))  # operators without a result
 START = -1  # ends `Literal.at` if the number counts the positions before a slice
-Rule = Callable[["Scope", Node], Any]
+Rule = Callable[["Scope", Node], Result]
 AnyRule = TypeVar("AnyRule")
+ThisRule = TypeVar("ThisRule", bound=Rule)  # keeps what one rule returns
 RULES: dict[str, Rule] = {}
 # PyTorch modules whose forward reads sizes from attributes that may be set.
-FOLLOWING = nn.modules.conv._ConvNd | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
+Convolution = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
+FOLLOWING = Convolution | nn.GroupNorm | nn.RNNBase | nn.RNNCellBase
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,15 @@ class LockError(Exception):
     """Raised by a rule that cannot describe how axes flow; all axes of the operands are locked."""
 
 
-def register(*operators: str) -> Callable[[Rule], Rule]:
+def register(*operators: str) -> Callable[[ThisRule], ThisRule]:
     """Register a rule for one or more ATen operators."""
-    return entering(RULES, operators, "rule")
+    enter = entering(RULES, operators, "rule")
+
+    def add(rule: ThisRule) -> ThisRule:
+        enter(rule)
+        return rule
+
+    return add
 
 
 def entering(
@@ -127,10 +138,28 @@ def operator_name(node: Node) -> str:
 
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of a node by name, with the operator's defaults."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = _schema_of(node.target)
     named = {a.name: a.default_value for a in schema if a.has_default_value()}
     named.update(zip((a.name for a in schema), node.args, strict=False))
     return {**named, **node.kwargs}
+
+
+def _schema_of(operator: Any) -> Sequence[Any]:
+    """List the declared arguments of an operator."""
+    return operator._schema.arguments
+
+
+def compute(node: Node, first: Tensor) -> Any:
+    """Run a node's operator on another first tensor, with the node's other arguments."""
+    assert callable(node.target)
+    return node.target(first, *node.args[1:], **node.kwargs)
+
+
+def modules_of(node: Node) -> list[str]:
+    """List the modules whose forward recorded an operator, innermost first."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    # the path of a second call ends in @1
+    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack.values()])]
 
 
 def location(node: Node) -> str:
@@ -180,6 +209,20 @@ class Scope:
     def axes(self, node: Node) -> Axes:
         """Return the resolved axes of a tensor."""
         return [self.table.resolve(tree) for tree in self.values[node]]
+
+    def trees(self, node: Node) -> Iterator[Tree]:
+        """List the axes of a result, or of all its tensors; none if no rule saw the node."""
+        result: Result = self.values.get(node, ())
+        for item in result:
+            yield from item if isinstance(item, list) else [item]
+
+    def resolved(self) -> dict[Node, Result]:
+        """Resolve the axes of every result."""
+        return {node: self._resolve(result) for node, result in self.values.items()}
+
+    def _resolve(self, result: Result) -> Result:
+        resolve = self.table.resolve
+        return [[*map(resolve, x)] if isinstance(x, list) else resolve(x) for x in result]
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Return the traced shape of a tensor."""

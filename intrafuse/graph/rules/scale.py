@@ -23,9 +23,11 @@ from intrafuse.graph.rules.registry import (
     SPLITS,
     VIEWS,
     Scope,
+    compute,
     operator_name,
 )
 from intrafuse.graph.rules.views import parameter_pieces, parameter_view
+from intrafuse.graph.typed import sorted_values
 
 __all__ = ["follow_size"]
 
@@ -152,9 +154,7 @@ def _back(scope: Scope, node: Node, size: Tree) -> Iterator[Node]:
 
 
 def _trees(scope: Scope, node: Node) -> list[Tree]:
-    values = scope.values[node]
-    flat = [t for value in values for t in (value if isinstance(value, list) else [value])]
-    return [scope.table.resolve(tree) for tree in flat]
+    return [*map(scope.table.resolve, scope.trees(node))]
 
 
 def _only_leads_to(scope: Scope, start: Node, end: Node) -> bool:
@@ -210,8 +210,8 @@ def _rows(scope: Scope, chain: list[Node], dim: int) -> tuple[int, int] | None:
         if operator_name(node) == "getitem":
             value = value[node.args[1]]
         else:
-            value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    rows = value.unique()
+            value = compute(node, value)
+    rows = sorted_values(value)
     low, high = int(rows[0]), int(rows[-1]) + 1
     return (low, high) if high - low == len(rows) else None
 
@@ -227,7 +227,9 @@ def _range(scope: Scope, tree: Tree, low: int, high: int) -> tuple[Tree, Tree] |
         pieces = [rest] * scope.table.measure(tree.factors[0])
     else:
         return None
-    before, part, at = [], [], 0
+    before: list[Tree] = []
+    part: list[Tree] = []
+    at = 0
     for piece in pieces:
         end = at + scope.table.measure(piece)
         if end <= low:

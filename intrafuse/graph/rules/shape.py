@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
+from operator import mul
 
 from torch.fx import Node
 
@@ -27,8 +28,8 @@ from intrafuse.graph.rules.views import permutation
 def cat(scope: Scope, node: Node) -> Axes:
     """Concatenate tensors along a dimension."""
     args = scope.arguments(node)
-    tensors = [t for t in args["tensors"] if scope.shape(t) != (0,)]
-    dim = args["dim"] % len(scope.shape(node))
+    tensors: list[Node] = [t for t in args["tensors"] if scope.shape(t) != (0,)]
+    dim: int = args["dim"] % len(scope.shape(node))
     first = scope.axes(tensors[0])
     for other in tensors[1:]:
         axes = scope.axes(other)
@@ -43,7 +44,7 @@ def cat(scope: Scope, node: Node) -> Axes:
 def stack(scope: Scope, node: Node) -> Axes:
     """Stack tensors along a new dimension."""
     args = scope.arguments(node)
-    dim = args["dim"] % len(scope.shape(node))
+    dim: int = args["dim"] % len(scope.shape(node))
     first = scope.axes(args["tensors"][0])
     for other in args["tensors"][1:]:
         scope.unify(first, scope.axes(other))
@@ -58,7 +59,7 @@ def chunk(scope: Scope, node: Node) -> list[Axes]:
     """
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     parts = len(node.meta["val"])
     size = scope.table.measure(x[dim])
     if size % parts:
@@ -71,7 +72,7 @@ def chunk(scope: Scope, node: Node) -> list[Axes]:
 
 
 def _split(scope: Scope, node: Node, x: Axes, dim: int, sizes: Sequence[int]) -> list[Axes]:
-    parts = []
+    parts: list[Axes] = []
     rest = x[dim]
     for size in sizes:
         part, rest = scope.table.cut(rest, size)
@@ -84,7 +85,7 @@ def split(scope: Scope, node: Node) -> list[Axes]:
     """Divide a dimension at positions that the code gives as numbers."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     results = _split(scope, node, x, dim, [int(t.shape[dim]) for t in node.meta["val"]])
     for i, part in enumerate(results):
         scope.literal(x[dim], node, i, dim, part=part[dim])
@@ -100,7 +101,7 @@ def unbind(scope: Scope, node: Node) -> list[Axes]:
     """Return each position of a dimension as a tensor."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     scope.table.lock(x[dim], "it is taken apart position by position")
     return [x[:dim] + x[dim + 1 :] for _ in node.meta["val"]]
 
@@ -110,7 +111,7 @@ def select(scope: Scope, node: Node) -> Axes:
     """Take one position of a dimension."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     scope.table.lock(x[dim], "one of its positions is selected by number")
     return x[:dim] + x[dim + 1 :]
 
@@ -120,7 +121,7 @@ def slice_(scope: Scope, node: Node) -> Axes:
     """Take a range of a dimension; its ends are numbers in the code."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     size = scope.table.measure(x[dim])
     start, stop, step = slice_range(node, size)
     if (start, stop, step) == (0, size, 1):
@@ -196,11 +197,11 @@ def view(scope: Scope, node: Node) -> Axes:
     shape = scope.shape(node)
     axes = reshape(scope, scope.axes(args["self"]), shape)
     if operator_name(node) == "unflatten":
-        dim = args["dim"] % len(scope.shape(args["self"]))
-        given = {dim + i: n for i, n in enumerate(args["sizes"])}
+        first: int = args["dim"] % len(scope.shape(args["self"]))
+        numbers: Sequence[int] = args["sizes"]
     else:
-        given = dict(enumerate(args["size"] if "size" in args else args["shape"]))
-    for dim, number in given.items():
+        first, numbers = 0, args["size"] if "size" in args else args["shape"]
+    for dim, number in enumerate(numbers, first):
         if number != -1 and shape[dim] > 1:
             scope.literal(axes[dim], node, dim)
     return axes
@@ -210,7 +211,7 @@ def reshape(scope: Scope, x: Axes, shape: Sequence[int]) -> Axes:
     """Match runs of old dimensions with runs of new ones that have the same number of elements."""
     if 0 in shape:
         raise LockError("empty tensor")
-    old_ends = list(accumulate((scope.table.measure(tree) for tree in x), lambda a, b: a * b))
+    old_ends: list[int] = list(accumulate(map(scope.table.measure, x), mul))
     result: Axes = []
     old = new = 0
     while new < len(shape):
@@ -254,7 +255,7 @@ def unsqueeze(scope: Scope, node: Node) -> Axes:
     """Insert a dimension of size 1."""
     args = scope.arguments(node)
     x = scope.axes(args["self"])
-    dim = args["dim"] % (len(x) + 1)
+    dim: int = args["dim"] % (len(x) + 1)
     return [*x[:dim], UNIT, *x[dim:]]
 
 

@@ -24,10 +24,12 @@ from intrafuse.graph.rules.registry import (
     VIEWS,
     Scope,
     arguments,
+    compute,
     entering,
     operator_name,
 )
 from intrafuse.graph.rules.views import parameter_view
+from intrafuse.graph.typed import is_several
 
 __all__ = ["is_silent"]
 
@@ -68,10 +70,9 @@ class _Search:
     def has(self, node: Any) -> bool:
         """Tell whether the channels lie on a tensor."""
         if node not in self._found:
-            values = self.scope.values.get(node, [])
-            trees = [t for value in values for t in (value if isinstance(value, list) else [value])]
             resolve = self.scope.table.resolve
-            found = any(not self.atoms.isdisjoint(leaves(resolve(tree))) for tree in trees)
+            trees = map(resolve, self.scope.trees(node))
+            found = any(not self.atoms.isdisjoint(leaves(tree)) for tree in trees)
             self._found[node] = found
         return self._found[node]
 
@@ -140,7 +141,7 @@ def _keeps_zero(search: _Search, node: Node) -> bool:
     if others or not search.silent(source) or parameter_view(search.scope, source) is not None:
         return False
     try:
-        value = node.target(torch.zeros(1), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        value = compute(node, torch.zeros(1))
     except (RuntimeError, TypeError):
         return False
     return isinstance(value, torch.Tensor) and bool((value == 0).all())
@@ -168,8 +169,8 @@ def _norm(search: _Search, node: Node, args: dict[str, Any]) -> bool:
 @_register("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
            "rnn_relu_cell")  # fmt: skip
 def _recurrent(search: _Search, node: Node, args: dict[str, Any]) -> bool:
-    states = args["hx"] if isinstance(args["hx"], list | tuple) else [args["hx"]]
-    return all(map(search.silent, states))
+    states = args["hx"]
+    return all(map(search.silent, states if is_several(states) else [states]))
 
 
 @_register("zeros", "new_zeros", "zeros_like")

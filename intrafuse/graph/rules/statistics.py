@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.groups import Kind
 from intrafuse.graph.rules.reduce import reduce
 from intrafuse.graph.rules.registry import Axes, Scope, operator_name, register
+from intrafuse.graph.typed import is_several
 
 register("var_mean", "std_mean", "argmax", "argmin", "all")(reduce)
 
@@ -44,11 +48,12 @@ def ordered(scope: Scope, node: Node) -> Axes | list[Axes]:
         scope.table.lock(x[dim], f"the order along it matters to {operator_name(node)}")
     x = scope.axes(args["self"])
     value = node.meta["val"]
-    results = []
-    for tensor in value if isinstance(value, tuple | list) else [value]:
+    tensors: Sequence[Tensor] = value if is_several(value) else [value]
+    results: list[Axes] = []
+    for tensor in tensors:
         if tensor.dim() < len(x):
             results.append([tree for dim, tree in enumerate(x) if dim not in dims])
         else:
             sizes = enumerate(tensor.shape)
             results.append([scope.fixed(n, "chosen") if d in dims else x[d] for d, n in sizes])
-    return results if isinstance(value, tuple | list) else results[0]
+    return results if is_several(value) else results[0]

@@ -30,7 +30,8 @@ def _add_up(scope: Scope, node: Node, operands: Sequence[Node], trees: Iterable[
     A sum over a weight locks the weight: if the weight is divided by the sum, a filter that loses
     inputs changes its scale.
     """
-    summed, given = [], any(_is_activation(scope, x) for x in operands)
+    summed: list[Tree] = []
+    given = any(_is_activation(scope, x) for x in operands)
     for operand in operands if given else ():
         scope.carry(operand, "shift")  # such as prototypes in a distance
     for tree in trees:

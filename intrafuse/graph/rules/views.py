@@ -18,8 +18,10 @@ from intrafuse.graph.rules.registry import (
     RESHAPES,
     SPLITS,
     Scope,
+    compute,
     operator_name,
 )
+from intrafuse.graph.typed import integers
 
 __all__ = ["Piece", "parameter_pieces", "parameter_view", "permutation"]
 
@@ -28,9 +30,7 @@ def permutation(node: Node) -> list[int]:
     """List the input dimension of each dimension of a permuted tensor."""
     rank = node.all_input_nodes[0].meta["val"].dim()
     sizes = range(2, 2 + rank)  # all different, so that a size identifies its dimension
-    moved = node.target(  # type: ignore[operator]
-        torch.empty(*sizes, device="meta"), *node.args[1:], **node.kwargs
-    )
+    moved: torch.Tensor = compute(node, torch.empty(*sizes, device="meta"))
     return [n - 2 for n in moved.shape]
 
 
@@ -105,8 +105,9 @@ def parameter_pieces(scope: Scope, node: Node) -> list[Piece] | None:
         return None if axis is None else [Piece(view[0], axis, 0, size)]
     names: list[str] = []
     where = _elements(scope, node, names)
-    pieces, start = [], 0
-    for which, run in groupby([] if where is None else where.tolist(), lambda n: n >> 32):
+    pieces: list[Piece] = []
+    start = 0
+    for which, run in groupby([] if where is None else integers(where), lambda n: n >> 32):
         name, got = names[which], [n & 0xFFFFFFFF for n in run]
         if got != [*range(scope.table.measure(scope.parameter_axes[name][0]))]:
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose
-from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -14,10 +13,13 @@ from intrafuse.graph.axes import Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.graph.rules.pointwise import BINARY, UNARY
-from intrafuse.graph.rules.registry import CHECKS, LIFTS, SAME
+from intrafuse.graph.rules.registry import CHECKS, LIFTS, SAME, Result
 from intrafuse.graph.rules.shape import slice_range
+from intrafuse.graph.typed import is_several
 
 __all__ = ["Difference", "Expected", "calls", "first_difference", "numbers"]
+
+Shape = list[int | list[int]]  # the sizes of a result, or those of each of several results
 
 NUMERIC = frozenset(
     (*UNARY, *BINARY, "scaled_dot_product_attention", "baddbmm", "addmm", "full", "scalar_tensor")
@@ -42,7 +44,7 @@ class Difference:
     node: Node
     rule: str
     value: object
-    expected: list | None = None
+    expected: Shape | None = None
     numbers: tuple[float, ...] | None = None
     start: int | None = None
     failed: Node | None = None
@@ -66,7 +68,7 @@ class Expected:
     """
 
     nodes: Iterable[Node]
-    values: Mapping[Node, list]
+    values: Mapping[Node, Result]
     scales: Mapping[Node, tuple[Tree, float]]
     starts: Mapping[Node, Tree]
     sizes: Mapping[int, int]
@@ -164,15 +166,20 @@ def _range(node: Node) -> tuple[int, int] | None:
     return start, step
 
 
-def _sizes_of(trees: list, sizes: Mapping[int, int]) -> list:
+def _sizes_of(result: Result, sizes: Mapping[int, int]) -> Shape:
     """Compute the shape of a result, or of each of several results."""
-    return [_sizes_of(t, sizes) if isinstance(t, list) else tree_size(t, sizes) for t in trees]
+    return [
+        [tree_size(tree, sizes) for tree in item]
+        if isinstance(item, list)
+        else tree_size(item, sizes)
+        for item in result
+    ]
 
 
-def _shape(value: Any) -> list | None:
+def _shape(value: object) -> Shape | None:
     """Return the shape of a result, or of each of several results; None without a shape."""
     if isinstance(value, Tensor):
         return [int(n) for n in value.shape]
-    if isinstance(value, tuple | list) and all(isinstance(item, Tensor) for item in value):
-        return [_shape(item) for item in value]
+    if is_several(value) and all(isinstance(item, Tensor) for item in value):
+        return [[int(n) for n in item.shape] for item in value]
     return None

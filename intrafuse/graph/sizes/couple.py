@@ -14,9 +14,10 @@ from fractions import Fraction
 from torch.fx import Node
 
 from intrafuse.graph.axes import Product, Tree, tree_size
-from intrafuse.graph.rules import Literal
+from intrafuse.graph.rules import Literal, modules_of
+from intrafuse.graph.rules.registry import Result
 from intrafuse.graph.sizes.compare import calls
-from intrafuse.graph.sizes.trials import Trials, modules_of, value_at
+from intrafuse.graph.sizes.trials import Place, Trials, value_at
 
 __all__ = ["couple", "divide"]
 
@@ -123,7 +124,7 @@ def _beside(trials: Trials, item: Literal) -> list[Literal]:
     return [o for o in trials.scope.literals if o.node is item.node and o.at != item.at]
 
 
-def _kind(trials: Trials, node: Node, other: Node) -> tuple:
+def _kind(trials: Trials, node: Node, other: Node) -> tuple[Place, str]:
     """Identify an operator within a module, in the same way for every copy of the module."""
     module, inside = ((modules_of(n) or [""])[0] for n in (node, other))
     return trials.places[other], inside.removeprefix(module)
@@ -147,7 +148,7 @@ def _spots(trials: Trials, node: Node) -> Iterator[_Spot]:
                     yield from (_Spot(peer, operand, at) for at in places)
 
 
-def _values(trials: Trials, node: Node, operand: int) -> list:
+def _values(trials: Trials, node: Node, operand: int) -> Result:
     return trials.scope.values.get(node if operand < 0 else node.all_input_nodes[operand], [])
 
 

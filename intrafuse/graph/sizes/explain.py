@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves, tree_size
-from intrafuse.graph.rules import START, Literal, Scope, arguments, line_of, operator_name
+from intrafuse.graph.rules import (
+    START,
+    Literal,
+    Scope,
+    arguments,
+    line_of,
+    modules_of,
+    operator_name,
+)
 from intrafuse.graph.rules.scale import follow_size
 from intrafuse.graph.sizes.compare import Difference, numbers
 from intrafuse.graph.sizes.couple import couple, divide
-from intrafuse.graph.sizes.trials import Trials, modules_of, value_at
+from intrafuse.graph.sizes.trials import Number, Trials, value_at
+from intrafuse.graph.typed import is_several
 from intrafuse.support.modules import held_sizes
 
 __all__ = ["follow_names", "give_up", "learn", "reconsider"]
@@ -73,12 +82,12 @@ def reconsider(trials: Trials, difference: Difference | None) -> bool:
     """
     if trials.attempt is None:
         return False
-    (place, items), trials.attempt = trials.attempt, None
+    (number, items), trials.attempt = trials.attempt, None
     order = {node: i for i, node in enumerate(trials.nodes)}
     if difference is not None and order[difference.node] >= min(order[item.node] for item in items):
         return False
-    if not _try_next(trials, place, items):
-        trials.forget(place)
+    if not _try_next(trials, number, items):
+        trials.forget(number)
         for item in items:
             _lock(trials.scope, item)
     return True
@@ -103,17 +112,12 @@ def _lock_around(scope: Scope, node: Node, atoms: set[int]) -> bool:
     """Lock operands and result of an operator; return whether any of them holds the atoms."""
     where = scope.where(node)
     reason = f"operator {operator_name(node)}{where} works with the size that was traced"
-    trees = [tree for n in (node, *node.all_input_nodes) for tree in _flat(scope.values.get(n, []))]
+    trees = [tree for n in (node, *node.all_input_nodes) for tree in scope.trees(n)]
     trees += [scope.contracted[n] for n in node.all_input_nodes if n in scope.contracted]
     held = [t for t in trees if not atoms.isdisjoint(leaves(scope.table.resolve(t)))]
     for tree in held:
         scope.table.lock(tree, reason)
     return bool(held)
-
-
-def _flat(values: list) -> Iterator[Tree]:
-    for value in values:
-        yield from value if isinstance(value, list) else [value]
 
 
 def _explain(
@@ -130,14 +134,14 @@ def _explain(
     for at in dict.fromkeys(item.at for item in here):
         if wrong is None or at in wrong:
             items = [item for item in here if item.at == at]
-            place = (trials.places[difference.node], at)
+            number = (trials.places[difference.node], at)
             if wrong and (
                 divide(trials, items, wrong[at], sizes)
                 or couple(trials, items, difference.node, wrong[at], sizes)
             ):
-                trials.forget(place)
+                trials.forget(number)
                 return
-            if _try_next(trials, place, items):
+            if _try_next(trials, number, items):
                 return
     guilty = [item for item in here if wrong is None or item.at in wrong] or here
     # A number that did not change is a literal of the code; others may be computed from it.
@@ -190,7 +194,7 @@ def _wrong(
         given = _given(difference.failed)
         wanted = {at: tree_size(resolve(value_at(values, at)), sizes) for at in given}
         return {at: n for at, n in given.items() if wanted[at] != n} or None
-    if difference.expected is None or not isinstance(difference.value, list):
+    if difference.expected is None or not is_several(difference.value):
         return None
     wanted, given = dict(_indexed(difference.expected)), dict(_indexed(difference.value))
     return {at: given.get(at, -1) for at, size in wanted.items() if given.get(at) != size}
@@ -207,7 +211,9 @@ def _given(node: Node) -> dict[tuple[int, ...], int]:
     return {(first + i,): n for i, n in enumerate(numbers) if type(n) is int and n != -1}
 
 
-def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def _indexed(
+    shape: Sequence[int | list[int]], *before: int
+) -> Iterator[tuple[tuple[int, ...], int]]:
     for i, n in enumerate(shape):
         if isinstance(n, list):
             yield from _indexed(n, *before, i)
@@ -215,21 +221,21 @@ def _indexed(shape: list, *before: int) -> Iterator[tuple[tuple[int, ...], int]]
             yield (*before, i), n
 
 
-def _try_next(trials: Trials, place: tuple, items: list[Literal]) -> bool:
+def _try_next(trials: Trials, number: Number, items: list[Literal]) -> bool:
     """Let another attribute follow the axis of a number; return whether there is one."""
-    tried = trials.tried.setdefault(place, [])
+    tried = trials.tried.setdefault(number, [])
     options = [_candidates(trials, item) for item in items]
     name = next((n for n in options[0] if n not in tried and all(n in o for o in options)), None)
     if name is None:
         return False
-    trials.forget(place)  # the last attribute did not help
+    trials.forget(number)  # the last attribute did not help
     tried.append(name)
-    trials.added[place], trials.attempt = [], (place, items)
+    trials.added[number], trials.attempt = [], (number, items)
     for item, keys in zip(items, options, strict=True):
         key = keys[name]
         if key not in trials.attributes:
             trials.attributes[key] = item.part
-            trials.added[place].append(key)
+            trials.added[number].append(key)
         trials.scope.table.unify(trials.attributes[key], item.part)  # one number: stay equal
     return True
 

@@ -207,14 +207,10 @@ def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference |
     scope = trials.scope
     sizes, resolve = trials.sizes(atoms), scope.table.resolve
     shapes, attributes = _resized(trials, sizes)
-    values = {
-        node: [[*map(resolve, v)] if isinstance(v, list) else resolve(v) for v in value]
-        for node, value in scope.values.items()
-    }
     scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
     starts = {node: resolve(tree) for node, tree in scope.starts.items()}
     old = dict(enumerate(scope.table.size))
-    expected = Expected(trials.nodes, values, scales, starts, old)
+    expected = Expected(trials.nodes, scope.resolved(), scales, starts, old)
     try:
         model = workshop.build(shapes, attributes)
         watch(model, trials.reads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,10 +11,16 @@ from typing import Any
 from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves
-from intrafuse.graph.rules import Literal, Scope, line_of, operator_name
+from intrafuse.graph.rules import Literal, Scope, line_of, modules_of, operator_name
 from intrafuse.graph.sizes.sizing import trial_sizes
 
-__all__ = ["Trials", "modules_of", "value_at"]
+__all__ = ["Key", "Number", "Place", "Trials", "value_at"]
+
+# A place in the code: the line, or the node's name if unknown; the operator; how many of these
+# operators the module ran there before.
+Place = tuple[tuple[str, str] | str, str, int]
+Key = tuple[str, str]  # the path of a module and the name of a number in it
+Number = tuple[Place, tuple[int, ...]]  # a number at a place, with `Literal.at`
 
 
 @dataclass
@@ -25,10 +30,10 @@ class Trials:
     Attributes:
         scope, nodes: the trace.
         attributes: (module, attribute) -> the tree that it follows.
-        tried: place in the code -> the attributes that were tried for it.
-        added: place in the code -> the keys that the last tried attribute added to `attributes`.
+        tried: number in the code -> the attributes that were tried for it.
+        added: number in the code -> the keys that the last tried attribute added to `attributes`.
         holders: object that holds numbers -> the (module, attribute) that represents it.
-        attempt: the place and the numbers of the last tried attribute.
+        attempt: the number and the literals of the last tried attribute.
         failure: place and error of the last failure outside the operators of the trace.
         smaller: whether trials shrink sizes, as pruning does.
         reads: numbers that modules hold, (module, name) -> whether the code has read it.
@@ -36,15 +41,17 @@ class Trials:
 
     scope: Scope
     nodes: list[Node]
-    attributes: dict[tuple[str, str], Tree] = field(default_factory=dict)
-    tried: dict[tuple, list[str]] = field(default_factory=dict)
-    added: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
-    holders: dict[int, tuple[str, str]] = field(default_factory=dict)
-    attempt: tuple[tuple, list[Literal]] | None = None
+    attributes: dict[Key, Tree] = field(default_factory=dict[Key, Tree])
+    tried: dict[Number, list[str]] = field(default_factory=dict[Number, list[str]])
+    added: dict[Number, list[Key]] = field(default_factory=dict[Number, list[Key]])
+    holders: dict[int, Key] = field(default_factory=dict[int, Key])
+    attempt: tuple[Number, list[Literal]] | None = None
     failure: str = ""
     smaller: bool = False
-    reads: dict[tuple[str, str], bool] = field(default_factory=dict)
-    _sizes: dict[tuple, dict[int, int]] = field(default_factory=dict)
+    reads: dict[Key, bool] = field(default_factory=dict[Key, bool])
+    _sizes: dict[tuple[int, ...], dict[int, int]] = field(
+        default_factory=dict[tuple[int, ...], dict[int, int]]
+    )
 
     def sizes(self, atoms: list[int]) -> dict[int, int]:
         """Choose sizes for a trial; the same atoms always get the same sizes."""
@@ -65,25 +72,23 @@ class Trials:
 
     def _trees(self, node: Node) -> Iterator[Tree]:
         for operand in (node, *node.all_input_nodes):
-            for value in self.scope.values.get(operand, ()):
-                for tree in value if isinstance(value, list) else [value]:
-                    yield self.scope.table.resolve(tree)
+            yield from map(self.scope.table.resolve, self.scope.trees(operand))
 
-    def forget(self, place: tuple) -> None:
-        """Undo the last tried attribute of a place."""
-        for key in self.added.pop(place, ()):
+    def forget(self, number: Number) -> None:
+        """Undo the last tried attribute of a number."""
+        for key in self.added.pop(number, ()):
             del self.attributes[key]
 
-    def shared(self, path: str, name: str, holder: object) -> tuple[str, str]:
+    def shared(self, path: str, name: str, holder: object) -> Key:
         """Return one (module, name) for a number in an object that several modules may share."""
         first = self.holders.setdefault(id(holder), (path, name.partition(".")[0]))
         return first[0], f"{first[1]}.{name.partition('.')[2]}"
 
     @cached_property
-    def places(self) -> dict[Node, tuple]:
+    def places(self) -> dict[Node, Place]:
         """The place of each operator in the code; equal for equal layers of different blocks."""
-        count: Counter[tuple] = Counter()
-        found = {}
+        count: Counter[tuple[object, ...]] = Counter()
+        found: dict[Node, Place] = {}
         for node in self.nodes:
             place = (line_of(node) or node.name, operator_name(node))
             module = (*modules_of(node)[:1], *place)
@@ -96,12 +101,6 @@ class Trials:
         wanted, resolve = set(atoms), self.scope.table.resolve
         items = self.scope.literals
         return [i for i in items if not wanted.isdisjoint(leaves(resolve(i.axis)))]
-
-
-def modules_of(node: Node) -> list[str]:
-    """List the modules whose forward recorded an operator, innermost first."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack])]
 
 
 def value_at(values: Any, at: tuple[int, ...]) -> Tree:

@@ -15,12 +15,11 @@ from torch import nn
 
 from intrafuse.graph.axes import Product, Sum, Tree, leaves, tree_size
 from intrafuse.graph.groups import Hint
-from intrafuse.graph.sizes.trials import Trials
+from intrafuse.graph.sizes.trials import Key, Trials
+from intrafuse.graph.typed import named_modules
 from intrafuse.support.modules import held_sizes
 
 __all__ = ["follow_unread", "watch"]
-
-Key = tuple[str, str]  # the path of a module and the name of a number in it
 
 
 def follow_unread(trials: Trials, atoms: list[int], works: Callable[[list[int]], bool]) -> bool:
@@ -98,8 +97,8 @@ def _named_sizes(
     """
     below = _below(axes)
     parts = {name: _by_size(trees, sizes) for name, trees in axes.items()}
-    found = {}
-    for path, module in model.named_modules():
+    found: dict[Key, tuple[Tree, ...]] = {}
+    for path, module in named_modules(model):
         if type(module).__module__.startswith("torch."):
             continue
         for name, value, holder in held_sizes(module):

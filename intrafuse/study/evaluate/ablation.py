@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import kruskal
 from torch import nn
 
 from intrafuse.catalog.data import Images
@@ -63,6 +62,8 @@ class Ablation:
         samples = {name: tuple(map(float, values)) for name, values in accuracies.items()}
         if len({value for values in samples.values() for value in values}) < 2:
             return cls(samples, 0.0, 1.0)
+        from scipy.stats import kruskal  # slow to import
+
         test = kruskal(*samples.values())
         return cls(samples, float(test.statistic), float(test.pvalue))
 

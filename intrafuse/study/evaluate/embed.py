@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from intrafuse.pruning.plan import Plan
@@ -51,5 +50,7 @@ def _positions(step: MergeMap) -> Tensor:
     """Choose a different position among the n channels for each of the m channels."""
     if step.keep is not None:
         return step.keep
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     _, columns = linear_sum_assignment(step.encode.abs().numpy(), maximize=True)
     return torch.from_numpy(columns.astype(np.int64))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from intrafuse.study.factorize.local import Failure
-from intrafuse.study.factorize.stages import is_whole
 from intrafuse.study.factorize.worker import (
     POSITIONS,
     TASK,
@@ -98,8 +97,6 @@ def run_ray(
         remote = ray.remote(num_cpus=1, max_retries=retries, retry_exceptions=True)(_remote)
         waiting = {}
         for folder, task in zip(folders, tasks, strict=True):
-            if is_whole(folder / last_stage(task.recipe)):
-                continue
             names = [name for name in (TASK, POSITIONS) if (folder / name).exists()]
             sent = {name: (folder / name).read_bytes() for name in names}
             waiting[remote.remote(_run_name(folder, sent), sent, board)] = (folder, task)

@@ -33,6 +33,7 @@ from intrafuse.study.factorize.stages import (
     Network,
     Record,
     Report,
+    is_whole,
     load_network,
     read_records,
 )
@@ -282,12 +283,17 @@ class _Run:
             self.tasks.append(task)
 
     def work(self, workers: Workers, address: str | None, retries: int) -> None:
-        """Run all workers."""
+        """Run the workers that have not finished."""
+        last = last_stage(self.recipe)
+        waiting = [i for i, folder in enumerate(self.folders) if not is_whole(folder / last)]
+        folders, tasks = [self.folders[i] for i in waiting], [self.tasks[i] for i in waiting]
         how: Any = {"parallel": self.parallel, "retries": retries, "report": self.report}
-        if workers == "ray":
-            failed = run_ray(self.folders, self.tasks, address=address, **how)
+        if not waiting:
+            failed = []
+        elif workers == "ray":
+            failed = run_ray(folders, tasks, address=address, **how)
         else:
-            failed = run_local(self.folders, self.tasks, **how)
+            failed = run_local(folders, tasks, **how)
         if failed:
             reasons = "; ".join(f"part {one.part}: {one.reason}" for one in failed)
             raise IntrafuseError(
@@ -295,7 +301,7 @@ class _Run:
                 remedy="call again with the same recipe and folder: finished work is kept",
             )
         for folder in self.folders:
-            self.records += read_records(folder / last_stage(self.recipe))
+            self.records += read_records(folder / last)
 
     def joint(self) -> Network:
         """Fuse the workers' networks; fine-tune and prune the result according to the scheme."""
