@@ -198,9 +198,10 @@ def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     from scipy.spatial.distance import squareform
 
     distances = squareform(np.sqrt(_distances(gram)), checks=False)
-    tree: NDArray[np.float64] = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType]
+    tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    rows: NDArray[np.float64] = np.asarray(tree)  # pyright: ignore[reportUnknownArgumentType]
     n = len(gram)
-    merged = tree[: n - width, :2].astype(np.int64)
+    merged: NDArray[np.int64] = rows[: n - width, :2].astype(np.int64)
     label: NDArray[np.int64] = np.arange(n + len(merged))  # of rows, and of what merges make
     for made, pair in reversed([*enumerate(merged, n)]):
         label[pair] = label[made]
