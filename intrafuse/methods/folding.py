@@ -199,13 +199,13 @@ def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
 
     distances = squareform(np.sqrt(_distances(gram)), checks=False)
     tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    merged: NDArray[np.int64] = np.asarray(tree)[: len(gram) - width, :2].astype(np.int64)
-    label: NDArray[np.int64] = np.arange(
-        len(gram) + len(merged)
-    )  # of the rows, and of what each merge makes
-    for made, pair in reversed([*enumerate(merged, len(gram))]):
+    rows: NDArray[np.float64] = np.asarray(tree)  # pyright: ignore[reportUnknownArgumentType]
+    n = len(gram)
+    merged: NDArray[np.int64] = rows[: n - width, :2].astype(np.int64)
+    label: NDArray[np.int64] = np.arange(n + len(merged))  # of rows, and of what merges make
+    for made, pair in reversed([*enumerate(merged, n)]):
         label[pair] = label[made]
-    return _numbered(label[: len(gram)])
+    return _numbered(label[:n])
 
 
 def _plusplus(gram: NDArray[np.float64], width: int, seed: int) -> NDArray[np.int64]:
