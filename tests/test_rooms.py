@@ -12,7 +12,7 @@ import intrafuse
 
 PACKAGE = Path(intrafuse.__file__).parent
 ROOMS = (
-    *("support", "catalog", "graph", "surgery", "importance", "moments", "methods"),
+    *("support", "catalog", "graph", "surgery", "sweep", "importance", "moments", "methods"),
     *("allocation", "pruning", "fusing", "checkpoint", "study", "cli"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from intrafuse.graph.axes import Tree, leaves, locate
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.moments.calibrate import LAYERS
 from intrafuse.support.batches import batches, map_tensors, tensors_of
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.watch import run, watching
 
 __all__ = ["Point", "activations", "observing", "points", "take"]
 
+LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 POSITIONS = 8_192  # most samples times positions to keep per call of a layer, over all batches
 
 

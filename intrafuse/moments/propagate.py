@@ -10,21 +10,19 @@ are in the package `rules` beside this file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from intrafuse.graph.axes import UNIT, Tree, leaves, tree_size
+from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
-from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.rules import entering, location, operator_name
 from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.following import Following
 
 __all__ = ["Moments", "Origin", "Propagation", "register"]
 
@@ -75,8 +73,8 @@ def register(*operators: str) -> Callable[[Rule], Rule]:
     return entering(RULES, operators, "moment rule")
 
 
-class Propagation:
-    """The moments of every activation of a network, computed on demand.
+class Propagation(Following[Moments | None]):
+    """The moments of every activation of a network; None where no rule describes it.
 
     Args:
         weights: the tensors. Where `weights.statistics` tells mean and standard deviation of a
@@ -88,75 +86,16 @@ class Propagation:
     def __init__(
         self, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
     ) -> None:
-        self.weights = weights.on_cpu().snapshot()
+        super().__init__(weights.on_cpu())
         self.length = length
         self.correlated = correlated
-        self.program = weights.graph.program
-        self._known: dict[Node, Moments | None] = {}
-        self._dependents: Dependents | None = None
-        self._trying: tuple[Propagation, set[Node]] | None = None  # and what differs from it
 
-    def at(self, weights: Weights) -> Propagation:
-        """Return the propagation of other tensors of the same graph.
+    def renewed(self, weights: Weights) -> Propagation:
+        """Return the moments for other tensors, with nothing known."""
+        return Propagation(weights, length=self.length, correlated=self.correlated)
 
-        What the change does not reach stays known, so a pass from input to output that merges one
-        group after the other computes each operator a few times, not once for each group.
-        """
-        return self._moved(weights)[0]
-
-    def trying(self, weights: Weights) -> Propagation:
-        """Return the same as `at`, for tensors that are only tried.
-
-        What the change does not reach is computed and kept here.
-        """
-        other, differing = self._moved(weights)
-        other._trying = self, differing
-        return other
-
-    def _moved(self, weights: Weights) -> tuple[Propagation, set[Node]]:
-        """Return the propagation of other tensors, and the operators known to differ there."""
-        other = Propagation(weights, length=self.length, correlated=self.correlated)
-        self._dependents = self._dependents or Dependents(self.weights.graph)
-        other._known, other._dependents = dict(self._known), self._dependents
-        changed = self._dependents.of_change(self.weights, other.weights)
-        stack, differing = [*changed], set(changed)
-        while stack:  # the users of a result that is not known are not known either
-            node = stack.pop()
-            if node in other._known:
-                del other._known[node]
-                stack.extend(node.users)
-                differing.update(node.users)
-        return other, differing
-
-    @cached_property
-    def calls(self) -> dict[str, list[Node]]:
-        """The operators that call each convolution or linear map, by the name of its weight."""
-        found: dict[str, list[Node]] = {}
-        for node in self.program.nodes:
-            if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
-                found.setdefault(self.program.parameter(node.args[1]), []).append(node)
-        return found
-
-    def of(self, node: Node) -> Moments | None:
-        """Return the moments of an operator's result; None if no rule describes it."""
-        stack = [node]
-        while stack:  # no recursion: networks may be thousands of operators deep
-            top = stack[-1]
-            waiting = [n for n in _sources(self, top) if n not in self._known]
-            if top in self._known or not waiting:
-                stack.pop()
-                if top not in self._known:
-                    self._known[top] = self._compute(top)
-            else:
-                stack.extend(waiting)
-        return self._known[node]
-
-    def _compute(self, node: Node) -> Moments | None:
-        if self._trying is not None:
-            tried_from, differing = self._trying
-            if node not in differing and differing.isdisjoint(_sources(self, node)):
-                return tried_from.of(node)
-            differing.add(node)
+    def compute(self, node: Node) -> Moments | None:
+        """Compute the moments of an operator's result, given those of its sources."""
         if node.op == "placeholder":
             found = _input(self, node)
         else:
@@ -236,52 +175,6 @@ class Propagation:
     def is_single(self, tree: Tree) -> bool:
         """Tell whether an axis has length one in the traced code, and so broadcasts."""
         return tree_size(tree, self.weights.graph.sizes) == 1
-
-
-class Dependents:
-    """Which operators read each tensor, and each size."""
-
-    def __init__(self, graph: ChannelGraph) -> None:
-        program = graph.program
-        self.tensors: dict[str, list[Node]] = {}
-        self.sizes: dict[int, list[Node]] = {}
-        biases = {layer.weight: layer.bias for layer in graph.layers.values() if layer.bias}
-        for node in program.nodes:
-            inputs = node.all_input_nodes
-            names = {program.parameters[n] for n in inputs if n in program.parameters}
-            for name in {*names, *(biases[n] for n in names if n in biases)}:
-                self.tensors.setdefault(name, []).append(node)
-            trees = tree_leaves([program.values.get(n, []) for n in (node, *inputs)])
-            trees += [program.scales.get(node, (UNIT, 0.0))[0], program.starts.get(node, UNIT)]
-            for atom in {atom for tree in trees for atom in leaves(tree)}:
-                self.sizes.setdefault(atom, []).append(node)
-
-    def of_change(self, old: Weights, new: Weights) -> list[Node]:
-        """List the operators that read anything that differs."""
-        found: list[Node] = []
-        changed = _differing(old.state, new.state)
-        for part in (0, 1):  # means and deviations
-            told = [{k: s[part] for k, s in w.statistics.items()} for w in (old, new)]
-            changed |= _differing(*told)
-        for name in changed:
-            found += self.tensors.get(name, [])
-        for atom, size in new.sizes.items():
-            if size != old.sizes[atom]:
-                found += self.sizes.get(atom, [])
-        return found
-
-
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """Name the entries of two mappings that are not the same objects."""
-    return {name for name in {*old, *new} if old.get(name) is not new.get(name)}
-
-
-def _sources(propagation: Propagation, node: Node) -> list[Node]:
-    """List the activations that a node reads."""
-    if node.op != "call_function":
-        return []
-    known = propagation.program.parameters
-    return [n for n in node.all_input_nodes if n not in known and CONSTANT not in n.meta]
 
 
 def _input(propagation: Propagation, node: Node) -> Moments | None:

@@ -65,14 +65,16 @@ class MomentSource:
         """
         if self.source == "analytic":
             return readings(group, self._propagation(weights, context), places=places)
-        measured = self._measured(context)
-        return measured.readings(group, weights, length=self.length, places=places)
+        merged, pending = context.weights, context.pending
+        return self._measured(context).readings(
+            group, weights, length=self.length, places=places, merged=merged, pending=pending
+        )
 
     def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
         """Return mean and covariance of the outputs of linear maps; None where unknown."""
         if self.source == "analytic":
             return written(names, self._propagation(weights, context))
-        return self._measured(context).written(names, weights)
+        return self._measured(context).written(names, weights, pending=context.pending)
 
     def _propagation(self, weights: Weights, context: Context) -> Propagation:
         """Return the analytic moments of tensors that differ little from those of the last call."""

@@ -53,6 +53,7 @@ def merge_groups(
     shrinking = [group for group in ordered if widths[group.name] < group.size]
     maps = []
     for done, group in enumerate(shrinking):
+        context.pending = frozenset(other.name for other in shrinking[done:])
         free = not group.chosen or (method.chooses and not group.normed)
         own = method if free else Select()
         merge_map = own(group, scores[group.name], widths[group.name], context).check()

@@ -28,6 +28,7 @@ class Context:
         data: batches of inputs, or of (inputs, labels); None if the user gave none.
         seed: seeds everything random.
         progress: called with (steps done, all steps) by slow work.
+        pending: names of the groups that are still to be merged.
         cache: values that a method keeps from one group of a plan to the next.
     """
 
@@ -38,6 +39,7 @@ class Context:
     data: Iterable[Any] | None = None
     seed: int = 0
     progress: Callable[[int, int], None] | None = None
+    pending: frozenset[str] = frozenset()
     cache: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def generator(self, salt: int = 0) -> torch.Generator:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from intrafuse.allocation.timing import device_of
 from intrafuse.graph import ExampleInputs
 from intrafuse.graph.trace import as_arguments, evaluating
-from intrafuse.moments.calibrate import FIT
 from intrafuse.support.batches import fitting
+from intrafuse.surgery.watch import FIT
 
 __all__ = ["peak_memory"]
 

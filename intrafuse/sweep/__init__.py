@@ -1,0 +1,1 @@
+"""Run a network operator by operator, and follow what changes as its groups are merged."""

@@ -1,0 +1,225 @@
+"""Run a traced network on batches of data, operator by operator, at its current tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten
+
+from intrafuse.graph.export import CONSTANT, as_arguments, evaluating, export_program
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.rules import location, operator_name
+from intrafuse.graph.rules.registry import CHECKS
+from intrafuse.support.batches import fitting
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.watch import FIT
+from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.following import Following
+from intrafuse.sweep.operators import Sizes, as_named, run_operator
+
+__all__ = ["Activations", "Batches"]
+
+Values = list[Any] | None  # one for each batch; None where the operator cannot be run
+Shape = tuple[object, ...]
+
+
+class Batches:
+    """Batches of inputs, and how the operators of a traced network read each.
+
+    Args:
+        model: the network.
+        graph: its channel graph.
+        inputs: batches: a tensor, a tuple of args or a mapping of kwargs.
+
+    Raises:
+        IntrafuseError: the model refuses a batch, or runs other operators on it than on the
+            example inputs.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) -> None:
+        nodes = graph.program.nodes
+        self.graph = graph
+        self.leaves: list[list[Any]] = []
+        twins: dict[Shape, dict[Node, Node]] = {}
+        self.twins: list[dict[Node, Node]] = []
+        _, example = _form(graph.program.example_inputs)
+        twins[example] = {node: node for node in nodes}
+        for number, batch in enumerate(inputs, 1):
+            given, shapes = _form(batch)
+            self.leaves.append(given)
+            if shapes not in twins:
+                with fitting(f"batch {number} of the data", FIT), evaluating(model):
+                    args, kwargs = as_arguments(batch)
+                    with torch.no_grad():
+                        model(*args, **kwargs)  # its own error says more than that of an export
+                traced = [*export_program(model, batch).graph.nodes]
+                twins[shapes] = _paired(nodes, traced, number)
+            self.twins.append(twins[shapes])
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+
+def _form(batch: Any) -> tuple[list[Any], Shape]:
+    """List the inputs of a batch, and all that a trace depends on."""
+    given, structure = tree_flatten(as_arguments(batch))
+    shapes = ((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in given)
+    return given, (str(structure), *shapes)
+
+
+def _paired(nodes: Sequence[Node], traced: Sequence[Node], number: int) -> dict[Node, Node]:
+    if [*map(_kind, nodes)] != [*map(_kind, traced)]:
+        raise IntrafuseError(
+            f"the model runs other operators on batch {number} of the data than on the example "
+            "inputs",
+            remedy="give example inputs of the same form as the data",
+        )
+    return dict(zip(nodes, traced, strict=True))
+
+
+def _kind(node: Node) -> str:
+    return operator_name(node) if node.op == "call_function" else node.op
+
+
+class Activations(Following[Values]):
+    """The results of a network's operators on batches of data.
+
+    A result is kept until no operator needs it: until all operators that read it have run, and
+    none of them, nor one before it, belongs to a group that may still change.
+
+    Args:
+        weights: the tensors, merged or not.
+        batches: the data.
+        pending: names of the groups that may still change.
+    """
+
+    def __init__(
+        self, weights: Weights, batches: Batches, pending: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(weights)
+        self.batches = batches
+        self.pending = pending
+        self._sizes = Sizes(self.program, weights.graph.sizes, self.weights.sizes)
+        self._parameters = _holders(weights.graph, pending)
+        self._settled: dict[Node, bool] = {}
+
+    def renewed(self, weights: Weights) -> Activations:
+        """Return the results with other tensors, with nothing known."""
+        return Activations(weights, self.batches, self.pending)
+
+    def until(self, weights: Weights, pending: frozenset[str]) -> Activations:
+        """Return the same as `at`, for fewer groups that may still change."""
+        other = self.at(weights)
+        other.pending = pending
+        other._parameters = _holders(weights.graph, pending)
+        for node in [*other._known]:
+            other._free(node)
+        return other
+
+    def trying(self, weights: Weights) -> Activations:
+        """Return the same as `at`, for tensors that are only tried, and that will not change."""
+        other = super().trying(weights)
+        other._parameters = frozenset()
+        return other
+
+    def compute(self, node: Node) -> Values:
+        """Run an operator on every batch."""
+        if node.op == "placeholder":
+            return self._input(node)
+        if node.op != "call_function":
+            return None
+        if operator_name(node) in CHECKS:
+            return [None] * len(self.batches)
+        if any(self._known[source] is None for source in self.sources(node)):
+            return None
+        try:
+            with torch.no_grad():
+                return [self._run(node, i) for i in range(len(self.batches))]
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError,
+                TypeError, ValueError) as error:  # fmt: skip
+            at = location(node)
+            warnings.warn(
+                f"the operator {operator_name(node)}{f' at {at}' if at else ''} cannot be run at "
+                f"other sizes ({type(error).__name__}: {error}): the readers of its result keep "
+                "the weights of pruning without moments",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def computed(self, node: Node) -> None:
+        """Free what the operator was the last to need."""
+        for source in self.sources(node):
+            self._free(source)
+
+    def _input(self, node: Node) -> Values:
+        name = self.program.parameters.get(node)
+        if name is not None or CONSTANT in node.meta:
+            return None
+        users = [n for n in self.program.nodes if n.op == "placeholder"]
+        own = [n for n in users if n not in self.program.parameters and CONSTANT not in n.meta]
+        at = own.index(node)
+        return [leaves[at] for leaves in self.batches.leaves]
+
+    def _run(self, node: Node, batch: int) -> Any:
+        twins = self.batches.twins[batch]
+        twin = twins[node]
+        back = dict(zip(twin.all_input_nodes, node.all_input_nodes, strict=True))
+        named = as_named(twin, lambda read: self._value(back[read], read, batch))
+        if named.get("bias", 0) is None:  # a merge may have made a bias
+            layer = self.weights.graph.layers.get(self.program.parameter(node.args[1]))
+            named["bias"] = self.weights.state.get((layer and layer.bias) or "")
+        result = run_operator(node, twin, named, self._sizes)
+        if isinstance(result, Tensor):
+            wanted = self._sizes.shape(node, twin)
+            if [*result.shape] != wanted:
+                raise ValueError(f"the shape {wanted} was expected, not {[*result.shape]}")
+        return result
+
+    def _value(self, node: Node, twin: Node, batch: int) -> Any:
+        name = self.program.parameters.get(node)
+        if name is not None:
+            return self.weights.state[name]
+        if CONSTANT in twin.meta:
+            return twin.meta[CONSTANT]
+        values = self._known[node]
+        assert values is not None
+        return values[batch]
+
+    def _free(self, node: Node) -> None:
+        """Free a result if all its users have run, and will not run again."""
+        if node not in self._known or node.op == "placeholder":
+            return
+        known = (user in self._known or user in self._freed for user in node.users)
+        if all(known) and all(map(self._is_settled, node.users)):
+            del self._known[node]
+            self._freed.add(node)
+
+    def _is_settled(self, node: Node) -> bool:
+        """Tell whether no group that may still change reaches an operator."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in self._settled:
+                stack.pop()
+                continue
+            sources = self.sources(top)
+            waiting = [n for n in sources if n not in self._settled]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            reads = (self.program.parameters.get(n) for n in top.all_input_nodes)
+            own = not any(name in self._parameters for name in reads)
+            self._settled[top] = own and all(self._settled[n] for n in sources)
+        return self._settled[node]
+
+
+def _holders(graph: ChannelGraph, pending: frozenset[str]) -> frozenset[str]:
+    """Name the parameters that hold channels of groups that may still change."""
+    return frozenset(slot.parameter for name in pending for slot in graph.by_name[name].slots)

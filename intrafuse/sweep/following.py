@@ -1,0 +1,163 @@
+"""What is known of each operator's result, while the tensors of a network change.
+
+A pass that merges the groups of a network from input to output asks again and again for what the
+readers receive. A change reaches only the operators behind it, so everything else stays known, and
+each operator is computed a few times instead of once for each group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Generic, Self, TypeVar
+
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from intrafuse.graph.axes import UNIT, leaves
+from intrafuse.graph.export import CONSTANT
+from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.rules import operator_name
+from intrafuse.surgery.weights import Weights
+
+__all__ = ["Following"]
+
+Value = TypeVar("Value")
+
+
+class Following(ABC, Generic[Value]):
+    """The results of a network's operators, computed on demand.
+
+    Args:
+        weights: the tensors.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights.snapshot()
+        self.program = weights.graph.program
+        self._known: dict[Node, Value] = {}
+        self._freed: set[Node] = set()  # known once, and needed no more
+        self._dependents: _Dependents | None = None
+        self._tried_from: Self | None = None
+        self._differing: set[Node] = set()  # operators that are not as where they are tried from
+
+    @abstractmethod
+    def compute(self, node: Node) -> Value:
+        """Compute the result of an operator, whose sources are known."""
+
+    @abstractmethod
+    def renewed(self, weights: Weights) -> Self:
+        """Return the same for other tensors, with nothing known."""
+
+    def at(self, weights: Weights) -> Self:
+        """Return the same for other tensors of the graph; what their change does not reach stays.
+
+        Tensors count as changed if they are other objects.
+        """
+        return self._moved(weights)
+
+    def trying(self, weights: Weights) -> Self:
+        """Return the same as `at`, for tensors that are only tried.
+
+        What their change does not reach is computed and kept here.
+        """
+        other = self._moved(weights)
+        other._tried_from = self
+        return other
+
+    def of(self, node: Node) -> Value:
+        """Return the result of an operator."""
+        stack = [node]
+        while stack:  # no recursion: networks may be thousands of operators deep
+            top = stack[-1]
+            waiting = [n for n in self.sources(top) if n not in self._known]
+            if top not in self._known and waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if top not in self._known:
+                self._known[top] = self._here_or_there(top)
+                self._freed.discard(top)
+                self.computed(top)
+        return self._known[node]
+
+    def computed(self, node: Node) -> None:
+        """Is called after an operator was computed."""
+
+    def sources(self, node: Node) -> list[Node]:
+        """List the operators whose results a node reads."""
+        if node.op != "call_function":
+            return []
+        known = self.program.parameters
+        return [n for n in node.all_input_nodes if n not in known and CONSTANT not in n.meta]
+
+    @cached_property
+    def calls(self) -> dict[str, list[Node]]:
+        """The operators that call each convolution or linear map, by the name of its weight."""
+        found: dict[str, list[Node]] = {}
+        for node in self.program.nodes:
+            if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
+                found.setdefault(self.program.parameter(node.args[1]), []).append(node)
+        return found
+
+    def _here_or_there(self, node: Node) -> Value:
+        if self._tried_from is not None:
+            if node not in self._differing and self._differing.isdisjoint(self.sources(node)):
+                return self._tried_from.of(node)
+            self._differing.add(node)
+        return self.compute(node)
+
+    def _moved(self, weights: Weights) -> Self:
+        other = self.renewed(weights)
+        self._dependents = self._dependents or _Dependents(self.weights.graph)
+        other._dependents = self._dependents
+        other._known, other._freed = dict(self._known), set(self._freed)
+        stack = self._dependents.of_change(self.weights, other.weights)
+        other._differing = set(stack)
+        while stack:  # the users of a result that was never known were not known either
+            node = stack.pop()
+            if node in other._known or node in other._freed:
+                other._known.pop(node, None)
+                other._freed.discard(node)
+                stack.extend(node.users)
+                other._differing.update(node.users)
+        return other
+
+
+class _Dependents:
+    """Which operators read each tensor, and each size."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        program = graph.program
+        self.tensors: dict[str, list[Node]] = {}
+        self.sizes: dict[int, list[Node]] = {}
+        biases = {layer.weight: layer.bias for layer in graph.layers.values() if layer.bias}
+        for node in program.nodes:
+            inputs = node.all_input_nodes
+            names = {program.parameters[n] for n in inputs if n in program.parameters}
+            for name in {*names, *(biases[n] for n in names if n in biases)}:
+                self.tensors.setdefault(name, []).append(node)
+            trees = tree_leaves([program.values.get(n, []) for n in (node, *inputs)])
+            trees += [program.scales.get(node, (UNIT, 0.0))[0], program.starts.get(node, UNIT)]
+            for atom in {atom for tree in trees for atom in leaves(tree)}:
+                self.sizes.setdefault(atom, []).append(node)
+
+    def of_change(self, old: Weights, new: Weights) -> list[Node]:
+        """List the operators that read anything that differs."""
+        changed = _differing(old.state, new.state)
+        for part in (0, 1):  # means and deviations
+            told = [{k: s[part] for k, s in w.statistics.items()} for w in (old, new)]
+            changed |= _differing(*told)
+        found: list[Node] = []
+        for name in changed:
+            found += self.tensors.get(name, [])
+        for atom, size in new.sizes.items():
+            if size != old.sizes[atom]:
+                found += self.sizes.get(atom, [])
+        return found
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """Name the entries of two mappings that are not the same objects."""
+    return {name for name in {*old, *new} if old.get(name) is not new.get(name)}
