@@ -23,15 +23,11 @@ LIBRARIES = {
 SAMPLE = {
     "own:unet_pixelshuffle": 0.99,
     "own:speech_gru": 0.99,
-    "own:lstm_projected": 0.9,
     "torchvision:squeezenet1_1": 0.99,
     "torchvision:shufflenet_v2_x0_5": 0.95,
     "torchvision:mobilenet_v3_small": 0.99,
     "backbone:ssdlite320_mobilenet_v3_large": 0.95,
     "timm:lcnet_050": 0.99,
-    "timm:poolformer_s12": 0.7,
-    "hf:bert": 0.8,
-    "hf:llama": 0.8,
     "hf:t5_gated": 0.9,
 }
 

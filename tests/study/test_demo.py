@@ -53,26 +53,19 @@ def test_a_short_demo_finds_saves_and_reloads(tmp_path):
     assert told["command"] == "intrafuse demo --seed 1"
 
 
-def test_a_seed_repeats_the_demo(tmp_path):
-    first, second = (
-        run_demo(tmp_path / name, seed=2, epochs=1, shares=[0.5], points=2) for name in ("a", "b")
-    )
-    assert first.comparison.accuracy == second.comparison.accuracy
-    for one, two in zip(first.folders, second.folders, strict=True):
-        assert_close(load(one).state_dict(), load(two).state_dict(), rtol=0, atol=0)
-
-
-def test_the_command_prints_a_table_and_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        run_demo,
-        "__kwdefaults__",
-        {**run_demo.__kwdefaults__, "epochs": 1, "shares": (0.5,), "points": 2},
-    )
+def test_the_command_prints_a_table_and_json_and_its_seed_repeats_it(tmp_path, monkeypatch):
+    short = {"epochs": 1, "shares": (0.5,), "points": 2}
+    monkeypatch.setattr(run_demo, "__kwdefaults__", {**run_demo.__kwdefaults__, **short})
     arguments = ["demo", "--out", str(tmp_path / "d"), "--json", str(tmp_path / "x.json")]
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, [*arguments, "--seed", "2"])
     assert result.exit_code == 0, result.output
     assert all(method in result.stdout for method in METHODS)
     assert "agree bit for bit" in result.stderr
     data = json.loads((tmp_path / "x.json").read_text())
     assert data["identical"] and len(data["saved"]) == 5 and len(data["rows"]) == 4
     assert data["kind"] == "comparison" and data["report"] in result.stderr
+    again = run_demo(tmp_path / "again", seed=2)
+    assert again.comparison.accuracy == data["original"]["accuracy"]
+    for folder in again.folders:
+        same = load(tmp_path / "d" / folder.name).state_dict()
+        assert_close(load(folder).state_dict(), same, rtol=0, atol=0)

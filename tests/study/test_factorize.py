@@ -396,7 +396,7 @@ def test_a_killed_ray_worker_is_started_again(cluster, undisturbed, tmp_path):
                 os.kill(victims[0], signal.SIGKILL)
                 return
 
-    longer = {**TRAINING, "epochs": 20}
+    longer = {**TRAINING, "epochs": 12}
     made = recipe("fap", training=longer)
     run = intrafuse.factorize(made, tmp_path / "ray", workers="ray", threads=1, progress=kill)
     assert victims
