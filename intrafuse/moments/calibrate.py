@@ -66,7 +66,6 @@ class Calibration:
                 few, so off-diagonal covariance is multiplied by n / (n + 2 p) for n samples of p
                 places.
             merged: the tensors as merged so far, if `weights` are only tried.
-            pending: names of the groups that may still change; by default all. Fewer save memory.
 
         Returns:
             Readings by the name of the reader's weight: `old` of the original network (n channels),
@@ -155,7 +154,7 @@ class Calibration:
         pending = frozenset(graph.by_name) if pending is None else pending
         if self._networks is None:
             data = Batches(self.model, graph, self.inputs)
-            original = Activations(Weights.of(graph, self.model), data, pending)
+            original = Activations(Weights.of(graph, self.model), data, pending, fixed=True)
             self._networks = original, Activations(merged, data, pending)
         was, now = self._networks
         self._networks = was.until(was.weights, pending), now.until(merged, pending)
@@ -163,13 +162,13 @@ class Calibration:
 
     def _lines(self, x: Tensor, axis: int) -> Tensor:
         """Draw positions of a layer's input: (samples, channels), float32."""
-        lines = x.movedim(axis, -1).reshape(-1, x.shape[axis])
-        each = SAMPLES // len(self.inputs)
-        if len(lines) > each:
-            generator = torch.Generator().manual_seed(len(lines))
-            chosen = torch.randperm(len(lines), generator=generator)[:each].sort().values
-            lines = lines[chosen.to(lines.device)]
-        return lines.float()
+        lines = x.movedim(axis, -1)
+        count, each = lines[..., 0].numel(), SAMPLES // len(self.inputs)
+        if count <= each:
+            return lines.reshape(-1, x.shape[axis]).float()
+        generator = torch.Generator().manual_seed(count)
+        chosen = torch.randperm(count, generator=generator)[:each].sort().values
+        return lines[torch.unravel_index(chosen.to(x.device), lines.shape[:-1])].float()
 
 
 def _reading(total: Sums, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:

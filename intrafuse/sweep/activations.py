@@ -90,33 +90,43 @@ class Activations(Following[Values]):
     """The results of a network's operators on batches of data.
 
     A result is kept until no operator needs it: until all operators that read it have run, and
-    none of them, nor one before it, belongs to a group that may still change.
+    none of them, nor one before it, belongs to a pending group.
 
     Args:
         weights: the tensors, merged or not.
         batches: the data.
-        pending: names of the groups that may still change.
+        pending: names of the groups that are still to be merged.
+        fixed: whether the tensors stay as they are while groups are merged elsewhere, as those of
+            the original network. Of their results, only what pending groups read is kept.
     """
 
     def __init__(
-        self, weights: Weights, batches: Batches, pending: frozenset[str] = frozenset()
+        self,
+        weights: Weights,
+        batches: Batches,
+        pending: frozenset[str] = frozenset(),
+        *,
+        fixed: bool = False,
     ) -> None:
         super().__init__(weights)
         self.batches = batches
         self.pending = pending
+        self.fixed = fixed
         self._sizes = Sizes(self.program, weights.graph.sizes, self.weights.sizes)
         self._parameters = _holders(weights.graph, pending)
         self._settled: dict[Node, bool] = {}
 
     def renewed(self, weights: Weights) -> Activations:
         """Return the results with other tensors, with nothing known."""
-        return Activations(weights, self.batches, self.pending)
+        return Activations(weights, self.batches, self.pending, fixed=self.fixed)
 
     def until(self, weights: Weights, pending: frozenset[str]) -> Activations:
-        """Return the same as `at`, for fewer groups that may still change."""
+        """Return the same as `at`, when fewer groups are pending."""
         other = self.at(weights)
         other.pending = pending
         other._parameters = _holders(weights.graph, pending)
+        if pending <= self.pending:  # what is settled stays so
+            other._settled = {node: True for node, settled in self._settled.items() if settled}
         for node in [*other._known]:
             other._free(node)
         return other
@@ -201,14 +211,14 @@ class Activations(Following[Values]):
             self._freed.add(node)
 
     def _is_settled(self, node: Node) -> bool:
-        """Tell whether no group that may still change reaches an operator."""
+        """Tell whether an operator will not run again, because no pending group reaches it."""
         stack = [node]
         while stack:
             top = stack[-1]
             if top in self._settled:
                 stack.pop()
                 continue
-            sources = self.sources(top)
+            sources = [] if self.fixed else self.sources(top)
             waiting = [n for n in sources if n not in self._settled]
             if waiting:
                 stack.extend(waiting)
@@ -221,5 +231,5 @@ class Activations(Following[Values]):
 
 
 def _holders(graph: ChannelGraph, pending: frozenset[str]) -> frozenset[str]:
-    """Name the parameters that hold channels of groups that may still change."""
+    """Name the parameters that hold channels of pending groups."""
     return frozenset(slot.parameter for name in pending for slot in graph.by_name[name].slots)
