@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,13 +43,15 @@ def convolutions(depth: int) -> tuple[nn.Module, list[Tensor]]:
     sizes = [3, *[WIDTH] * depth]
     layers = [
         part
-        for n, m in zip(sizes, sizes[1:], strict=False)
+        for n, m in pairwise(sizes)
         for part in (nn.Conv2d(n, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.ReLU())
     ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 10))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # the default dies out: denormal numbers are slow
+            nn.init.kaiming_normal_(
+                module.weight
+            )  # the default dies out: denormal numbers are slow
     return model.eval(), [torch.randn(16, 3, 16, 16) for _ in range(4)]
 
 
@@ -87,7 +90,9 @@ def seconds(network: str, depth: int, method: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--deepest", type=int, default=64)
     parser.add_argument("--networks", default=",".join(NETWORKS))

@@ -98,9 +98,14 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
     """
     order = c.shape[1] - 1
     total = torch.outer(c[:, order], d[:, order])
-    for k in range(order - 1, 0, -1):
-        total = total.mul_(correlations).addr_(c[:, k], d[:, k])
-    return total.mul_(correlations)
+    # few rows at a time fit the cache
+    for part, own, r in zip(
+        total.split(ROWS), c.split(ROWS), correlations.split(ROWS), strict=True
+    ):
+        for k in range(order - 1, 0, -1):
+            part.mul_(r).addr_(own[:, k], d[:, k])
+        part.mul_(r)
+    return total
 
 
 def product_moments(

@@ -108,7 +108,13 @@ def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tens
     n, own, _ = taps.shape
     groups = len(covariance) // own
     half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = (taps @ half).unflatten(0, (groups, -1))
+    rows = taps @ half
+    if own == 1:
+        if n > groups:
+            each = n // groups
+            covariance = covariance.repeat_interleave(each, 0).repeat_interleave(each, 1)
+        return (rows[:, 0] @ rows[:, 0].T).mul_(covariance)
+    rows = rows.unflatten(0, (groups, -1))
     blocks = covariance.reshape(groups, own, -1)
     total = torch.zeros(n, n, dtype=covariance.dtype)
     for tap in rows.unbind(3):  # one tap at a time, to save memory: thousands of outputs, 49 taps
