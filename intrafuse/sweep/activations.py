@@ -24,6 +24,7 @@ from intrafuse.sweep.operators import Sizes, as_named, run_operator
 
 __all__ = ["Activations", "Batches"]
 
+FORM = "give example inputs of the same form as the data"
 Values = list[Any] | None  # one for each batch; None where the operator cannot be run
 Shape = tuple[object, ...]
 
@@ -42,27 +43,27 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) -> None:
-        nodes = graph.program.nodes
-        self.graph = graph
-        self.leaves: list[list[Any]] = []
-        twins: dict[Shape, dict[Node, Node]] = {}
-        self.twins: list[dict[Node, Node]] = []
-        _, example = _form(graph.program.example_inputs)
-        twins[example] = {node: node for node in nodes}
+        program, nodes = graph.program, graph.program.nodes
+        entries = [n for n in nodes if n.op == "placeholder" and n not in program.parameters]
+        entries = [n for n in entries if CONSTANT not in n.meta]
+        known = {_form(program.example_inputs)[1]: {node: node for node in nodes}}
+        self.given: list[dict[Node, Any]] = []  # the inputs of each batch
+        self.twins: list[dict[Node, Node]] = []  # each operator in a trace of such a batch
         for number, batch in enumerate(inputs, 1):
-            given, shapes = _form(batch)
-            self.leaves.append(given)
-            if shapes not in twins:
-                with fitting(f"batch {number} of the data", FIT), evaluating(model):
-                    args, kwargs = as_arguments(batch)
-                    with torch.no_grad():
-                        model(*args, **kwargs)  # its own error says more than that of an export
-                traced = [*export_program(model, batch).graph.nodes]
-                twins[shapes] = _paired(nodes, traced, number)
-            self.twins.append(twins[shapes])
+            given, form = _form(batch)
+            if form not in known:
+                known[form] = _paired(nodes, _traced(model, batch, number), number)
+            if len(given) != len(entries):
+                raise IntrafuseError(
+                    f"batch {number} of the data must have as many inputs as the example",
+                    value=f"{len(given)}, not {len(entries)}",
+                    remedy=FORM,
+                )
+            self.twins.append(known[form])
+            self.given.append(dict(zip(entries, given, strict=True)))
 
     def __len__(self) -> int:
-        return len(self.leaves)
+        return len(self.given)
 
 
 def _form(batch: Any) -> tuple[list[Any], Shape]:
@@ -72,12 +73,20 @@ def _form(batch: Any) -> tuple[list[Any], Shape]:
     return given, (str(structure), *shapes)
 
 
+def _traced(model: nn.Module, batch: Any, number: int) -> list[Node]:
+    """List the operators that a model runs on a batch."""
+    args, kwargs = as_arguments(batch)
+    with fitting(f"batch {number} of the data", FIT), evaluating(model), torch.no_grad():
+        model(*args, **kwargs)  # its own error says more than that of a trace
+    return [*export_program(model, batch).graph.nodes]
+
+
 def _paired(nodes: Sequence[Node], traced: Sequence[Node], number: int) -> dict[Node, Node]:
     if [*map(_kind, nodes)] != [*map(_kind, traced)]:
         raise IntrafuseError(
             f"the model runs other operators on batch {number} of the data than on the example "
             "inputs",
-            remedy="give example inputs of the same form as the data",
+            remedy=FORM,
         )
     return dict(zip(nodes, traced, strict=True))
 
@@ -140,7 +149,7 @@ class Activations(Following[Values]):
     def compute(self, node: Node) -> Values:
         """Run an operator on every batch."""
         if node.op == "placeholder":
-            return self._input(node)
+            return [given.get(node) for given in self.batches.given]
         if node.op != "call_function":
             return None
         if operator_name(node) in CHECKS:
@@ -150,6 +159,8 @@ class Activations(Following[Values]):
         try:
             with torch.no_grad():
                 return [self._run(node, i) for i in range(len(self.batches))]
+        except IntrafuseError:
+            raise
         except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip
             at = location(node)
@@ -167,15 +178,6 @@ class Activations(Following[Values]):
         for source in self.sources(node):
             self._free(source)
 
-    def _input(self, node: Node) -> Values:
-        name = self.program.parameters.get(node)
-        if name is not None or CONSTANT in node.meta:
-            return None
-        users = [n for n in self.program.nodes if n.op == "placeholder"]
-        own = [n for n in users if n not in self.program.parameters and CONSTANT not in n.meta]
-        at = own.index(node)
-        return [leaves[at] for leaves in self.batches.leaves]
-
     def _run(self, node: Node, batch: int) -> Any:
         twins = self.batches.twins[batch]
         twin = twins[node]
@@ -184,6 +186,9 @@ class Activations(Following[Values]):
         if named.get("bias", 0) is None:  # a merge may have made a bias
             layer = self.weights.graph.layers.get(self.program.parameter(node.args[1]))
             named["bias"] = self.weights.state.get((layer and layer.bias) or "")
+        if self.fixed:
+            with fitting(f"batch {batch + 1} of the data", FIT):
+                return run_operator(node, twin, named, self._sizes)
         result = run_operator(node, twin, named, self._sizes)
         if isinstance(result, Tensor):
             wanted = self._sizes.shape(node, twin)
