@@ -79,20 +79,26 @@ class Propagation(Following[Moments | None]):
     Args:
         weights: the tensors. Where `weights.statistics` tells mean and standard deviation of a
             layer's output (a batch norm was folded into it), only its correlations are inferred.
+        pending: see `Following`.
         length: correlation length between neighboring positions, in positions.
         correlated: factor, 0 to 1, on inferred correlations between the inputs of a dense layer.
     """
 
     def __init__(
-        self, weights: Weights, *, length: float = 1.0, correlated: float = CORRELATED
+        self,
+        weights: Weights,
+        pending: frozenset[str] = frozenset(),
+        *,
+        length: float = 1.0,
+        correlated: float = CORRELATED,
     ) -> None:
-        super().__init__(weights.on_cpu())
+        super().__init__(weights.on_cpu(), pending)
         self.length = length
         self.correlated = correlated
 
     def renewed(self, weights: Weights) -> Propagation:
         """Return the moments for other tensors, with nothing known."""
-        return Propagation(weights, length=self.length, correlated=self.correlated)
+        return Propagation(weights, self.pending, length=self.length, correlated=self.correlated)
 
     def compute(self, node: Node) -> Moments | None:
         """Compute the moments of an operator's result, given those of its sources."""

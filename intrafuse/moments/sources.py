@@ -78,10 +78,10 @@ class MomentSource:
 
     def _propagation(self, weights: Weights, context: Context) -> Propagation:
         """Return the analytic moments of tensors that differ little from those of the last call."""
-        key = f"moments of length {self.length}"
-        known = context.cache.get(key) or Propagation(context.weights, length=self.length)
-        context.cache[key] = known = known.at(context.weights)
-        return known if weights is context.weights else known.trying(weights)
+        key, merged, pending = f"moments of length {self.length}", context.weights, context.pending
+        known = context.cache.get(key) or Propagation(merged, pending, length=self.length)
+        context.cache[key] = known = known.until(merged, pending)
+        return known if weights is merged else known.trying(weights)
 
     def _measured(self, context: Context) -> Calibration:
         if self.source not in context.cache:

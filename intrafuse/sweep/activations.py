@@ -98,15 +98,12 @@ def _kind(node: Node) -> str:
 class Activations(Following[Values]):
     """The results of a network's operators on batches of data.
 
-    A result is kept until no operator needs it: until all operators that read it have run, and
-    none of them, nor one before it, belongs to a pending group.
+    A result is freed as soon as no operator needs it.
 
     Args:
         weights: the tensors, merged or not.
         batches: the data.
-        pending: names of the groups that are still to be merged.
-        fixed: whether the tensors stay as they are while groups are merged elsewhere, as those of
-            the original network. Of their results, only what pending groups read is kept.
+        pending, fixed: see `Following`.
     """
 
     def __init__(
@@ -117,34 +114,13 @@ class Activations(Following[Values]):
         *,
         fixed: bool = False,
     ) -> None:
-        super().__init__(weights)
+        super().__init__(weights, pending, fixed=fixed)
         self.batches = batches
-        self.pending = pending
-        self.fixed = fixed
         self._sizes = Sizes(self.program, weights.graph.sizes, self.weights.sizes)
-        self._parameters = _holders(weights.graph, pending)
-        self._settled: dict[Node, bool] = {}
 
     def renewed(self, weights: Weights) -> Activations:
         """Return the results with other tensors, with nothing known."""
         return Activations(weights, self.batches, self.pending, fixed=self.fixed)
-
-    def until(self, weights: Weights, pending: frozenset[str]) -> Activations:
-        """Return the same as `at`, when fewer groups are pending."""
-        other = self.at(weights)
-        other.pending = pending
-        other._parameters = _holders(weights.graph, pending)
-        if pending <= self.pending:  # what is settled stays so
-            other._settled = {node: True for node, settled in self._settled.items() if settled}
-        for node in [*other._known]:
-            other._free(node)
-        return other
-
-    def trying(self, weights: Weights) -> Activations:
-        """Return the same as `at`, for tensors that are only tried, and that will not change."""
-        other = super().trying(weights)
-        other._parameters = frozenset()
-        return other
 
     def compute(self, node: Node) -> Values:
         """Run an operator on every batch."""
@@ -174,9 +150,8 @@ class Activations(Following[Values]):
             return None
 
     def computed(self, node: Node) -> None:
-        """Free what the operator was the last to need."""
-        for source in self.sources(node):
-            self._free(source)
+        """Free what the operator was the last to need: results of data are large."""
+        self.free(self.sources(node))
 
     def _run(self, node: Node, batch: int) -> Any:
         twins = self.batches.twins[batch]
@@ -205,36 +180,3 @@ class Activations(Following[Values]):
         values = self._known[node]
         assert values is not None
         return values[batch]
-
-    def _free(self, node: Node) -> None:
-        """Free a result if all its users have run, and will not run again."""
-        if node not in self._known or node.op == "placeholder":
-            return
-        known = (user in self._known or user in self._freed for user in node.users)
-        if all(known) and all(map(self._is_settled, node.users)):
-            del self._known[node]
-            self._freed.add(node)
-
-    def _is_settled(self, node: Node) -> bool:
-        """Tell whether an operator will not run again, because no pending group reaches it."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            if top in self._settled:
-                stack.pop()
-                continue
-            sources = [] if self.fixed else self.sources(top)
-            waiting = [n for n in sources if n not in self._settled]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            reads = (self.program.parameters.get(n) for n in top.all_input_nodes)
-            own = not any(name in self._parameters for name in reads)
-            self._settled[top] = own and all(self._settled[n] for n in sources)
-        return self._settled[node]
-
-
-def _holders(graph: ChannelGraph, pending: frozenset[str]) -> frozenset[str]:
-    """Name the parameters that hold channels of pending groups."""
-    return frozenset(slot.parameter for name in pending for slot in graph.by_name[name].slots)

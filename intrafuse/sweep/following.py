@@ -8,7 +8,7 @@ each operator is computed a few times instead of once for each group.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, Generic, Self, TypeVar
 
@@ -29,13 +29,24 @@ Value = TypeVar("Value")
 class Following(ABC, Generic[Value]):
     """The results of a network's operators, computed on demand.
 
+    A result may be freed when all operators that read it have run, and none of them will run
+    again: no pending group holds channels in it, or in an operator before it.
+
     Args:
         weights: the tensors.
+        pending: names of the groups that are still to be merged.
+        fixed: whether the tensors stay as they are while groups are merged elsewhere, as those of
+            the original network. Then only what operators of pending groups read is kept.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(
+        self, weights: Weights, pending: frozenset[str] = frozenset(), *, fixed: bool = False
+    ) -> None:
         self.weights = weights.snapshot()
         self.program = weights.graph.program
+        self.pending, self.fixed = pending, fixed
+        self._holders = _holders(weights.graph, pending)
+        self._settled: dict[Node, bool] = {}
         self._known: dict[Node, Value] = {}
         self._freed: set[Node] = set()  # known once, and needed no more
         self._dependents: _Dependents | None = None
@@ -57,13 +68,22 @@ class Following(ABC, Generic[Value]):
         """
         return self._moved(weights)
 
+    def until(self, weights: Weights, pending: frozenset[str]) -> Self:
+        """Return the same as `at`, when fewer groups are pending; free what they do not need."""
+        other = self._moved(weights)
+        other.pending, other._holders = pending, _holders(weights.graph, pending)
+        if pending <= self.pending:  # what is settled stays so
+            other._settled = {node: True for node, settled in self._settled.items() if settled}
+        other.free([*other._known])
+        return other
+
     def trying(self, weights: Weights) -> Self:
         """Return the same as `at`, for tensors that are only tried.
 
         What their change does not reach is computed and kept here.
         """
         other = self._moved(weights)
-        other._tried_from = self
+        other._tried_from, other._holders = self, frozenset()  # it will not change
         return other
 
     def of(self, node: Node) -> Value:
@@ -101,6 +121,33 @@ class Following(ABC, Generic[Value]):
                 found.setdefault(self.program.parameter(node.args[1]), []).append(node)
         return found
 
+    def free(self, nodes: Iterable[Node]) -> None:
+        """Free the results of those operators that nothing needs any more."""
+        for node in nodes:
+            if node not in self._known or node.op == "placeholder":
+                continue
+            known = (user in self._known or user in self._freed for user in node.users)
+            if all(known) and all(map(self._is_settled, node.users)):
+                del self._known[node]
+                self._freed.add(node)
+
+    def _is_settled(self, node: Node) -> bool:
+        """Tell whether an operator will not run again, because no pending group reaches it."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            sources = [] if self.fixed else self.sources(top)
+            waiting = [n for n in sources if n not in self._settled]
+            if top not in self._settled and waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if top not in self._settled:
+                read = {self.program.parameters.get(n) for n in top.all_input_nodes}
+                own = self._holders.isdisjoint(read)
+                self._settled[top] = own and all(self._settled[n] for n in sources)
+        return self._settled[node]
+
     def _here_or_there(self, node: Node) -> Value:
         if self._tried_from is not None:
             if node not in self._differing and self._differing.isdisjoint(self.sources(node)):
@@ -123,6 +170,11 @@ class Following(ABC, Generic[Value]):
                 stack.extend(node.users)
                 other._differing.update(node.users)
         return other
+
+
+def _holders(graph: ChannelGraph, pending: frozenset[str]) -> frozenset[str]:
+    """Name the parameters that hold channels of pending groups."""
+    return frozenset(slot.parameter for name in pending for slot in graph.by_name[name].slots)
 
 
 class _Dependents:

@@ -59,3 +59,22 @@ def test_operators_are_computed_a_few_times_whatever_the_depth(source, monkeypat
         most.append(max(counts.values()))
         assert sum(counts.values()) < 9 * 2 * depth
     assert most[0] == most[1]
+
+
+def test_moments_of_groups_that_are_merged_are_freed():
+    """All but those that operators of pending groups read, or may yet change."""
+    model, x = chain(4), torch.randn(8, 6)
+    graph = intrafuse.trace(model, x)
+    weights = Weights.of(graph, model)
+    names = [group.name for group in graph.groups]
+    moments = Propagation(weights, frozenset(names))
+    nodes = [node for node in graph.program.nodes if node.op == "call_function"]
+    moments.of(nodes[-1])
+    assert {*nodes} <= {*moments._known}
+    for done in range(1, len(names) + 1):
+        moments = moments.until(weights, frozenset(names[done:]))
+        assert not {*nodes[: 2 * done - 1]} & {*moments._known}
+        assert nodes[-1] in moments._known
+        torch.testing.assert_close(
+            moments.of(nodes[-1]).mean, Propagation(weights).of(nodes[-1]).mean
+        )
