@@ -15,7 +15,7 @@ from intrafuse.allocation.latency import LatencyModel
 from intrafuse.allocation.patterns import choose_groups
 from intrafuse.allocation.timing import latencies
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.importance.metrics import score
 from intrafuse.moments.damage import damage_by_width
 from intrafuse.moments.synthetic import synthesise
@@ -43,7 +43,7 @@ AFTER = ("batchnorm", "synthetic")  # repairs that run after surgery
 @apart
 def plan(
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    example_inputs: ExampleInputs | ChannelGraph,
     settings: Settings | None = None,
     *,
     data: Iterable | None = None,
@@ -54,7 +54,8 @@ def plan(
 
     Args:
         model: a trained network.
-        example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace it with.
+        example_inputs: a tensor, a tuple of args or a mapping of kwargs to trace it with; or the
+            graph that `trace` made of it, to make several plans of one trace.
         settings: how to prune.
         data: batches of inputs or of (inputs, labels), for metrics and methods that need data.
         progress: called with (groups done, all groups). If a method makes synthetic inputs, it is
@@ -84,7 +85,7 @@ def plan(
             remedy="call intrafuse.prune, which repairs batch norm",
         )
     method = asked.compression
-    graph = trace(model, example_inputs, include=asked.include or ())
+    graph, example_inputs = _traced(model, example_inputs, asked)
     groups = choose_groups(graph, asked.include, asked.exclude)
     weights = Weights.of(graph, model)
     before = measure(graph, graph.sizes, weights.counted())
@@ -106,7 +107,7 @@ def plan(
 @apart
 def prune(
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    example_inputs: ExampleInputs | ChannelGraph,
     settings: Settings | None = None,
     *,
     data: Iterable | None = None,
@@ -146,7 +147,8 @@ def prune(
             remedy='pass data= (on the command line --data), or repair="synthetic"',
         )
     now = {"repair": None} if asked.repair in AFTER else {}
-    made = plan(model, example_inputs, Settings.of(asked, now), data=data, progress=progress)
+    graph, example_inputs = _traced(model, example_inputs, asked)
+    made = plan(model, graph, Settings.of(asked, now), data=data, progress=progress)
     smaller = made.apply(model)
     proof = prove(model, smaller, made, example_inputs) if check else None
     timed = asked.wanted.kind == "latency"
@@ -170,6 +172,16 @@ def prune(
         unclear=made.graph.unclear(made.graph.resized(made.widths)),
     )
     return Pruned(smaller, made, report)
+
+
+def _traced(
+    model: nn.Module, given: ExampleInputs | ChannelGraph, asked: Settings
+) -> tuple[ChannelGraph, ExampleInputs]:
+    """Return the graph of a model, and the inputs that it was traced with."""
+    graph = given
+    if not isinstance(graph, ChannelGraph):
+        graph = trace(model, graph, include=asked.include or ())
+    return graph, graph.program.example_inputs
 
 
 def _choose(

@@ -76,6 +76,23 @@ def test_the_pruned_network_is_what_the_plan_foretold(name, share):
         torch.testing.assert_close(outputs(other, x), outputs(small, x), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "method"), covering(["residual", "flat", "grouped"], METHODS))
+def test_one_trace_serves_several_plans(name, method):
+    model, x = build(name)
+    graph = intrafuse.trace(model, x)
+    for share in (0.3, 0.6):
+        wanted = intrafuse.prune(model, x, channels=share, method=method)
+        found = intrafuse.prune(model, graph, channels=share, method=method)
+        assert found.plan.graph is graph and found.report.check is not None
+        assert same_state(found.model, wanted.model.state_dict())
+
+
+def test_a_trace_of_another_network_is_refused():
+    (model, x), (other, _) = build("residual"), build("flat")
+    with pytest.raises(IntrafuseError, match="the model"):
+        intrafuse.plan(other, intrafuse.trace(model, x), channels=0.5)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_pruned_network_compiles(name):
     model, x, plan = planned(name, "intra-fusion", 0.5)

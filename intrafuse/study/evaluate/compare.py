@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,7 +102,11 @@ def compare(
     total = 1 + len(channels) * len(chosen)
     report = progress or (lambda done, total: None)
     report(0, total)
-    graph = trace(model, example_inputs)  # fail early, and warm up the tracer for all rows
+    include = base.include or ()
+    trace(model, example_inputs, include=include)  # fail early, and warm up the tracer
+    started = time.perf_counter()
+    graph = trace(model, example_inputs, include=include)
+    traced = time.perf_counter() - started
     before = measure(graph, graph.sizes, Weights.of(graph, model).counted())
     unpruned = accuracy(model, test, batch_size=batch_size, device=device)
     report(1, total)
@@ -109,16 +114,16 @@ def compare(
     for share in channels:
         for method in chosen:
             one = Settings.of(base, {"channels": share, "method": method})
-            pruned = prune(model, example_inputs, one, data=training)
+            pruned = prune(model, graph, one, data=training)
             measured = accuracy(pruned.model, test, batch_size=batch_size, device=device)
-            rows.append(_row(method.name, pruned.report, measured))
+            rows.append(_row(method.name, pruned.report, measured, traced))
             if keep is not None:
                 keep(rows[-1], pruned)
             report(1 + len(rows), total)
     return Comparison(before, unpruned, tuple(rows))
 
 
-def _row(method: str, report: Report, percent: float) -> Row:
+def _row(method: str, report: Report, percent: float, traced: float) -> Row:
     after, gone = report.after, report.reached
     return Row(
         method=method,
@@ -128,5 +133,5 @@ def _row(method: str, report: Report, percent: float) -> Row:
         macs=after.macs,
         macs_removed=gone["macs"],
         accuracy=percent,
-        seconds=report.seconds,
+        seconds=traced + report.seconds,
     )

@@ -141,7 +141,8 @@ def each_group_alone(
     Raises:
         IntrafuseError: there are no groups, or as for `prune` and `accuracy`.
     """
-    groups = choose_groups(trace(model, example_inputs, include=include or ()), include, exclude)
+    graph = trace(model, example_inputs, include=include or ())
+    groups = choose_groups(graph, include, exclude)
     if not groups:
         raise IntrafuseError(
             "there is no channel group to prune",
@@ -157,7 +158,7 @@ def each_group_alone(
             accuracies = []
             for share in shares:
                 common: Any = {"include": [group.name], "seed": seed, **arguments}
-                pruned = prune(model, example_inputs, channels=share, **common)
+                pruned = prune(model, graph, channels=share, **common)
                 accuracies.append(accuracy(pruned.model, data, device=device))
                 done += 1
                 if progress is not None:
