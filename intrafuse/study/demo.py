@@ -33,7 +33,7 @@ __all__ = ["Demo", "run_demo"]
 NETWORK, SHARES = "digits_resnet", (0.3, 0.5, 0.7)
 METHODS = ("select", "intra-fusion", "folding", "moment")
 PAIR = ("select", "moment")  # methods that landscape and sensitivity compare
-POINTS = 5  # points of the landscape's grid in each direction
+POINTS = 6  # points of the landscape's grid in each direction
 ARGUMENTS: dict[str, Any] = {"width": 2.0}  # wider than needed, like networks in practice
 TRAINING = PRESETS["short"].model_copy(update={"epochs": 8, "batch": 64})
 Progress = Callable[[str, int, int], None]
