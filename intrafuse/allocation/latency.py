@@ -73,14 +73,14 @@ class LatencyModel:
         return float(work @ self.factors * np.exp(off))
 
     def _add(self, widths: Mapping[str, int], time: float) -> None:
+        from scipy.optimize import nnls  # slow to import
+
         self.work.append(self._work(widths))
         self.times.append(time)
         self.seen = np.array(self.work)
         scale = self.seen.max(0)
         # fit relative errors, so that small networks count as much as large ones
         rows = self.seen / scale / np.array(self.times)[:, None]
-        from scipy.optimize import nnls  # slow to import
-
         factors, _ = nnls(rows, np.ones(len(self.times)))
         self.factors = factors / scale
 

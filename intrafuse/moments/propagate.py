@@ -9,7 +9,6 @@ are in the package `rules` beside this file.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,9 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
-from intrafuse.graph.rules import entering, location, operator_name
+from intrafuse.graph.rules import entering, operator_name
 from intrafuse.surgery.weights import Weights
-from intrafuse.sweep.following import Following
+from intrafuse.sweep.following import Following, is_held, warn_unknown
 
 __all__ = ["Moments", "Origin", "Propagation", "register"]
 
@@ -116,8 +115,7 @@ class Propagation(Following[Moments | None]):
         So a failing rule does not stop pruning, like a failing rule of the channel graph. The
         warning names the rule; the tests turn the warning into an error.
         """
-        name = operator_name(node)
-        rule = RULES.get(name)
+        rule = RULES.get(operator_name(node))
         several = any(isinstance(value, list) for value in self.program.values.get(node, ()))
         if rule is None or several:  # `getitem` describes one of several results
             return None
@@ -129,14 +127,7 @@ class Propagation(Following[Moments | None]):
                     raise ValueError(f"moments of {n} channels were expected")
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip
-            at = location(node)
-            warnings.warn(
-                f"the moment rule of operator {name}{f' at {at}' if at else ''} failed "
-                f"({type(error).__name__}: {error}): the readers of its result keep the weights of "
-                "pruning without moments",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_unknown(node, "moment rule of {} failed", error)
             return None
         return found
 
@@ -171,8 +162,8 @@ class Propagation(Following[Moments | None]):
             return Moments(UNIT, torch.tensor([float(value)]).double(), torch.zeros(1, 1).double())
         if not isinstance(value, Node):
             return None
-        known = value in self.program.parameters or CONSTANT in value.meta
-        return _parameter(self, value, tree) if known else self.of(value)
+        held = is_held(self.program, value)
+        return _parameter(self, value, tree) if held else self.of(value)
 
     def size(self, tree: Tree) -> int:
         """Return the current length of an axis."""

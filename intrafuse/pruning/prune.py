@@ -85,7 +85,10 @@ def plan(
             remedy="call intrafuse.prune, which repairs batch norm",
         )
     method = asked.compression
-    graph, example_inputs = _traced(model, example_inputs, asked)
+    graph = example_inputs
+    if not isinstance(graph, ChannelGraph):
+        graph = trace(model, graph, include=asked.include or ())
+    example_inputs = graph.program.example_inputs
     groups = choose_groups(graph, asked.include, asked.exclude)
     weights = Weights.of(graph, model)
     before = measure(graph, graph.sizes, weights.counted())
@@ -147,8 +150,8 @@ def prune(
             remedy='pass data= (on the command line --data), or repair="synthetic"',
         )
     now = {"repair": None} if asked.repair in AFTER else {}
-    graph, example_inputs = _traced(model, example_inputs, asked)
-    made = plan(model, graph, Settings.of(asked, now), data=data, progress=progress)
+    made = plan(model, example_inputs, Settings.of(asked, now), data=data, progress=progress)
+    example_inputs = made.graph.program.example_inputs
     smaller = made.apply(model)
     proof = prove(model, smaller, made, example_inputs) if check else None
     timed = asked.wanted.kind == "latency"
@@ -172,16 +175,6 @@ def prune(
         unclear=made.graph.unclear(made.graph.resized(made.widths)),
     )
     return Pruned(smaller, made, report)
-
-
-def _traced(
-    model: nn.Module, given: ExampleInputs | ChannelGraph, asked: Settings
-) -> tuple[ChannelGraph, ExampleInputs]:
-    """Return the graph of a model, and the inputs that it was traced with."""
-    graph = given
-    if not isinstance(graph, ChannelGraph):
-        graph = trace(model, graph, include=asked.include or ())
-    return graph, graph.program.example_inputs
 
 
 def _choose(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch.utils._pytree import tree_flatten
 
 from intrafuse.graph.export import CONSTANT, as_arguments, evaluating, export_program
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.rules import location, operator_name
+from intrafuse.graph.rules import operator_name
 from intrafuse.graph.rules.registry import CHECKS
 from intrafuse.support.batches import fitting
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.watch import FIT
 from intrafuse.surgery.weights import Weights
-from intrafuse.sweep.following import Following
+from intrafuse.sweep.following import Following, is_held, warn_unknown
 from intrafuse.sweep.operators import Sizes, as_named, run_operator
 
 __all__ = ["Activations", "Batches"]
@@ -44,8 +43,7 @@ class Batches:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) -> None:
         program, nodes = graph.program, graph.program.nodes
-        entries = [n for n in nodes if n.op == "placeholder" and n not in program.parameters]
-        entries = [n for n in entries if CONSTANT not in n.meta]
+        entries = [n for n in nodes if n.op == "placeholder" and not is_held(program, n)]
         known = {_form(program.example_inputs)[1]: {node: node for node in nodes}}
         self.given: list[dict[Node, Any]] = []  # the inputs of each batch
         self.twins: list[dict[Node, Node]] = []  # each operator in a trace of such a batch
@@ -137,16 +135,9 @@ class Activations(Following[Values]):
                 return [self._run(node, i) for i in range(len(self.batches))]
         except IntrafuseError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError,
-                TypeError, ValueError) as error:  # fmt: skip
-            at = location(node)
-            warnings.warn(
-                f"the operator {operator_name(node)}{f' at {at}' if at else ''} cannot be run at "
-                f"other sizes ({type(error).__name__}: {error}): the readers of its result keep "
-                "the weights of pruning without moments",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
+            warn_unknown(node, "{} cannot be run at other sizes", error)
             return None
 
     def computed(self, node: Node) -> None:

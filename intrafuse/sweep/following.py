@@ -7,8 +7,9 @@ each operator is computed a few times instead of once for each group.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Generic, Self, TypeVar
 
@@ -18,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from intrafuse.graph.axes import UNIT, leaves
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.groups import ChannelGraph
-from intrafuse.graph.rules import operator_name
+from intrafuse.graph.program import Program
+from intrafuse.graph.rules import location, operator_name
 from intrafuse.surgery.weights import Weights
 
-__all__ = ["Following"]
+__all__ = ["Following", "is_held", "warn_unknown"]
 
 Value = TypeVar("Value")
 
@@ -45,7 +47,6 @@ class Following(ABC, Generic[Value]):
         self.weights = weights.snapshot()
         self.program = weights.graph.program
         self.pending, self.fixed = pending, fixed
-        self._holders = _holders(weights.graph, pending)
         self._settled: dict[Node, bool] = {}
         self._known: dict[Node, Value] = {}
         self._freed: set[Node] = set()  # known once, and needed no more
@@ -66,12 +67,25 @@ class Following(ABC, Generic[Value]):
 
         Tensors count as changed if they are other objects.
         """
-        return self._moved(weights)
+        other = self.renewed(weights)
+        self._dependents = self._dependents or _Dependents(self.weights.graph)
+        other._dependents = self._dependents
+        other._known, other._freed = dict(self._known), set(self._freed)
+        stack = self._dependents.of_change(self.weights, other.weights)
+        other._differing = set(stack)
+        while stack:  # the users of a result that was never known were not known either
+            node = stack.pop()
+            if node in other._known or node in other._freed:
+                other._known.pop(node, None)
+                other._freed.discard(node)
+                stack.extend(node.users)
+                other._differing.update(node.users)
+        return other
 
     def until(self, weights: Weights, pending: frozenset[str]) -> Self:
         """Return the same as `at`, when fewer groups are pending; free what they do not need."""
-        other = self._moved(weights)
-        other.pending, other._holders = pending, _holders(weights.graph, pending)
+        other = self.at(weights)
+        other.pending = pending
         if pending <= self.pending:  # what is settled stays so
             other._settled = {node: True for node, settled in self._settled.items() if settled}
         other.free([*other._known])
@@ -82,24 +96,16 @@ class Following(ABC, Generic[Value]):
 
         What their change does not reach is computed and kept here.
         """
-        other = self._moved(weights)
-        other._tried_from, other._holders = self, frozenset()  # it will not change
+        other = self.at(weights)
+        other._tried_from, other.pending = self, frozenset()  # it will not change
         return other
 
     def of(self, node: Node) -> Value:
         """Return the result of an operator."""
-        stack = [node]
-        while stack:  # no recursion: networks may be thousands of operators deep
-            top = stack[-1]
-            waiting = [n for n in self.sources(top) if n not in self._known]
-            if top not in self._known and waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            if top not in self._known:
-                self._known[top] = self._here_or_there(top)
-                self._freed.discard(top)
-                self.computed(top)
+        for top in _missing(node, self._known, self.sources):
+            self._known[top] = self._here_or_there(top)
+            self._freed.discard(top)
+            self.computed(top)
         return self._known[node]
 
     def computed(self, node: Node) -> None:
@@ -109,8 +115,7 @@ class Following(ABC, Generic[Value]):
         """List the operators whose results a node reads."""
         if node.op != "call_function":
             return []
-        known = self.program.parameters
-        return [n for n in node.all_input_nodes if n not in known and CONSTANT not in n.meta]
+        return [n for n in node.all_input_nodes if not is_held(self.program, n)]
 
     @cached_property
     def calls(self) -> dict[str, list[Node]]:
@@ -133,20 +138,21 @@ class Following(ABC, Generic[Value]):
 
     def _is_settled(self, node: Node) -> bool:
         """Tell whether an operator will not run again, because no pending group reaches it."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            sources = [] if self.fixed else self.sources(top)
-            waiting = [n for n in sources if n not in self._settled]
-            if top not in self._settled and waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            if top not in self._settled:
-                read = {self.program.parameters.get(n) for n in top.all_input_nodes}
-                own = self._holders.isdisjoint(read)
-                self._settled[top] = own and all(self._settled[n] for n in sources)
+
+        def before(top: Node) -> list[Node]:
+            return [] if self.fixed else self.sources(top)
+
+        for top in _missing(node, self._settled, before):
+            read = {self.program.parameters.get(n) for n in top.all_input_nodes}
+            own = self._holders.isdisjoint(read)
+            self._settled[top] = own and all(self._settled[n] for n in before(top))
         return self._settled[node]
+
+    @cached_property
+    def _holders(self) -> frozenset[str]:
+        """The parameters that hold channels of pending groups."""
+        groups = (self.weights.graph.by_name[name] for name in self.pending)
+        return frozenset(slot.parameter for group in groups for slot in group.slots)
 
     def _here_or_there(self, node: Node) -> Value:
         if self._tried_from is not None:
@@ -155,26 +161,48 @@ class Following(ABC, Generic[Value]):
             self._differing.add(node)
         return self.compute(node)
 
-    def _moved(self, weights: Weights) -> Self:
-        other = self.renewed(weights)
-        self._dependents = self._dependents or _Dependents(self.weights.graph)
-        other._dependents = self._dependents
-        other._known, other._freed = dict(self._known), set(self._freed)
-        stack = self._dependents.of_change(self.weights, other.weights)
-        other._differing = set(stack)
-        while stack:  # the users of a result that was never known were not known either
-            node = stack.pop()
-            if node in other._known or node in other._freed:
-                other._known.pop(node, None)
-                other._freed.discard(node)
-                stack.extend(node.users)
-                other._differing.update(node.users)
-        return other
+
+def is_held(program: Program, node: Node) -> bool:
+    """Tell whether a node stands for a parameter, a buffer or a constant."""
+    return node in program.parameters or CONSTANT in node.meta
 
 
-def _holders(graph: ChannelGraph, pending: frozenset[str]) -> frozenset[str]:
-    """Name the parameters that hold channels of pending groups."""
-    return frozenset(slot.parameter for name in pending for slot in graph.by_name[name].slots)
+def warn_unknown(node: Node, what: str, error: Exception) -> None:
+    """Warn that a result stays unknown because of an error, which does not stop pruning.
+
+    Args:
+        node: the operator.
+        what: says what failed; `{}` stands for the operator and its line.
+        error: the error.
+    """
+    at = location(node)
+    where = f"operator {operator_name(node)}{f' at {at}' if at else ''}"
+    warnings.warn(
+        f"the {what.format(where)} ({type(error).__name__}: {error}): the readers of its result "
+        "keep the weights of pruning without moments",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _missing(
+    node: Node, known: Container[Node], sources: Callable[[Node], list[Node]]
+) -> Iterator[Node]:
+    """List a node and what it needs that is not known, each after its sources.
+
+    The caller makes each known before it takes the next. No recursion: networks may be thousands
+    of operators deep.
+    """
+    stack = [node]
+    while stack:
+        top = stack[-1]
+        waiting = [] if top in known else [n for n in sources(top) if n not in known]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        stack.pop()
+        if top not in known:
+            yield top
 
 
 class _Dependents:

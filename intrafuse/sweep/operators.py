@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.program import Program
-from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules import arguments, entering, operator_name
 from intrafuse.graph.rules.registry import SPLITS
 from intrafuse.graph.rules.shape import slice_range
 
@@ -87,11 +87,7 @@ RESIZED: dict[str, Change] = {}
 
 
 def _register(*operators: str) -> Callable[[Change], Change]:
-    def enter(change: Change) -> Change:
-        RESIZED.update(dict.fromkeys(operators, change))
-        return change
-
-    return enter
+    return entering(RESIZED, operators, "change of sizes")
 
 
 @_register("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "zeros", "ones", "full",

@@ -112,17 +112,20 @@ def test_what_a_group_may_still_change_is_held():
     assert not {*relus} & {*settled._known}
 
 
+class Between(nn.Module):
+    """A function between two linear layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.function, self.b = nn.Linear(4, 6), function, nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x)))
+
+
 def test_operators_that_change_their_input_leave_earlier_results():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x):
-            h = self.a(x)
-            return self.b(h.sigmoid().add_(1.0).mul_(h))
-
-    model, x = randomise(Net(), 0), torch.randn(3, 4, dtype=torch.double)
+    model = randomise(Between(lambda h: h.sigmoid().add_(1.0).mul_(h)), 0)
+    x = torch.randn(3, 4, dtype=torch.double)
     graph = trace(model, x)
     activations = Activations(Weights.of(graph, model), Batches(model, graph, [x]))
     assert torch.equal(activations.of(last(graph))[0], model(x))
@@ -130,16 +133,7 @@ def test_operators_that_change_their_input_leave_earlier_results():
 
 
 def test_data_that_take_another_way_through_the_code_are_refused():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x):
-            h = self.a(x)
-            return self.b(h.relu() if len(x) > 2 else h.tanh())
-
-    model = Net()
+    model = Between(lambda h: h.relu() if len(h) > 2 else h.tanh())
     graph = trace(model, torch.zeros(2, 4))
     with pytest.raises(IntrafuseError, match=r"other operators on batch 2 .*Remedy: .*same form"):
         Batches(model, graph, [torch.zeros(2, 4), torch.zeros(3, 4)])
