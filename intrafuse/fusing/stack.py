@@ -96,10 +96,10 @@ def shrink(
     before = measure(graph, graph.sizes, weights.counted())
     context = Context(weights, weights.snapshot(), model, example_inputs, data, seed)
     scores = {group.name: score(group, context, "l2") for group in graph.groups}
-    maps = merge_groups(method, graph.groups, scores, widths, context)
+    maps, solved = merge_groups(method, graph.groups, scores, widths, context)
     after = measure(graph, weights.sizes, weights.counted())
     settings = {"method": {"name": method.name}, "seed": seed}
-    return Plan(graph, maps, False, settings, before, after)
+    return Plan(graph, maps, False, settings, before, after, solved=solved)
 
 
 def _written(graph: ChannelGraph) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +56,14 @@ class Method(ABC):
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
         """Return the map that reduces a group with scores (n,) to `width` channels."""
+
+    def solved(self, maps: Sequence[MergeMap], context: Context) -> dict[str, Tensor]:
+        """Return tensors that replace those of the network after all maps, by name.
+
+        It is called once, when all groups of `context.weights` are merged. Most methods replace
+        none.
+        """
+        return {}
 
     def as_data(self) -> dict[str, Any]:
         """Return the name and the settings as JSON data."""

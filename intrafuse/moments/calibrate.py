@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from intrafuse.graph.blocks import positions
-from intrafuse.graph.groups import ChannelGroup, Slot
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
 from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
+from intrafuse.moments.solve import solve_layers
 from intrafuse.support.batches import batches
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
+from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.activations import Activations, Batches
 
@@ -43,6 +45,7 @@ class Calibration:
     def __init__(self, model: nn.Module, data: Iterable | None) -> None:
         self.model = model
         self.inputs = [x for x, _ in batches(data, model, purpose="calibration", limit=BATCHES)]
+        self._batches: Batches | None = None
         self._networks: tuple[Activations, Activations] | None = None
 
     def readings(
@@ -54,6 +57,7 @@ class Calibration:
         places: bool = False,
         merged: Weights | None = None,
         pending: frozenset[str] | None = None,
+        without: Container[str] = (),
     ) -> dict[str, Reading]:
         """Measure the inputs of each reader of a group, in the original and as pruned so far.
 
@@ -66,6 +70,7 @@ class Calibration:
                 few, so off-diagonal covariance is multiplied by n / (n + 2 p) for n samples of p
                 places.
             merged: the tensors as merged so far, if `weights` are only tried.
+            without: the weights of readers to leave out.
 
         Returns:
             Readings by the name of the reader's weight: `old` of the original network (n channels),
@@ -79,7 +84,7 @@ class Calibration:
             now = now.trying(weights)
         measured = {}
         for slot in weights.present(group.readers):
-            nodes = now.calls.get(slot.parameter, [])
+            nodes = [] if slot.parameter in without else now.calls.get(slot.parameter, [])
             own = place_taps(group, slot, weights) if places else None
             if slot.parameter not in weights.graph.layers or not nodes or (places and own is None):
                 continue
@@ -153,12 +158,30 @@ class Calibration:
         graph = merged.graph
         pending = frozenset(graph.by_name) if pending is None else pending
         if self._networks is None:
-            data = Batches(self.model, graph, self.inputs)
+            data = self._read(graph)
             original = Activations(Weights.of(graph, self.model), data, pending, fixed=True)
             self._networks = original, Activations(merged, data, pending)
         was, now = self._networks
         self._networks = was.until(was.weights, pending), now.until(merged, pending)
         return self._networks
+
+    def solved(
+        self, original: Weights, merged: Weights, maps: Sequence[MergeMap], max_gain: float
+    ) -> dict[str, Tensor]:
+        """Solve the layers of a merged network for the outputs of the original one.
+
+        Args:
+            original: the tensors before any merge, with batch norm folded as in the merged ones.
+            merged: the tensors after all maps.
+            maps, max_gain: see `intrafuse.moments.solve.solve_layers`.
+        """
+        data = self._read(merged.graph)
+        before = Activations(original, data, fixed=True)
+        return solve_layers(before, Activations(merged, data), maps, max_gain=max_gain)
+
+    def _read(self, graph: ChannelGraph) -> Batches:
+        self._batches = self._batches or Batches(self.model, graph, self.inputs)
+        return self._batches
 
     def _lines(self, x: Tensor, axis: int) -> Tensor:
         """Draw positions of a layer's input: (samples, channels), float32."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from intrafuse.graph.groups import ChannelGroup
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.moments.calibrate import Calibration
 from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import Reading, Written, reader_taps, readings, written
 from intrafuse.moments.readout import beside
+from intrafuse.moments.solve import solvable
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
@@ -57,18 +59,35 @@ class MomentSource:
                 raise IntrafuseError(f"{setting} must be {rule}", value=value, usage=True)
 
     def readings(
-        self, group: ChannelGroup, weights: Weights, context: Context, *, places: bool = False
-    ) -> dict[str, Reading]:
+        self, group: ChannelGroup, weights: Weights, context: Context, *, places: bool = False,
+        without: Container[str] = (),
+    ) -> dict[str, Reading]:  # fmt: skip
         """Return the moments of a group's channels as each reader sees them, by its weight's name.
 
         With `places` each place of a channel on the reader's axis is treated as a separate channel.
+        Measured moments leave the readers in `without` out.
         """
         if self.source == "analytic":
             return readings(group, self._propagation(weights, context), places=places)
         merged, pending = context.weights, context.pending
         return self._measured(context).readings(
-            group, weights, length=self.length, places=places, merged=merged, pending=pending
+            group, weights, length=self.length, places=places, merged=merged, pending=pending,
+            without=without,
+        )  # fmt: skip
+
+    def solved(self, maps: Sequence[MergeMap], context: Context) -> dict[str, Tensor]:
+        """Solve the layers on data, after all groups are merged (`intrafuse.moments.solve`)."""
+        if self.source == "analytic" or not maps:
+            return {}
+        return self._measured(context).solved(
+            context.original, context.weights, maps, self.max_gain
         )
+
+    def solves_later(self, graph: ChannelGraph) -> frozenset[str]:
+        """Return the weights of the layers that `solved` will solve."""
+        if self.source == "analytic":
+            return frozenset()
+        return frozenset(layer.weight for layer in solvable(graph).values())
 
     def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
         """Return mean and covariance of the outputs of linear maps; None where unknown."""
@@ -99,13 +118,14 @@ class MomentSource:
         return context.cache[self.source]
 
     def readings_beside(
-        self, group: ChannelGroup, maps: Sequence[MergeMap], context: Context
-    ) -> list[dict[str, Reading]]:
+        self, group: ChannelGroup, maps: Sequence[MergeMap], context: Context,
+        without: Container[str] = (),
+    ) -> list[dict[str, Reading]]:  # fmt: skip
         """Return readings of a group's old and new channels, for each of several maps."""
         n = context.weights.sizes[group.id]
         both = context.weights.snapshot()
         both.merge(beside(group.name, n, maps))
-        known = self.readings(group, both, context)
+        known = self.readings(group, both, context, without=without)
         slots = {slot.parameter: slot for slot in group.readers}
         for name, reading in known.items():
             taps, _, _ = reader_taps(group, slots[name], context.weights, self.length)

@@ -25,7 +25,7 @@ def merge_groups(
     context: Context,
     *,
     repair: Literal["analytic"] | None = None,
-) -> tuple[MergeMap, ...]:
+) -> tuple[tuple[MergeMap, ...], dict[str, Tensor]]:
     """Reduce groups to given widths, in the order that the method wants.
 
     Channels that may not be combined (`ChannelGroup.chosen`: heads, the width of queries and keys)
@@ -44,7 +44,8 @@ def merge_groups(
         repair: `analytic` adds gains and shifts to every map, from analytic moments.
 
     Returns:
-        The maps in the order in which they were applied.
+        The maps in the order in which they were applied, and the tensors that the method replaced
+        after them.
 
     Raises:
         IntrafuseError: the method returned a map for another group, size or width.
@@ -73,4 +74,6 @@ def merge_groups(
         maps.append(merge_map)
         if context.progress is not None:
             context.progress(done + 1, len(shrinking))
-    return tuple(maps)
+    solved = method.solved(maps, context)
+    context.weights.put(solved)
+    return tuple(maps), solved

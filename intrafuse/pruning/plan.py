@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Plan:
         settings: method, importance, budget and seed, as JSON data.
         before, after: channels, parameters and MACs of the network.
         seconds: planning time.
+        solved: tensors that replace those of the network after all maps: layers that the method
+            solved on data.
     """
 
     graph: ChannelGraph
@@ -63,6 +65,7 @@ class Plan:
     before: Figures
     after: Figures
     seconds: float = 0.0
+    solved: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def widths(self) -> dict[str, int]:
@@ -95,6 +98,7 @@ class Plan:
                 fold_norms(weights)
             for merge_map in self.maps:
                 weights.merge(merge_map.check())
+            weights.put(self.solved)
             self._require_places(model, weights)
         except IntrafuseError:
             raise

@@ -99,11 +99,11 @@ def plan(
     )
     scores = {group.name: score(group, context, asked.importance) for group in groups}
     widths, predicted = _choose(asked, groups, scores, context, before)
-    maps = merge_groups(method, groups, scores, widths, context, repair=asked.repair)
+    maps, solved = merge_groups(method, groups, scores, widths, context, repair=asked.repair)
     after = measure(graph, weights.sizes, weights.counted()) if maps else before
     fold = method.folds_batchnorm and bool(maps)
     described = {**_describe(asked), "latency": predicted}
-    return Plan(graph, maps, fold, described, before, after, time.perf_counter() - started)
+    return Plan(graph, maps, fold, described, before, after, time.perf_counter() - started, solved)
 
 
 @takes_settings

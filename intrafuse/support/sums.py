@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["Sums"]
@@ -38,23 +37,25 @@ class Sums:
         self._second: list[Tensor] = []
 
     def add(self, *parts: Tensor) -> None:
-        """Add samples, whose parts are (samples, n), (samples, m) and so on."""
+        """Add samples, whose parts are (..., samples, n), (..., samples, m) and so on."""
         self.additions += 1
-        if not len(parts[0]):
+        if not parts[0].shape[-2]:
             return
-        self.count += len(parts[0])
-        self._origin = self._origin or [part.mean(0) for part in parts]
-        apart = [part - origin for part, origin in zip(parts, self._origin, strict=True)]
-        first = [part.sum(0) for part in apart]
+        self.count += parts[0].shape[-2]
+        self._origin = self._origin or [part.mean(-2) for part in parts]
+        apart = [
+            part - origin[..., None, :] for part, origin in zip(parts, self._origin, strict=True)
+        ]
+        first = [part.sum(-2) for part in apart]
         if self._pairs:
-            second = [apart[i].T @ apart[j] for i, j in self._pairs]
+            second = [apart[i].mT @ apart[j] for i, j in self._pairs]
         else:
-            second = [part.square().sum(0) for part in apart]
+            second = [part.square().sum(-2) for part in apart]
         self._first = _added(self._first, first)
         self._second = _added(self._second, second)
 
     def mean(self, part: int = 0) -> Tensor:
-        """Return the mean (n,) of a part, float64."""
+        """Return the mean (..., n) of a part, float64."""
         return self._first[part] / self.count + self._origin[part].double().cpu()
 
     def variance(self, part: int = 0) -> Tensor:
@@ -63,9 +64,10 @@ class Sums:
         return (self._second[part] / self.count - mean.square()).clamp_min(0)
 
     def covariance(self, first: int, second: int) -> Tensor:
-        """Return the covariance (n, m) of a pair of parts, float64."""
-        means = [self._first[part] / self.count for part in (first, second)]
-        return self._second[self._pairs.index((first, second))] / self.count - torch.outer(*means)
+        """Return the covariance (..., n, m) of a pair of parts, float64."""
+        x, y = (self._first[part] / self.count for part in (first, second))
+        whole = self._second[self._pairs.index((first, second))] / self.count
+        return whole - x[..., :, None] * y[..., None, :]
 
 
 def _added(totals: list[Tensor], terms: list[Tensor]) -> list[Tensor]:

@@ -52,7 +52,7 @@ def check_code(
     if original is not None:
 
         def works(maps: list[MergeMap]) -> bool:
-            some = replace(plan, maps=tuple(maps))
+            some = replace(plan, maps=tuple(maps), solved={})
             return _fault(some.apply(original), some, example_inputs) is None
 
         guilty = culprits(plan.maps, works)

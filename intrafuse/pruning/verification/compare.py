@@ -108,7 +108,10 @@ def disagreement(
 
     def agrees(maps: list[MergeMap]) -> bool:
         try:
-            return compare(model, replace(plan, maps=tuple(maps)), inputs).relative <= tolerance
+            return (
+                compare(model, replace(plan, maps=tuple(maps), solved={}), inputs).relative
+                <= tolerance
+            )
         except IntrafuseError:  # one of the networks cannot run
             return False
 

@@ -1,0 +1,352 @@
+"""Solve each layer for the original's outputs, from what the pruned network really feeds it.
+
+Letters, for a layer, or for one group of a grouped convolution:
+
+    h, h'  (n,), (m,)  channels that it reads in the original and in the pruned network
+    x      (d,)        patch of h' that its kernel covers, m channels times taps
+    y      (outputs,)  wanted outputs: those of the original, merged as the plan merges them
+    V      (outputs, n, taps)  the original weight, its outputs merged likewise
+
+    W0 = V Q,  Q = Cov(h, h') (Cov(h', h') + ridge)^-1       reads the old channels from the new
+    W  = W0 + (Cov(y, x) - W0 Cov(x, x)) (Cov(x, x) + ridge)^-1      corrects the whole kernel
+
+Ridges are in units of the mean variance. A quarter of the samples is held out to choose among
+them, and between W0 and the weight that the plan has merged; then all samples solve. So a kernel
+with more entries than there are samples keeps what the channels tell. Errors of earlier layers are
+corrected where they arise instead of adding up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from intrafuse.graph.groups import ChannelGraph, Layer
+from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.taps import as_taps
+from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.sums import Sums
+from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.merged import merged_output
+from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.activations import Activations, Batches
+from intrafuse.sweep.patches import drawn, is_plain, lines, patches
+
+__all__ = ["solvable", "solve_layers"]
+
+PAIRS = (0, 0), (1, 1), (0, 1)  # covariances to sum: 0 is what is wanted, 1 what is read
+SAMPLES = 16_384  # most positions of each layer to draw, over all batches
+READING = (1e-3, 1e-2, 1e-1)  # ridges of Q
+KERNELS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # ridges of W, from the strongest
+HELD = 4  # one sample in so many is held out
+
+
+def solvable(graph: ChannelGraph) -> dict[Node, Layer]:
+    """Return the layers that can be solved, in order of execution.
+
+    Each weight is used once. Transposed convolutions must not be grouped.
+    """
+    program = graph.program
+    uses = Counter(
+        program.parameters.get(source)
+        for node in program.nodes
+        if node.op == "call_function"
+        for source in node.all_input_nodes
+    )
+    found: dict[Node, Layer] = {}
+    for node in program.nodes:
+        if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
+            layer = graph.layers.get(program.parameter(node.args[1]))
+            if layer is None or uses[layer.weight] != 1:
+                continue
+            plain = is_plain(node)
+            straight = (layer.output_axis, layer.input_axis) == ((0, 1) if plain else (1, 0))
+            if straight and (plain or arguments(node)["groups"] == 1):
+                found[node] = layer
+    return found
+
+
+def solve_layers(
+    original: Activations, pruned: Activations, maps: Sequence[MergeMap], *, max_gain: float = 3.0
+) -> dict[str, Tensor]:
+    """Solve every layer whose inputs pruning has changed, from input to output.
+
+    Args:
+        original: the network before pruning, with batch norm folded as in the pruned one.
+        pruned: the network after all maps, on the same data.
+        maps: the maps, in the order of application.
+        max_gain: largest gain that restores the deviation of an output, which a regression
+            shrinks; 0 gives gains of one.
+
+    Returns:
+        New weights and biases by name.
+
+    Raises:
+        IntrafuseError: an activation is not finite.
+    """
+    weights = pruned.weights.snapshot()
+    solved: dict[str, Tensor] = {}
+    for node, layer in solvable(weights.graph).items():
+        pruned = pruned.at(weights)
+        old = original.of(node.all_input_nodes[0])  # before the next line frees it
+        wanted, new = original.of(node), pruned.of(node.all_input_nodes[0])
+        if old is None or wanted is None or new is None or _equal(old, new):
+            continue
+        task = _Task(layer, original.weights, weights, maps)
+        samples = _Samples(task, pruned.batches, node)
+        for batch in zip(old, wanted, new, strict=True):
+            samples.add(*batch)
+        if is_plain(node):
+            found = _solved(task, samples, max_gain)
+        else:
+            weights.put(_read_back(task, samples))
+            got = pruned.at(weights).of(node)
+            found = _matched(task, zip(wanted, got, strict=True), max_gain) if got else {}
+        weights.put(found)
+        solved |= found
+    return solved
+
+
+def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    pairs = zip(old, new, strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A layer of the original network and of the one that the maps have merged."""
+
+    layer: Layer
+    original: Weights
+    pruned: Weights
+    maps: Sequence[MergeMap]
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight (outputs, channels of a group, kernel...)."""
+        return self.pruned.state[self.layer.weight]
+
+    def merged(self, outputs: Tensor, axis: int) -> Tensor:
+        """Merge outputs of the original along an axis as the plan merges those of the layer."""
+        graph, name = self.original.graph, self.layer.weight
+        tree = graph.axes[name][self.layer.output_axis]
+        return merged_output(graph, self.maps, tree, name, outputs.double(), axis)
+
+    def rows(self) -> Tensor:
+        """Return V (outputs, n, taps), float64."""
+        weight = self.original.state[self.layer.weight].cpu().double()
+        axes = self.layer.output_axis, self.layer.input_axis
+        shift = self.merged(torch.zeros_like(weight), axes[0])
+        return as_taps(self.merged(weight, axes[0]) - shift, *axes)
+
+
+class _Samples:
+    """Moments of what a layer reads and writes, of the samples to solve with and those held out.
+
+    Attributes:
+        groups: of the convolution.
+        patches: (solving, held out) sums of wanted outputs and patches, by group; none for a
+            transposed convolution.
+        channels: (solving, held out) sums of old and new channels; none for several groups.
+    """
+
+    def __init__(self, task: _Task, batches: Batches, node: Node) -> None:
+        self.task, self.node, self.batches = task, node, batches
+        self.patches, self.channels = ((Sums(*PAIRS), Sums(*PAIRS)) for _ in "ab")
+        self.groups = 1
+        self._seen = 0
+
+    def add(self, old: Tensor, wanted: Tensor, new: Tensor) -> None:
+        """Add a batch of old inputs, the original's outputs and new inputs."""
+        weight, most = self.task.weight, SAMPLES // len(self.batches)
+        axis = 1 - weight.dim()
+        if is_plain(self.node):
+            at = drawn(_without(wanted.shape, axis), most)
+            twin = self.batches.twins[self._seen][self.node]
+            x = patches(twin, new, weight.shape[2:], at)
+            self.groups = x.shape[1] // weight.shape[1]
+            y = self.task.merged(lines(wanted, axis, at), 1).to(x)
+            by_group = (part.flatten(1).unflatten(1, (self.groups, -1)) for part in (y, x))
+            self._split(self.patches, *(part.movedim(1, 0) for part in by_group))
+        if self.groups == 1:
+            at = drawn(_without(new.shape, axis), most)
+            self._split(self.channels, *(lines(part, axis, at)[None] for part in (old, new)))
+        self._seen += 1
+
+    def _split(self, sums: tuple[Sums, Sums], *parts: Tensor) -> None:
+        """Hold out the last samples of a batch; if it has too few, all of some batches."""
+        count = parts[0].shape[1]
+        few = 0 if self._seen % HELD == HELD - 1 else count
+        cut = count - count // HELD if count >= HELD else few
+        sums[0].add(*(part[:, :cut] for part in parts))
+        sums[1].add(*(part[:, cut:] for part in parts))
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    sizes = [*shape]
+    del sizes[axis]
+    return sizes
+
+
+def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor]:
+    """Solve a layer for its wanted outputs; return its weight and bias by name."""
+    layer, weight = task.layer, task.weight
+    fits = _Fits.of(samples.patches, layer)
+    whole = fits.whole
+    best = weight.cpu().double().reshape(samples.groups, -1, whole.xx.shape[-1])
+    if fits.held is not None:
+        channels = _Fits.of(samples.channels, layer) if samples.groups == 1 else None
+        best = _corrected(fits, _starts(best, task, channels, fits.held))
+    best = best * _gain(whole.yy, ((best @ whole.xx) * best).sum(-1), max_gain)[..., None]
+    found = {layer.weight: best.reshape(weight.shape).to(weight)}
+    if layer.bias is not None:
+        found[layer.bias] = (whole.y - (best @ whole.x[..., None])[..., 0]).flatten().to(weight)
+    return found
+
+
+def _starts(
+    merged: Tensor, task: _Task, channels: _Fits | None, held: _Regression
+) -> tuple[Tensor, Tensor]:
+    """Choose W0 by the samples held out; return it as the others and as all samples tell it."""
+    pairs, rows = [(merged, merged)], task.rows() if channels else None
+    for ridge in READING:
+        if channels is not None and rows is not None:
+            told = (_decoded(rows, part, ridge) for part in (channels.solving, channels.whole))
+            pairs.append((*told,))
+    return min(pairs, key=lambda pair: held.error(pair[0]))
+
+
+def _decoded(rows: Tensor, channels: _Regression, ridge: float) -> Tensor:
+    """Return W0 = V Q, (1, outputs, d)."""
+    reading = channels.solved(torch.zeros_like(channels.yx), ridge)[0]
+    return torch.einsum("oit,ij->ojt", rows, reading).reshape(1, len(rows), -1)
+
+
+def _corrected(fits: _Fits, starts: tuple[Tensor, Tensor]) -> Tensor:
+    """Correct the whole kernel, by the ridge with the smallest error of the samples held out."""
+    start, whole = starts
+    assert fits.held is not None
+    least, best = fits.held.error(start), 0.0
+    for ridge in KERNELS:
+        error = fits.held.error(fits.solving.solved(start, ridge))
+        if error >= least:
+            break
+        least, best = error, ridge
+    return fits.whole.solved(whole, best) if best else whole
+
+
+def _gain(wanted: Tensor, got: Tensor, most: float) -> Tensor:
+    """Return the gain that restores the variance of outputs; one if `most` is zero."""
+    gain = (wanted / got.clamp_min(1e-300)).sqrt().clamp_max(most)
+    return torch.where((got > 1e-12 * wanted) & (gain > 0), gain, 1.0)
+
+
+def _read_back(task: _Task, samples: _Samples) -> dict[str, Tensor]:
+    """Let a transposed convolution read the old channels from the new ones."""
+    channels = _Fits.of(samples.channels, task.layer)
+    ridge = READING[0]
+    if channels.held is not None:
+        nothing, held = torch.zeros_like(channels.solving.yx), channels.held
+        ridge = min(READING, key=lambda r: held.error(channels.solving.solved(nothing, r)))
+    decoded = _decoded(task.rows(), channels.whole, ridge)[0]
+    weight = task.weight
+    ordered = decoded.reshape(weight.shape[1], len(weight), *weight.shape[2:]).transpose(0, 1)
+    return {task.layer.weight: ordered.to(weight).contiguous()}
+
+
+def _matched(
+    task: _Task, outputs: Iterable[tuple[Tensor, Tensor]], max_gain: float
+) -> dict[str, Tensor]:
+    """Match mean and deviation of measured outputs to the wanted ones."""
+    layer, axis, sums = task.layer, 1 - task.weight.dim(), Sums()
+    for wanted, got in outputs:
+        ours = got.movedim(axis, -1).flatten(0, -2).float()
+        theirs = task.merged(wanted, axis).movedim(axis, -1).flatten(0, -2).to(ours)
+        sums.add(theirs, ours)
+    gain = _gain(sums.variance(0), sums.variance(1), max_gain)
+    shift = sums.mean(0) - gain * sums.mean(1)
+    changed = task.pruned.snapshot()
+    changed.rescale(layer.weight, gain, None if layer.bias is None else shift)
+    names = (layer.weight, layer.bias)
+    return {name: changed.state[name] for name in names if name in changed.state}
+
+
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """Moments of the samples to solve with, of those held out, and of all.
+
+    `held` is None if there are too few.
+    """
+
+    solving: _Regression
+    held: _Regression | None
+    whole: _Regression
+
+    @classmethod
+    def of(cls, sums: Sequence[Sums], layer: Layer) -> _Fits:
+        """Take the moments from sums; refuse values that are not finite."""
+        known = [_Regression.of(s, about_zero=layer.bias is None) for s in sums if s.count]
+        if not all(part.xx.isfinite().all() and part.yx.isfinite().all() for part in known):
+            raise IntrafuseError("activations must be finite on the data", layer=layer.name)
+        if len(known) == 1:
+            return cls(known[0], None, known[0])
+        solving, held = known
+        return cls(solving, held, solving.joined(held))
+
+
+@dataclass(frozen=True, eq=False)
+class _Regression:
+    """Moments of samples x (groups, d) and y (groups, outputs), in float64."""
+
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yx: Tensor
+    yy: Tensor  # variances only
+
+    @classmethod
+    def of(cls, sums: Sums, *, about_zero: bool) -> _Regression:
+        """Take the moments of y and x from sums, about zero if a layer cannot hold a bias."""
+        yy = sums.covariance(0, 0).diagonal(dim1=-2, dim2=-1)
+        xx, yx, x, y = sums.covariance(1, 1), sums.covariance(0, 1), sums.mean(1), sums.mean(0)
+        if about_zero:
+            xx, yx, yy = xx + _outer(x, x), yx + _outer(y, x), yy + y.square()
+            x, y = torch.zeros_like(x), torch.zeros_like(y)
+        return cls(sums.count, x, y, xx, yx, yy)
+
+    def joined(self, other: _Regression) -> _Regression:
+        """Return the moments of both sets of samples."""
+        count = self.count + other.count
+        a, b = self.count / count, other.count / count
+        x, y = self.x - other.x, self.y - other.y
+        return _Regression(
+            count,
+            a * self.x + b * other.x,
+            a * self.y + b * other.y,
+            a * self.xx + b * other.xx + a * b * _outer(x, x),
+            a * self.yx + b * other.yx + a * b * _outer(y, x),
+            a * self.yy + b * other.yy + a * b * y.square(),
+        )
+
+    def error(self, weight: Tensor) -> float:
+        """Return the mean error of W (groups, outputs, d), in units of the outputs' variance."""
+        error = ((weight @ self.xx - 2 * self.yx) * weight).sum(-1) + self.yy
+        known = self.yy > 1e-12 * self.yy.max()
+        return float((error / self.yy.clamp_min(1e-300))[known].mean()) if known.any() else 0.0
+
+    def solved(self, start: Tensor, ridge: float) -> Tensor:
+        """Return the weight that predicts y from x, shrunk to a start (groups, outputs, d)."""
+        level = ridge * self.xx.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-300
+        eye = torch.eye(self.xx.shape[-1], dtype=self.xx.dtype)
+        root = torch.linalg.cholesky(self.xx + level[:, None, None] * eye)
+        return start + torch.cholesky_solve((self.yx - start @ self.xx).mT, root).mT
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x[..., :, None] * y[..., None, :]
