@@ -223,21 +223,22 @@ def _starts(
 
 def _decoded(rows: Tensor, channels: _Regression, ridge: float) -> Tensor:
     """Return W0 = V Q, (1, outputs, d)."""
-    reading = channels.solved(torch.zeros_like(channels.yx), ridge)[0]
+    reading = channels.step(channels.yx, ridge)[0].to(rows)
     return torch.einsum("oit,ij->ojt", rows, reading).reshape(1, len(rows), -1)
 
 
 def _corrected(fits: _Fits, starts: tuple[Tensor, Tensor]) -> Tensor:
     """Correct the whole kernel, by the ridge with the smallest error of the samples held out."""
-    start, whole = starts
     assert fits.held is not None
-    least, best = fits.held.error(start), 0.0
+    start, whole = starts
+    solving, held, start = fits.solving.single(), fits.held.single(), start.float()
+    least, best, left = held.error(start), 0.0, solving.left(start)
     for ridge in KERNELS:
-        error = fits.held.error(fits.solving.solved(start, ridge))
+        error = held.error(start + solving.step(left, ridge))
         if error >= least:
             break
         least, best = error, ridge
-    return fits.whole.solved(whole, best) if best else whole
+    return whole + fits.whole.step(fits.whole.left(whole), best) if best else whole
 
 
 def _gain(wanted: Tensor, got: Tensor, most: float) -> Tensor:
@@ -251,8 +252,8 @@ def _read_back(task: _Task, samples: _Samples) -> dict[str, Tensor]:
     channels = _Fits.of(samples.channels, task.layer)
     ridge = READING[0]
     if channels.held is not None:
-        nothing, held = torch.zeros_like(channels.solving.yx), channels.held
-        ridge = min(READING, key=lambda r: held.error(channels.solving.solved(nothing, r)))
+        held, solving = channels.held, channels.solving
+        ridge = min(READING, key=lambda r: held.error(solving.step(solving.yx, r)))
     decoded = _decoded(task.rows(), channels.whole, ridge)[0]
     weight = task.weight
     ordered = decoded.reshape(weight.shape[1], len(weight), *weight.shape[2:]).transpose(0, 1)
@@ -338,14 +339,28 @@ class _Regression:
         """Return the mean error of W (groups, outputs, d), in units of the outputs' variance."""
         error = ((weight @ self.xx - 2 * self.yx) * weight).sum(-1) + self.yy
         known = self.yy > 1e-12 * self.yy.max()
-        return float((error / self.yy.clamp_min(1e-300))[known].mean()) if known.any() else 0.0
+        return (
+            float((error / self.yy.clamp_min(torch.finfo(self.yy.dtype).tiny))[known].mean())
+            if known.any()
+            else 0.0
+        )
 
-    def solved(self, start: Tensor, ridge: float) -> Tensor:
-        """Return the weight that predicts y from x, shrunk to a start (groups, outputs, d)."""
-        level = ridge * self.xx.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-300
-        eye = torch.eye(self.xx.shape[-1], dtype=self.xx.dtype)
-        root = torch.linalg.cholesky(self.xx + level[:, None, None] * eye)
-        return start + torch.cholesky_solve((self.yx - start @ self.xx).mT, root).mT
+    def single(self) -> _Regression:
+        """Return the same in float32, which is enough to choose by."""
+        parts = (self.x, self.y, self.xx, self.yx, self.yy)
+        return _Regression(self.count, *(part.float() for part in parts))
+
+    def left(self, weight: Tensor) -> Tensor:
+        """Return the covariance (groups, outputs, d) with x that W leaves unexplained."""
+        return self.yx - weight @ self.xx
+
+    def step(self, left: Tensor, ridge: float) -> Tensor:
+        """Return the correction (groups, outputs, d) of a weight that leaves this unexplained."""
+        own = self.xx.diagonal(dim1=-2, dim2=-1)
+        ridged = self.xx.clone()
+        tiny = torch.finfo(own.dtype).tiny
+        ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * own.mean(-1, keepdim=True) + tiny)
+        return torch.cholesky_solve(left.mT, torch.linalg.cholesky(ridged)).mT
 
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:

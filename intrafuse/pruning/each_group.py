@@ -10,6 +10,7 @@ from torch import Tensor
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.methods import Method, Select
 from intrafuse.pruning.repair import analytic_repair
+from intrafuse.pruning.solved import Solved
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
@@ -25,7 +26,7 @@ def merge_groups(
     context: Context,
     *,
     repair: Literal["analytic"] | None = None,
-) -> tuple[tuple[MergeMap, ...], dict[str, Tensor]]:
+) -> tuple[tuple[MergeMap, ...], Solved]:
     """Reduce groups to given widths, in the order that the method wants.
 
     Channels that may not be combined (`ChannelGroup.chosen`: heads, the width of queries and keys)
@@ -44,8 +45,8 @@ def merge_groups(
         repair: `analytic` adds gains and shifts to every map, from analytic moments.
 
     Returns:
-        The maps in the order in which they were applied, and the tensors that the method replaced
-        after them.
+        The maps in the order in which they were applied, and the layers that were solved after
+        them.
 
     Raises:
         IntrafuseError: the method returned a map for another group, size or width.
@@ -74,6 +75,6 @@ def merge_groups(
         maps.append(merge_map)
         if context.progress is not None:
             context.progress(done + 1, len(shrinking))
-    solved = method.solved(maps, context)
-    context.weights.put(solved)
+    solved = Solved.of(method.solved(maps, context), context.weights)
+    solved.put(context.weights)
     return tuple(maps), solved

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from intrafuse.allocation.budget import KINDS, Figures
 from intrafuse.graph.export import ExampleInputs
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.serial import GraphData, graph_from_data, graph_to_data
+from intrafuse.pruning.solved import Solved
 from intrafuse.pruning.verification.proof import check as prove
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
@@ -33,7 +34,9 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["MergeMap", "Plan"]
 
-FORMAT = 1
+FORMAT = 2
+BEFORE_SOLVED = 1  # plans without solved layers are written so that earlier versions read them
+SOLVED = "solved"  # prefix of solved tensors in a file
 MATRICES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KEPT = (torch.int64, torch.int32)
 # Errors raised if parts of an edited plan contradict each other or the model.
@@ -54,8 +57,7 @@ class Plan:
         settings: method, importance, budget and seed, as JSON data.
         before, after: channels, parameters and MACs of the network.
         seconds: planning time.
-        solved: tensors that replace those of the network after all maps: layers that the method
-            solved on data.
+        solved: layers that the method solved on data after all maps.
     """
 
     graph: ChannelGraph
@@ -65,7 +67,7 @@ class Plan:
     before: Figures
     after: Figures
     seconds: float = 0.0
-    solved: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    solved: Solved = field(default_factory=Solved)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -83,6 +85,11 @@ class Plan:
         """Removed share of channels, params and macs, in [0, 1]."""
         return self.after.removed(self.before)
 
+    def with_maps(self, maps: Sequence[MergeMap], *, fold: bool | None = None) -> Plan:
+        """Return the plan with other maps, and without solved layers, which fit only its own."""
+        fold = self.fold if fold is None else fold
+        return replace(self, maps=tuple(maps), fold=fold, solved=Solved())
+
     @apart
     def weights(self, model: nn.Module) -> Weights:
         """Compute the tensors of the pruned network; the model does not change.
@@ -98,7 +105,7 @@ class Plan:
                 fold_norms(weights)
             for merge_map in self.maps:
                 weights.merge(merge_map.check())
-            weights.put(self.solved)
+            self.solved.put(weights)
             self._require_places(model, weights)
         except IntrafuseError:
             raise
@@ -212,8 +219,9 @@ class Plan:
             for i, merge_map in enumerate(self.maps)
             for name, tensor in merge_map.tensors().items()
         }
+        tensors |= {f"{SOLVED}/{name}": t.contiguous() for name, t in self.solved.tensors.items()}
         data = {
-            "format": FORMAT,
+            "format": FORMAT if self.solved.tensors else BEFORE_SOLVED,
             "groups": [merge_map.group for merge_map in self.maps],
             "fold": self.fold,
             "notes": [dict(merge_map.note) for merge_map in self.maps],
@@ -222,6 +230,7 @@ class Plan:
             "after": vars(self.after),
             "seconds": self.seconds,
             "graph": graph_to_data(self.graph),
+            **({"marks": dict(self.solved.marks)} if self.solved.tensors else {}),
         }
         with replacing(Path(path)) as temporary:
             save_file(
@@ -244,7 +253,7 @@ class Plan:
                 # copies are aligned like new tensors, so products round the same way
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             version = parse_json(text, infinite=True)["format"]
-            if version != FORMAT:
+            if version not in (BEFORE_SOLVED, FORMAT):
                 raise IntrafuseError("the plan has an unknown format", value=version)
             return cls._from_data(_PlanData.model_validate_json(text), tensors)
         except IntrafuseError:
@@ -278,9 +287,13 @@ class Plan:
             maps.append(merge_map)
         if len({merge_map.group for merge_map in maps}) < len(maps):
             raise ValueError("the plan has two merge maps for one group")
+        own = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{SOLVED}/")}
+        if {n for n in own if n in graph.layers} != data.marks.keys():
+            raise ValueError("each solved layer needs a mark of the weight that it replaces")
         plan = cls(
-            graph, tuple(maps), data.fold, data.settings, data.before, data.after, data.seconds
-        )
+            graph, tuple(maps), data.fold, data.settings, data.before, data.after, data.seconds,
+            Solved(own, data.marks),
+        )  # fmt: skip
         macs = graph.macs(graph.sizes), graph.macs(graph.resized(plan.widths))
         counted = [
             count for figures in (plan.before, plan.after) for count in vars(figures).values()
@@ -304,6 +317,7 @@ class _PlanData(BaseModel):
     after: Figures
     seconds: float
     graph: GraphData
+    marks: dict[str, float] = Field(default_factory=dict[str, float])
 
     @property
     def noted(self) -> tuple[dict[str, JsonValue], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -52,7 +51,7 @@ def check_code(
     if original is not None:
 
         def works(maps: list[MergeMap]) -> bool:
-            some = replace(plan, maps=tuple(maps), solved={})
+            some = plan.with_maps(maps)
             return _fault(some.apply(original), some, example_inputs) is None
 
         guilty = culprits(plan.maps, works)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -108,10 +108,7 @@ def disagreement(
 
     def agrees(maps: list[MergeMap]) -> bool:
         try:
-            return (
-                compare(model, replace(plan, maps=tuple(maps), solved={}), inputs).relative
-                <= tolerance
-            )
+            return compare(model, plan.with_maps(maps), inputs).relative <= tolerance
         except IntrafuseError:  # one of the networks cannot run
             return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,4 +53,4 @@ def selecting(plan: Plan, seed: int = 0) -> Plan:
     for merge_map in plan.maps:
         keep = torch.randperm(merge_map.size, generator=generator)[: merge_map.width]
         maps.append(MergeMap.select(merge_map.group, merge_map.size, keep))
-    return replace(plan, maps=tuple(maps), solved={}, fold=False)
+    return plan.with_maps(maps, fold=False)

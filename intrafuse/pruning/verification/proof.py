@@ -169,7 +169,7 @@ def _require_running(
 
     def works(maps: list[MergeMap]) -> bool:
         try:
-            return run(replace(plan, maps=tuple(maps), solved={}).apply(model))
+            return run(plan.with_maps(maps).apply(model))
         except IntrafuseError:
             return False
 
@@ -199,11 +199,11 @@ def _parts(model: nn.Module, plan: Plan, room: int) -> Iterator[Plan]:
     for merge_map in plan.maps:
         own = {slot.parameter for slot in plan.graph.by_name[merge_map.group].slots}
         if part and sum(size.get(name, 0) for name in touched | own) > room:
-            yield replace(plan, maps=tuple(part), solved={})
+            yield plan.with_maps(part)
             part, touched = [], set()
         part.append(merge_map)
         touched |= own
-    yield replace(plan, maps=tuple(part), solved={})
+    yield plan.with_maps(part)
 
 
 def _bytes(model: nn.Module) -> dict[str, int]:
