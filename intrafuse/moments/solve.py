@@ -294,6 +294,8 @@ class _Fits:
         known = [_Regression.of(s, about_zero=layer.bias is None) for s in sums if s.count]
         if not all(part.xx.isfinite().all() and part.yx.isfinite().all() for part in known):
             raise IntrafuseError("activations must be finite on the data", layer=layer.name)
+        if not known:
+            raise IntrafuseError("the data holds no sample", layer=layer.name)
         if len(known) == 1:
             return cls(known[0], None, known[0])
         solving, held = known
