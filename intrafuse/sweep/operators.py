@@ -20,7 +20,7 @@ from intrafuse.graph.rules import arguments, entering, operator_name
 from intrafuse.graph.rules.registry import SPLITS
 from intrafuse.graph.rules.shape import slice_range
 
-__all__ = ["Sizes", "as_named", "run_operator"]
+__all__ = ["Sizes", "as_named", "run_operator", "written"]
 
 
 class Sizes:
@@ -63,11 +63,7 @@ def run_operator(node: Node, twin: Node, named: dict[str, Any], sizes: Sizes) ->
     target: Any = twin.target
     if target is getitem:
         return named["self"][named["index"]]
-    schema = target._schema
-    if schema.name.endswith("_") and not schema.name.endswith("__"):  # results before it stay
-        first = schema.arguments[0].name
-        named[first] = named[first].clone()
-    positional = [named.pop(a.name) for a in schema.arguments if not a.kwarg_only]
+    positional = [named.pop(a.name) for a in target._schema.arguments if not a.kwarg_only]
     return target(*positional, **named)
 
 
@@ -180,6 +176,14 @@ def _arange(node: Node, twin: Node, named: dict[str, Any], sizes: Sizes) -> None
     (length,) = sizes.shape(node, twin)
     if length != twin.meta["val"].shape[0]:
         named["end"] = named.get("start", 0) + length * named.get("step", 1)
+
+
+def written(node: Node) -> str | None:
+    """Name the argument that an operator writes its result into; None if it makes a new tensor."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
+        return None
+    return schema.arguments[0].name
 
 
 def as_named(twin: Node, values: Callable[[Any], Any]) -> dict[str, Any]:
