@@ -27,7 +27,7 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.weights import Weights
-from intrafuse.sweep.activations import walk
+from intrafuse.sweep.walk import walk
 
 __all__ = [
     "Scores",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
-from intrafuse.graph.export import (
-    CONSTANT,
-    ExampleInputs,
-    as_arguments,
-    evaluating,
-    export_program,
-)
+from intrafuse.graph.export import CONSTANT, as_arguments, evaluating, export_program
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.program import Program
-from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules import operator_name
 from intrafuse.graph.rules.registry import CHECKS
 from intrafuse.support.batches import fitting
 from intrafuse.support.errors import IntrafuseError
@@ -29,7 +23,7 @@ from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
 from intrafuse.sweep.operators import Sizes, as_named, run_operator, written
 
-__all__ = ["Activations", "Batches", "walk"]
+__all__ = ["Activations", "Batches"]
 
 FORM = "give example inputs of the same form as the data"
 Values = list[Any] | None  # one for each batch; None where the operator cannot be run
@@ -196,93 +190,3 @@ class Activations(Following[Values]):
         values = self._known[node]
         assert values is not None
         return values[batch]
-
-
-class _Pass(Activations):
-    """The results on one batch while all operators run in order, each once."""
-
-    writing = True
-
-    def run(self, node: Node) -> None:
-        """Run the next operator."""
-        self._known[node] = self.compute(node)
-
-    def replace(self, node: Node, result: Tensor | None) -> None:
-        """Let the operators behind read another result, unless it is None."""
-        if result is not None:
-            self._known[node] = [result]
-
-    def drop(self, nodes: Iterable[Node]) -> None:
-        """Free results."""
-        for node in nodes:
-            del self._known[node]
-
-
-def walk(
-    model: nn.Module,
-    networks: Sequence[Weights],
-    inputs: Iterable[ExampleInputs],
-    seen: Mapping[str, Callable[..., Tensor | None]],
-    *,
-    before: bool = False,
-) -> int:
-    """Run networks on batches, side by side, and show what their layers and norms compute.
-
-    Each operator runs in all networks before the next one; a result is freed when no later operator
-    reads it. Nothing remains of a batch when the next one is read.
-
-    Args:
-        model: the module that was traced.
-        networks: the tensors of networks of its graph, merged or not; they are not changed.
-        inputs: batches: a tensor, a tuple of args or a mapping of kwargs.
-        seen: functions by the name of a weight, or of a batch norm's running mean. Each is called
-            with the outputs of a convolution, linear map or norm in all networks. A tensor that it
-            returns replaces the output in the first network.
-        before: call the functions with the inputs of layers and norms instead.
-
-    Returns:
-        The number of batches.
-
-    Raises:
-        IntrafuseError: the model refuses a batch, or runs other operators on it than on the
-            example inputs.
-    """
-    graph, count = networks[0].graph, 0
-    nodes = graph.program.nodes
-    watched = {node: seen[name] for node in nodes if (name := _name(graph.program, node)) in seen}
-    last = {source: node for node in nodes for source in (node, *node.all_input_nodes)}
-    over: dict[Node, list[Node]] = {}
-    for source, node in last.items():
-        over.setdefault(node, []).append(source)
-    if any(map(written, nodes)):  # perhaps into a buffer, which keeps it from batch to batch
-        networks = [weights.moved(torch.clone) for weights in networks]
-    with evaluating(model), torch.no_grad():
-        for count, batch in enumerate(inputs, 1):
-            passes = [
-                _Pass(weights, Batches(model, graph, [batch], count), fixed=True)
-                for weights in networks
-            ]
-            for node in nodes:
-                if before and node in watched:
-                    _show(watched[node], passes, node.all_input_nodes[0])
-                for one in passes:
-                    one.run(node)
-                if node in watched and not before:
-                    passes[0].replace(node, _show(watched[node], passes, node))
-                for one in passes:
-                    one.drop(over.get(node, ()))
-    return count
-
-
-def _name(program: Program, node: Node) -> str:
-    """Name the weight of a convolution or linear map, or the running mean of a batch norm."""
-    name = operator_name(node) if node.op == "call_function" else ""
-    if name.startswith(("conv", "linear")):
-        return program.parameter(node.args[1])
-    return program.parameter(arguments(node)["running_mean"]) if "batch_norm" in name else ""
-
-
-def _show(see: Callable[..., Tensor | None], passes: Sequence[_Pass], node: Node) -> Tensor | None:
-    """Show a result to a function, unless it is unknown."""
-    results = [one.of(node) for one in passes]
-    return see(*(values[0] for values in results if values)) if all(results) else None
