@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.watch import FIT
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
-from intrafuse.sweep.operators import Sizes, as_named, run_operator, written
+from intrafuse.sweep.operators import Sizes, as_named, overwritten, run_operator, written
 
 __all__ = ["Activations", "Batches"]
 
@@ -54,7 +55,7 @@ class Batches:
         entries = [n for n in nodes if n.op == "placeholder" and not is_held(program, n)]
         known = _TRACED.setdefault(program, {})  # a trace takes longer than to run the operators
         known[_form(program.example_inputs)[1]] = {node: node for node in nodes}
-        self.first = first
+        self.nodes, self.first = nodes, first
         self.given: list[dict[Node, Any]] = []  # the inputs of each batch
         self.twins: list[Twins] = []  # the trace of such a batch
         for number, batch in enumerate(inputs, first):
@@ -75,6 +76,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self.given)
 
+    @cached_property
+    def spoiled(self) -> frozenset[Node]:
+        """The operators that cannot be run alone: a write through a view changes what they read."""
+        return overwritten(self.nodes)
+
 
 def _form(batch: Any) -> tuple[list[Any], Shape]:
     """List the inputs of a batch, and all that a trace depends on."""
@@ -87,10 +93,13 @@ def _form(batch: Any) -> tuple[list[Any], Shape]:
 
 def _traced(model: nn.Module, batch: Any, number: int) -> list[Node]:
     """List the operators that a model runs on a batch."""
-    args, kwargs = as_arguments(batch)
-    with fitting(f"batch {number} of the data", FIT), evaluating(model), torch.no_grad():
-        model(*args, **kwargs)  # its own error says more than that of a trace
-    return [*export_program(model, batch).graph.nodes]
+    try:
+        return [*export_program(model, batch).graph.nodes]
+    except IntrafuseError:
+        args, kwargs = as_arguments(batch)
+        with fitting(f"batch {number} of the data", FIT), evaluating(model), torch.no_grad():
+            model(*args, **kwargs)  # its own error says more than that of a trace
+        raise
 
 
 def _paired(nodes: Sequence[Node], traced: Sequence[Node], number: int) -> Twins:
@@ -147,13 +156,15 @@ class Activations(Following[Values]):
         if any(self._known[source] is None for source in self.sources(node)):
             return None
         try:
+            if not self.writing and node in self.batches.spoiled:
+                raise ValueError("another operator writes into a part of what it reads")
             with torch.no_grad():
                 return [self._run(node, i) for i in range(len(self.batches))]
         except IntrafuseError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:  # fmt: skip
-            warn_unknown(node, "{} cannot be run at other sizes", error)
+            warn_unknown(node, "{} cannot be run alone", error)
             return None
 
     def computed(self, node: Node) -> None:

@@ -6,7 +6,7 @@ channel graph follows from the tree of that axis; all others stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -20,7 +20,7 @@ from intrafuse.graph.rules import arguments, entering, operator_name
 from intrafuse.graph.rules.registry import SPLITS
 from intrafuse.graph.rules.shape import slice_range
 
-__all__ = ["Sizes", "as_named", "run_operator", "written"]
+__all__ = ["Sizes", "as_named", "overwritten", "run_operator", "written"]
 
 
 class Sizes:
@@ -184,6 +184,28 @@ def written(node: Node) -> str | None:
     if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
         return None
     return schema.arguments[0].name
+
+
+def overwritten(nodes: Sequence[Node]) -> frozenset[Node]:
+    """List the operators that read a tensor after another operator wrote into it through a view."""
+    roots: dict[Node, Node] = {}  # the tensor that each result is a view of
+    spoiled: set[Node] = set()
+    found: set[Node] = set()
+    for node in nodes:
+        source = next(iter(node.all_input_nodes), node)
+        writes = written(node) is not None
+        roots[node] = roots.get(source, source) if writes or _is_view(node) else node
+        if not spoiled.isdisjoint(node.all_input_nodes):
+            found.add(node)
+        if writes:
+            same = (n for n, root in roots.items() if root is roots[node])
+            spoiled.update(n for n in same if n not in (source, node))
+    return frozenset(found)
+
+
+def _is_view(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.target is getitem or any(one.alias_info is not None for one in returns)
 
 
 def as_named(twin: Node, values: Callable[[Any], Any]) -> dict[str, Any]:
