@@ -28,7 +28,7 @@ class Point:
     """A layer or norm whose outputs can be watched.
 
     Attributes:
-        name: the module's path.
+        name: the module's path, or the name of the weight of a function.
         tree: the symbolic axis of its output channels.
         weight, bias: names of its parameters.
         axis: channel axis of the outputs.
@@ -54,8 +54,9 @@ def points(graph: ChannelGraph, *, norms: bool = False) -> list[Point]:
     listed = []
     for layer in graph.layers.values():
         if layer.bias is not None and layer.bias in graph.axes:
+            name = layer.weight.removesuffix(".weight")
             tree, axis = graph.axes[layer.bias][0], 1 - len(graph.axes[layer.weight])
-            listed.append(Point(layer.name, tree, layer.weight, layer.bias, axis, layer.weight))
+            listed.append(Point(name, tree, layer.weight, layer.bias, axis, layer.weight))
     for norm in graph.own_norms if norms else ():
         if norm.layer is None and norm.weight is not None and norm.bias is not None:
             tree = graph.axes[norm.mean][0]

@@ -323,6 +323,25 @@ def test_norms_behind_what_is_written_in_place_are_repaired(monkeypatch):
     assert_same_as_by_hooks(Inside().eval(), batches("mlp"), monkeypatch)
 
 
+class NormRelu(nn.BatchNorm1d):
+    """A norm that goes on to an activation function, as timm's BatchNormAct2d does."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_norm_that_includes_its_activation_is_repaired_as_one_that_does_not():
+    model, _ = build("mlp")
+    assert isinstance(model[2], nn.ReLU) and isinstance(model[5], nn.ReLU)
+    twin, data = copy.deepcopy(model), batches("mlp")
+    for norm in ("1", "4"):
+        twin.get_submodule(norm).__class__ = NormRelu
+        twin._modules[str(int(norm) + 1)] = nn.Identity()
+    settings = {"channels": 0.5, "method": "intra-fusion", "repair": "batchnorm", "data": data}
+    found = [intrafuse.prune(net, data[0], **settings).model for net in (model, twin)]
+    assert same_state(found[1], found[0].state_dict())
+
+
 # --- failures
 
 

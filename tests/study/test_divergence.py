@@ -94,19 +94,28 @@ def test_a_plan_that_was_loaded_tells_the_same(include, tmp_path):
     assert found == layer_divergence(net.model, small, plan, DATA, batch_size=25)
 
 
+def test_a_pruned_network_without_its_norms_is_refused():
+    net = resolve_model("digits_resnet", width=0.5)
+    plan = intrafuse.plan(net.model, net.example_inputs, channels=0.5)
+    small = plan.apply(net.model)
+    small.bn1 = nn.Identity()
+    with pytest.raises(IntrafuseError, match=r"lacks tensors.*bn1\.running_mean.*plan\.apply"):
+        layer_divergence(net.model, small, plan, DATA)
+
+
 class Tied(nn.Module):
     """Calls one weight as two functions, and one layer that works in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(64, 16)
-        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.zeros(16))
+        self.wide, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.zeros(16))
         self.head = nn.Linear(16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.first(x.flatten(1)).relu_()
         for _ in range(2):
-            h = nn.functional.linear(h, self.weight, self.bias).relu_()
+            h = nn.functional.linear(h, self.wide, self.bias).relu_()
         return self.head(h)
 
 
@@ -115,7 +124,7 @@ def test_functions_and_shared_weights_are_layers_too():
     net = Tied().eval()
     plan = intrafuse.plan(net, torch.zeros(1, 1, 8, 8), channels=0.5, method="select")
     found = layer_divergence(net, plan.apply(net), plan, DATA)
-    assert [f.layer for f in found] == ["first", ""] and found[0].error < 1e-9 < found[1].error
+    assert [f.layer for f in found] == ["first", "wide"] and found[0].error < 1e-9 < found[1].error
 
 
 @pytest.mark.parametrize("method", ["folding", "moment"])

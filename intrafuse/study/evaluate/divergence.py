@@ -89,7 +89,8 @@ class LayerDivergence:
     """The distance between a layer's outputs and the merged outputs of the original.
 
     Attributes:
-        layer: path of the module; the path of the norm if one follows the layer.
+        layer: path of the module; the path of the norm if one follows the layer; the name of the
+            weight if a function reads it.
         error: squared distance divided by the variance of the original's outputs within batches.
             0 means equal, 1 means no better than their mean.
         variance_ratio: variance of the pruned network's outputs divided by that of the original's.
@@ -122,6 +123,9 @@ def layer_divergence(
 
     Returns:
         One entry for each layer with observable outputs, from input to output.
+
+    Raises:
+        IntrafuseError: `pruned` lacks tensors of the original.
     """
     sums: dict[str, Tensor] = {}
 
@@ -137,6 +141,13 @@ def layer_divergence(
     graph = traced(plan, original, images())
     state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
     networks = Weights.of(graph, original), Weights(graph, state, widths=plan.widths)
+    missing = sorted((networks[0].state.keys() & graph.axes) - networks[1].state.keys())
+    if missing:
+        raise IntrafuseError(
+            "the pruned network lacks tensors of the original",
+            value=missing,
+            remedy="pass the result of plan.apply(original), its norms not removed",
+        )
     seen = {point.key: partial(compare, point) for point in _points(plan.graph)}
     walk(original, networks, images(), seen)
     return [LayerDivergence(name, *_ratios(total)) for name, total in sums.items()]
