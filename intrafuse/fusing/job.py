@@ -68,7 +68,7 @@ class Job:
     def observed(self, k: int, weights: Weights) -> Any:
         """Observe the activations of one network."""
         assert self.inputs is not None
-        return activations(self.graphs[k], install(self.models[k], weights), self.inputs)
+        return activations(self.models[k], weights, self.inputs)
 
 
 def average(

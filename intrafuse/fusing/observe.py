@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,27 +15,24 @@ from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.support.batches import batches, map_tensors, tensors_of
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.surgery.watch import run, watching
+from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.walk import walk
 
-__all__ = ["Point", "activations", "observing", "points", "take"]
+__all__ = ["Point", "activations", "points", "take"]
 
-LAYERS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
 POSITIONS = 8_192  # most samples times positions to keep per call of a layer, over all batches
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A module whose outputs can be watched.
+    """A layer or norm whose outputs can be watched.
 
     Attributes:
-        name: the module's path.
+        name: the module's path, or the name of the weight of a function.
         tree: the symbolic axis of its output channels.
         weight, bias: names of its parameters.
         axis: channel axis of the outputs.
-        is_layer: True for a convolution or linear map, False for a norm.
+        key: the tensor that `walk` knows it by: the weight, or the running mean of a norm.
     """
 
     name: str
@@ -44,30 +40,27 @@ class Point:
     weight: str
     bias: str
     axis: int
-    is_layer: bool = True
+    key: str
 
 
-def points(graph: ChannelGraph, model: nn.Module, *, norms: bool = False) -> list[Point]:
+def points(graph: ChannelGraph, *, norms: bool = False) -> list[Point]:
     """List the layers that write prunable channels, in the order of execution.
 
     Args:
-        graph: the channel graph of the model.
-        model: the network; layers that are not modules of torch.nn cannot be watched and are left
-            out.
+        graph: the channel graph.
         norms: also list batch norms that follow no layer.
     """
     free = {group.id for group in graph.groups}
     listed = []
     for layer in graph.layers.values():
-        module = model.get_submodule(layer.name)
-        if isinstance(module, LAYERS) and layer.bias is not None and layer.bias in graph.axes:
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            tree = graph.axes[layer.bias][0]
-            listed.append(Point(layer.name, tree, layer.weight, layer.bias, axis))
+        if layer.bias is not None and layer.bias in graph.axes:
+            name = layer.weight.removesuffix(".weight")
+            tree, axis = graph.axes[layer.bias][0], 1 - len(graph.axes[layer.weight])
+            listed.append(Point(name, tree, layer.weight, layer.bias, axis, layer.weight))
     for norm in graph.own_norms if norms else ():
         if norm.layer is None and norm.weight is not None and norm.bias is not None:
             tree = graph.axes[norm.mean][0]
-            listed.append(Point(norm.name, tree, norm.weight, norm.bias, 1, False))
+            listed.append(Point(norm.name, tree, norm.weight, norm.bias, 1, norm.mean))
     return [point for point in listed if free.intersection(leaves(point.tree))]
 
 
@@ -89,46 +82,36 @@ def take(data: Any, model: nn.Module, samples: int) -> list[Any]:
     return taken
 
 
-@contextmanager
-def observing(
-    model: nn.Module, watched: Sequence[Point], see: Callable[[Point, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Call `see` with the output of each point; a tensor that it returns replaces the output."""
-    pairs = ((model.get_submodule(point.name), partial(see, point)) for point in watched)
-    with watching(pairs):
-        yield
-
-
 def activations(
-    graph: ChannelGraph, model: nn.Module, inputs: Sequence[Any]
+    model: nn.Module, weights: Weights, inputs: Sequence[Any]
 ) -> dict[str, dict[str, Tensor]]:
     """Observe the channels of every group before their activation function.
 
     Args:
-        graph: the channel graph of the model.
-        model: the network with batch norm folded, so that the outputs of its layers are the inputs
-            of the activation functions.
+        model: the module of the network.
+        weights: its tensors with batch norm folded, so that the outputs of its layers are the
+            inputs of the activation functions.
         inputs: batches; positions are drawn at random, the same in every network.
 
     Returns:
         {group: {layer: (channels, values)}}, with an entry for each layer that writes the group.
 
     Raises:
-        IntrafuseError: an activation is not finite, or a group has no layer that can be watched.
+        IntrafuseError: an activation is not finite, or no layer writes a group.
     """
-    seen: dict[str, list[Tensor]] = {}
-    watched = points(graph, model)
+    graph, seen = weights.graph, dict[str, list[Tensor]]()
+    watched = points(graph)
 
     def keep(point: Point, output: Tensor) -> None:
-        lines = output.detach().movedim(point.axis, -1).flatten(0, -2)
+        lines = output.movedim(point.axis, -1).flatten(0, -2)
         if len(lines) > POSITIONS // len(inputs):
             generator = torch.Generator().manual_seed(len(lines))
             chosen = torch.randperm(len(lines), generator=generator)
             lines = lines[chosen[: max(1, POSITIONS // len(inputs))].sort().values.to(lines.device)]
-        seen.setdefault(point.name, []).append(lines.cpu())
+        # a copy, because later operators may write into the output
+        seen.setdefault(point.name, []).append(lines.to("cpu", copy=True))
 
-    with observing(model, watched, keep):
-        run(model, inputs)
+    walk(model, [weights], inputs, {point.key: partial(keep, point) for point in watched})
     features: dict[str, dict[str, Tensor]] = {group.name: {} for group in graph.groups}
     for point in watched:
         if point.name not in seen:
@@ -144,7 +127,7 @@ def activations(
     for name, rows in features.items():
         if not rows:
             raise IntrafuseError(
-                "the activations of a group cannot be observed: no module of torch.nn writes it",
+                "the activations of a group cannot be observed: no layer writes it",
                 layer=name,
                 remedy='use features="weights"',
             )

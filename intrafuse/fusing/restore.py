@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from intrafuse.fusing.members import Member
-from intrafuse.fusing.observe import Point, observing, points
+from intrafuse.fusing.observe import Point, points
 from intrafuse.support.batches import batches
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
-from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
-from intrafuse.surgery.watch import measure, run
 from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.walk import measure, walk
 
 __all__ = ["analytic_restore", "reestimate"]
 
@@ -56,7 +55,7 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
     tied = set(fused.graph.aliases.values())
     watched = [
         point
-        for point in points(fused.graph, model, norms=True)
+        for point in points(fused.graph, norms=True)
         if point.bias in targets and point.weight not in tied and point.bias not in tied
     ]
     sums: dict[str, Sums] = {}
@@ -73,9 +72,8 @@ def reestimate(model: nn.Module, fused: Weights, members: Sequence[Member], data
         lines = output.movedim(point.axis, -1)
         return (lines * gain.to(lines) + shift.to(lines)).movedim(-1, point.axis)
 
-    network = install(model, fused)
-    with observing(network, watched, correct):
-        run(network, _inputs(data, network))
+    seen = {point.key: partial(correct, point) for point in watched}
+    walk(model, [fused], _inputs(data, model), seen)
     for point in watched:
         if point.bias in sums:
             known = sums[point.bias]
@@ -130,7 +128,7 @@ def _correction(
 
 
 def _rescale(weights: Weights, point: Point, gain: Tensor, shift: Tensor) -> None:
-    if point.is_layer:
+    if point.key == point.weight:
         weights.rescale(point.weight, gain, shift)
         return
     scale, offset = weights.state[point.weight], weights.state[point.bias]
@@ -175,11 +173,9 @@ def _moved(member: Member, bias: str, line: Tensor) -> Tensor:
 
 def _measured(member: Member, data: Iterable) -> Told:
     """Measure mean and deviation (outputs,) of each point that is called once per batch."""
-    network = install(member.model, member.weights)
-    watched = [
-        (point.bias, network.get_submodule(point.name), partial(_rows, point))
-        for point in points(member.weights.graph, network, norms=True)
-    ]
-    sums, batches = measure(network, watched, _inputs(data, network))
-    once = {name: known for name, known in sums.items() if known.additions == batches}
+    watched = {point.key: point for point in points(member.weights.graph, norms=True)}
+    ordered = {key: partial(_rows, point) for key, point in watched.items()}
+    inputs = _inputs(data, member.model)
+    sums, batches = measure(member.model, member.weights, inputs, ordered)
+    once = {watched[k].bias: known for k, known in sums.items() if known.additions == batches}
     return {name: (known.mean(), known.variance().sqrt()) for name, known in once.items()}

@@ -2,7 +2,7 @@
 
 They score the channels of the original model. One pass scores all groups, and the scores are cached
 while the original tensors of the plan exist. The model is not changed: training flags are restored,
-`.grad` is untouched, and hooks are removed, also after exceptions.
+`.grad` is untouched, also after exceptions.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from intrafuse.support.calls import as_called
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
 from intrafuse.surgery.context import Context
-from intrafuse.surgery.watch import watching
 from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.walk import walk
 
 __all__ = [
     "Scores",
@@ -41,8 +41,6 @@ __all__ = [
 ]
 
 Scores = dict[int, Tensor]  # id of the group -> (channels,)
-Visit = Callable[[ChannelGroup, Slot, Tensor], None]  # features (inputs, channels, positions)
-READERS = (nn.Linear, nn.modules.conv._ConvNd)
 CHIP_BATCHES, CHIP_INPUTS = 5, 32  # the paper: 5 batches; the first inputs of each
 # Nodes of the trapezoidal rule for `_independence`, in log s relative to the largest singular
 # value: with this step and range its error is below 1e-7 of that value.
@@ -76,7 +74,7 @@ def chip(group: ChannelGroup, context: Context) -> Tensor:
     averaged over the first 32 samples of each of the first 5 batches. Labels are not used.
 
     Raises:
-        IntrafuseError: there is no data, or no reader is called as a module.
+        IntrafuseError: there is no data, or no convolution or linear map reads the channels.
 
     Source: Sui, Yin, Xie, Phan, Zonouz, Yuan, "CHIP: CHannel Independence-based Pruning for
     Compact Neural Networks", NeurIPS 2021, arXiv 2110.13981, section 3.
@@ -94,7 +92,7 @@ def activation(group: ChannelGroup, context: Context) -> Tensor:
     Every sample of every batch counts equally, for each reader. Labels are not used.
 
     Raises:
-        IntrafuseError: there is no data, or no reader is called as a module.
+        IntrafuseError: there is no data, or no convolution or linear map reads the channels.
 
     Source: Molchanov, Tyree, Karras, Aila, Kautz, "Pruning Convolutional Neural Networks for
     Resource Efficient Inference", ICLR 2017, arXiv 1611.06440, section 2.2 (mean activation).
@@ -126,7 +124,7 @@ def scored(
         known = entries[metric] = (source, compute(context))
     if group.id in known[1]:
         return known[1][group.id].to(torch.float32, copy=True)
-    reason = "none of the modules that read them is called" if not group.locked else "locked"
+    reason = "locked" if group.locked else "no convolution or linear map reads them"
     raise IntrafuseError(
         f'importance "{metric}" cannot see these channels: {reason}',
         layer=group.name,
@@ -166,38 +164,19 @@ def _batches(context: Context, metric: str, limit: int | None = None) -> Iterato
     )
 
 
-@contextmanager
-def _watching(context: Context, visit: Visit) -> Iterator[None]:
-    """Call visit(group, slot, features) with the input of every reader of every group."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in context.model.modules():
-        if isinstance(module, READERS):
-            owners.setdefault(id(module.weight), []).append(module)
-    tensors = {**dict(context.model.named_buffers()), **dict(context.model.named_parameters())}
-    watched = [
-        (module, partial(_report, visit, group, slot, module))
-        for group in context.original.graph.groups
-        for slot in group.readers
-        for module in owners.get(id(tensors.get(slot.parameter)), [])
-    ]
-    with watching(watched, inputs=True):
-        yield
-
-
-def _report(visit: Visit, group: ChannelGroup, slot: Slot, module: nn.Module, x: Tensor) -> None:
+def _features(group: ChannelGroup, slot: Slot, at: int, x: Tensor) -> Tensor:
+    """Order a reader's input, with channels at an axis, as (samples, channels, positions)."""
     if not torch.isfinite(x).all():
         raise IntrafuseError(
             "activations must be finite, but NaN or infinity was found",
             layer=slot.layer,
             remedy="check the data and the weights",
         )
-    spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
-    at = x.dim() - spatial - 1
     x = x[None] if at == 0 else x.movedim(at, 1)  # (inputs, positions of the axis, rest...)
     rows = channel_rows(x, 1, slot.blocks, group.size)
     inputs, rest = x.shape[0], math.prod(x.shape[2:])
     rows = rows.reshape(group.size, -1, inputs, rest)  # (channels, repeats, inputs, rest)
-    visit(group, slot, rows.permute(2, 0, 1, 3).reshape(inputs, group.size, -1))
+    return rows.permute(2, 0, 1, 3).reshape(inputs, group.size, -1)
 
 
 def _averages(
@@ -217,19 +196,23 @@ def _averages(
         first_reader: measure only the first reader that is called.
         limit: the most batches to read; None for all.
     """
+    graph = context.original.graph
     sums: dict[int, Sums] = {}
     first: dict[int, Slot] = {}
+    readers: dict[str, list[tuple[ChannelGroup, Slot]]] = {}
+    for group in graph.groups:
+        for slot in group.readers:
+            readers.setdefault(slot.parameter, []).append((group, slot))
 
-    def visit(group: ChannelGroup, slot: Slot, features: Tensor) -> None:
-        if first_reader and first.setdefault(group.id, slot) != slot:
-            return
-        sums.setdefault(group.id, Sums()).add(measure(features))
+    def see(name: str, x: Tensor) -> None:
+        at = x.dim() + 1 - len(graph.axes[name])
+        for group, slot in readers[name]:
+            if not first_reader or first.setdefault(group.id, slot) == slot:
+                sums.setdefault(group.id, Sums()).add(measure(_features(group, slot, at, x)))
 
-    with torch.no_grad(), evaluating(context.model), _watching(context, visit):
-        for inputs, _ in _batches(context, metric, limit):
-            args, kwargs = as_arguments(inputs)
-            with refusing(metric):
-                context.model(*args, **kwargs)
+    inputs = (x for x, _ in _batches(context, metric, limit))
+    seen = {name: partial(see, name) for name in readers}
+    walk(context.model, [Weights.of(graph, context.model)], inputs, seen, before=True)
     return {group: known.mean() for group, known in sums.items() if known.count}
 
 

@@ -13,21 +13,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafuse.graph.axes import Tree, locate
 from intrafuse.graph.blocks import put_channels
-from intrafuse.graph.groups import ChannelGroup
-from intrafuse.graph.trace import evaluating
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm
+from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, trace
 from intrafuse.moments.readout import with_readout
 from intrafuse.moments.sources import MomentSource
 from intrafuse.pruning.plan import Plan
-from intrafuse.support.batches import batches
+from intrafuse.support.batches import batches, fitting
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
-from intrafuse.surgery.watch import feed, measure
 from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.walk import measure
 
-__all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm"]
+__all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm", "traced"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
@@ -131,7 +131,11 @@ def _estimate(model: nn.Module, norms: Mapping[str, _BatchNorm], data: Iterable)
             norm.reset_running_stats()
             norm.momentum = None
             norm.training = True
-        feed(model, _inputs(data, model), advice=ADVICE)
+        # the modules themselves run: no operator of a trace averages over batches as they do
+        for number, batch in enumerate(_inputs(data, model), 1):
+            args, kwargs = as_arguments(batch)
+            with torch.no_grad(), fitting(f"batch {number} of the data", ADVICE):
+                model(*args, **kwargs)
         states = [copy.deepcopy(norm.state_dict()) for norm in norms.values()]
     for (name, norm), state in zip(norms.items(), states, strict=True):
         if not all(t.isfinite().all() for t in state.values()):
@@ -150,19 +154,23 @@ def _inputs(data: Iterable, model: nn.Module) -> Iterator[Any]:
 
 def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure mean and variance (channels,) of each norm's output, merged by the plan."""
-    layers = {norm.mean: norm.layer for norm in plan.graph.norms}
 
-    def merged(mean: str, output: Tensor) -> Tensor:
-        tree = plan.graph.axes[mean][0]
-        channels = merged_output(plan, tree, layers[mean], output.double())
+    def merged(norm: Norm, output: Tensor) -> Tensor:
+        tree = plan.graph.axes[norm.mean][0]
+        channels = merged_output(plan, tree, norm.layer, output.double())
         return channels.movedim(1, -1).flatten(0, -2)
 
-    watched = [
-        (norm.mean, original.get_submodule(norm.name), partial(merged, norm.mean))
-        for norm in plan.graph.norms
-    ]
-    sums, _ = measure(original, watched, _inputs(data, original), advice=ADVICE)
+    weights = Weights.of(traced(plan, original, _inputs(data, original)), original)
+    ordered = {norm.mean: partial(merged, norm) for norm in plan.graph.norms}
+    sums, _ = measure(original, weights, _inputs(data, original), ordered)
     return {name: (known.mean(), known.variance()) for name, known in sums.items()}
+
+
+def traced(plan: Plan, original: nn.Module, inputs: Iterable[ExampleInputs]) -> ChannelGraph:
+    """Return a plan's graph with operators; a loaded plan has none, so trace the first batch."""
+    if plan.graph.traced is not None:
+        return plan.graph
+    return trace(original, next(iter(inputs)), include=plan.settings.get("include") or ())
 
 
 def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:

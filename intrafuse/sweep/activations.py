@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from intrafuse.graph.export import CONSTANT, as_arguments, evaluating, export_program
 from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.program import Program
 from intrafuse.graph.rules import operator_name
 from intrafuse.graph.rules.registry import CHECKS
 from intrafuse.support.batches import fitting
@@ -19,13 +22,16 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.watch import FIT
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
-from intrafuse.sweep.operators import Sizes, as_named, run_operator
+from intrafuse.sweep.operators import Sizes, as_named, overwritten, run_operator, written
 
 __all__ = ["Activations", "Batches"]
 
 FORM = "give example inputs of the same form as the data"
 Values = list[Any] | None  # one for each batch; None where the operator cannot be run
 Shape = tuple[object, ...]
+Twins = dict[Node, Node]  # each operator of a program in a trace at other shapes
+TRACES = 64  # most traces of a program to remember
+_TRACED: WeakKeyDictionary[Program, dict[Shape, Twins]] = WeakKeyDictionary()
 
 
 class Batches:
@@ -35,21 +41,28 @@ class Batches:
         model: the network.
         graph: its channel graph.
         inputs: batches: a tensor, a tuple of args or a mapping of kwargs.
+        first: number of the first batch, in errors.
 
     Raises:
         IntrafuseError: the model refuses a batch, or runs other operators on it than on the
             example inputs.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, inputs: Sequence[Any], first: int = 1
+    ) -> None:
         program, nodes = graph.program, graph.program.nodes
         entries = [n for n in nodes if n.op == "placeholder" and not is_held(program, n)]
-        known = {_form(program.example_inputs)[1]: {node: node for node in nodes}}
+        known = _TRACED.setdefault(program, {})  # a trace takes longer than to run the operators
+        known[_form(program.example_inputs)[1]] = {node: node for node in nodes}
+        self.nodes, self.first = nodes, first
         self.given: list[dict[Node, Any]] = []  # the inputs of each batch
-        self.twins: list[dict[Node, Node]] = []  # each operator in a trace of such a batch
-        for number, batch in enumerate(inputs, 1):
+        self.twins: list[Twins] = []  # the trace of such a batch
+        for number, batch in enumerate(inputs, first):
             given, form = _form(batch)
             if form not in known:
+                if len(known) >= TRACES:
+                    del known[next(iter(known))]
                 known[form] = _paired(nodes, _traced(model, batch, number), number)
             if len(given) != len(entries):
                 raise IntrafuseError(
@@ -63,23 +76,33 @@ class Batches:
     def __len__(self) -> int:
         return len(self.given)
 
+    @cached_property
+    def spoiled(self) -> frozenset[Node]:
+        """The operators that cannot be run alone: a write through a view changes what they read."""
+        return overwritten(self.nodes)
+
 
 def _form(batch: Any) -> tuple[list[Any], Shape]:
     """List the inputs of a batch, and all that a trace depends on."""
     given, structure = tree_flatten(as_arguments(batch))
-    shapes = ((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in given)
+    shapes = (
+        (tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in given
+    )
     return given, (str(structure), *shapes)
 
 
 def _traced(model: nn.Module, batch: Any, number: int) -> list[Node]:
     """List the operators that a model runs on a batch."""
-    args, kwargs = as_arguments(batch)
-    with fitting(f"batch {number} of the data", FIT), evaluating(model), torch.no_grad():
-        model(*args, **kwargs)  # its own error says more than that of a trace
-    return [*export_program(model, batch).graph.nodes]
+    try:
+        return [*export_program(model, batch).graph.nodes]
+    except IntrafuseError:
+        args, kwargs = as_arguments(batch)
+        with fitting(f"batch {number} of the data", FIT), evaluating(model), torch.no_grad():
+            model(*args, **kwargs)  # its own error says more than that of a trace
+        raise
 
 
-def _paired(nodes: Sequence[Node], traced: Sequence[Node], number: int) -> dict[Node, Node]:
+def _paired(nodes: Sequence[Node], traced: Sequence[Node], number: int) -> Twins:
     if [*map(_kind, nodes)] != [*map(_kind, traced)]:
         raise IntrafuseError(
             f"the model runs other operators on batch {number} of the data than on the example "
@@ -103,6 +126,8 @@ class Activations(Following[Values]):
         batches: the data.
         pending, fixed: see `Following`.
     """
+
+    writing = False  # operators that change what they read change a copy: results before them stay
 
     def __init__(
         self,
@@ -131,13 +156,15 @@ class Activations(Following[Values]):
         if any(self._known[source] is None for source in self.sources(node)):
             return None
         try:
+            if not self.writing and node in self.batches.spoiled:
+                raise ValueError("another operator writes into a part of what it reads")
             with torch.no_grad():
                 return [self._run(node, i) for i in range(len(self.batches))]
         except IntrafuseError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:  # fmt: skip
-            warn_unknown(node, "{} cannot be run at other sizes", error)
+            warn_unknown(node, "{} cannot be run alone", error)
             return None
 
     def computed(self, node: Node) -> None:
@@ -152,8 +179,11 @@ class Activations(Following[Values]):
         if named.get("bias", 0) is None:  # a merge may have made a bias
             layer = self.weights.graph.layers.get(self.program.parameter(node.args[1]))
             named["bias"] = self.weights.state.get((layer and layer.bias) or "")
+        first = written(twin)
+        if first is not None and not self.writing:
+            named[first] = named[first].clone()
         if self.fixed:
-            with fitting(f"batch {batch + 1} of the data", FIT):
+            with fitting(f"batch {batch + self.batches.first} of the data", FIT):
                 return run_operator(node, twin, named, self._sizes)
         result = run_operator(node, twin, named, self._sizes)
         if isinstance(result, Tensor):

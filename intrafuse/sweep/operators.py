@@ -6,7 +6,7 @@ channel graph follows from the tree of that axis; all others stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -20,7 +20,7 @@ from intrafuse.graph.rules import arguments, entering, operator_name
 from intrafuse.graph.rules.registry import SPLITS
 from intrafuse.graph.rules.shape import slice_range
 
-__all__ = ["Sizes", "as_named", "run_operator"]
+__all__ = ["Sizes", "as_named", "overwritten", "run_operator", "written"]
 
 
 class Sizes:
@@ -63,11 +63,7 @@ def run_operator(node: Node, twin: Node, named: dict[str, Any], sizes: Sizes) ->
     target: Any = twin.target
     if target is getitem:
         return named["self"][named["index"]]
-    schema = target._schema
-    if schema.name.endswith("_") and not schema.name.endswith("__"):  # results before it stay
-        first = schema.arguments[0].name
-        named[first] = named[first].clone()
-    positional = [named.pop(a.name) for a in schema.arguments if not a.kwarg_only]
+    positional = [named.pop(a.name) for a in target._schema.arguments if not a.kwarg_only]
     return target(*positional, **named)
 
 
@@ -180,6 +176,36 @@ def _arange(node: Node, twin: Node, named: dict[str, Any], sizes: Sizes) -> None
     (length,) = sizes.shape(node, twin)
     if length != twin.meta["val"].shape[0]:
         named["end"] = named.get("start", 0) + length * named.get("step", 1)
+
+
+def written(node: Node) -> str | None:
+    """Name the argument that an operator writes its result into; None if it makes a new tensor."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
+        return None
+    return schema.arguments[0].name
+
+
+def overwritten(nodes: Sequence[Node]) -> frozenset[Node]:
+    """List the operators that read a tensor after another operator wrote into it through a view."""
+    roots: dict[Node, Node] = {}  # the tensor that each result is a view of
+    spoiled: set[Node] = set()
+    found: set[Node] = set()
+    for node in nodes:
+        source = next(iter(node.all_input_nodes), node)
+        writes = written(node) is not None
+        roots[node] = roots.get(source, source) if writes or _is_view(node) else node
+        if not spoiled.isdisjoint(node.all_input_nodes):
+            found.add(node)
+        if writes:
+            same = (n for n, root in roots.items() if root is roots[node])
+            spoiled.update(n for n in same if n not in (source, node))
+    return frozenset(found)
+
+
+def _is_view(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.target is getitem or any(one.alias_info is not None for one in returns)
 
 
 def as_named(twin: Node, values: Callable[[Any], Any]) -> dict[str, Any]:

@@ -75,6 +75,24 @@ def test_fusing_with_ones_own_pruned_version_keeps_the_widths_of_the_first():
     assert_same(intrafuse.fuse([pruned, model], x, weights=(1, 0)).model, pruned, x)
 
 
+@pytest.mark.parametrize("repair", [None, "batchnorm"])
+def test_operators_in_place_and_functions_are_observed_as_modules_are(repair):
+    class Functional(nn.Module):
+        def __init__(self, net: nn.Sequential) -> None:
+            super().__init__()
+            self.first, self.last = net[0], net[2]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = nn.functional.linear(x, self.first.weight, self.first.bias).relu_()
+            return nn.functional.linear(h, self.last.weight, self.last.bias)
+
+    nets, data = [linear(seed=seed) for seed in (0, 1)], noise()
+    settings = {"features": "activations", "data": data, "repair": repair}
+    fused = intrafuse.fuse(nets, X, **settings).model
+    twin = intrafuse.fuse([Functional(net) for net in nets], X, **settings).model
+    assert_same(twin, fused, data[0], 1e-6)
+
+
 def test_the_models_passed_in_stay_as_they_were():
     models = [build("residual", seed)[0].train() for seed in (0, 1)]
     x = build("residual")[1]

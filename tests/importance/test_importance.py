@@ -325,6 +325,29 @@ def test_two_readers_of_one_stream_and_the_first_of_them():
     torch.testing.assert_close(ask(context, "stem", "chip"), expected, rtol=1e-5, atol=1e-6)
 
 
+class Functional(nn.Module):
+    """Reads channels by a function, twice, and writes into a part of them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = nn.functional.linear(h, self.second)
+        h.narrow(0, 1, 2).mul_(-2.0)
+        return y + nn.functional.linear(h, self.second)
+
+
+def test_readers_that_are_functions_read_what_they_are_given():
+    model, x = Functional(), torch.randn(3, 2)
+    context = make_context(model, torch.zeros(3, 2), [x])
+    with torch.no_grad():
+        h = model.first(x)
+    expected = h.abs().mul(torch.tensor([1.0, 1.5, 1.5])[:, None]).mean(0)
+    torch.testing.assert_close(ask(context, "first", "activation"), expected)
+
+
 def nuclear_loss(features: Tensor) -> Tensor:
     """Follow the definition: one singular value decomposition for each channel."""
     n = features.shape[1]

@@ -10,7 +10,8 @@ from torch import nn
 
 import intrafuse
 from intrafuse import IntrafuseError
-from intrafuse.pruning.repair import reestimate_batchnorm
+from intrafuse.pruning import repair
+from intrafuse.pruning.repair import merged_output, reestimate_batchnorm
 
 NORM = nn.modules.batchnorm._BatchNorm
 WITH_NORMS = [name for name in NETWORKS if name != "tied"]
@@ -266,6 +267,79 @@ def test_a_plan_that_was_loaded_repairs_as_well(tmp_path):
     reestimate_batchnorm(model, small, plan, data)
     reestimate_batchnorm(model, twin, intrafuse.Plan.load(tmp_path / "plan"), data)
     assert same_state(twin, small.state_dict())
+
+
+def by_hooks(original, plan, data):
+    """Measure mean and variance of the merged outputs of norms by forward hooks."""
+    found, handles = {}, []
+    for norm in plan.graph.norms:
+
+        def hook(_, args, y, norm=norm, tree=plan.graph.axes[norm.mean][0]):
+            y = merged_output(plan, tree, norm.layer, y.double())
+            found.setdefault(norm.mean, []).append(y.movedim(1, -1).flatten(0, -2))
+
+        handles.append(original.get_submodule(norm.name).register_forward_hook(hook))
+    for batch in data:
+        outputs(original, batch)
+    for handle in handles:
+        handle.remove()
+    lines = {name: torch.cat(rows) for name, rows in found.items()}
+    return {name: (x.mean(0), x.var(0, correction=0)) for name, x in lines.items()}
+
+
+def assert_same_as_by_hooks(model, data, monkeypatch):
+    plan = intrafuse.plan(model, data[0], channels=0.5, method="intra-fusion")
+    small = plan.apply(model)
+    twin = copy.deepcopy(small)
+    found = reestimate_batchnorm(model, small, plan, data).state_dict()
+    monkeypatch.setattr(repair, "_targets", by_hooks)
+    wanted = reestimate_batchnorm(model, twin, plan, data).state_dict()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_NORMS)
+def test_statistics_are_those_that_hooks_on_the_norms_measure(name, monkeypatch):
+    data = [*batches(name, 2), *batches(name, 1, 11, seed=2)]
+    assert_same_as_by_hooks(build(name)[0], data, monkeypatch)
+
+
+class Inside(nn.Module):
+    """Writes into a part of what a norm returns, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.b, self.last, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.norm(self.a(x))
+        h.narrow(0, 0, 4).mul_(-3.0)
+        return self.head(self.last(self.b(h)).relu())
+
+
+def test_norms_behind_what_is_written_in_place_are_repaired(monkeypatch):
+    torch.manual_seed(0)
+    assert_same_as_by_hooks(Inside().eval(), batches("mlp"), monkeypatch)
+
+
+class NormRelu(nn.BatchNorm1d):
+    """A norm that goes on to an activation function, as timm's BatchNormAct2d does."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_norm_that_includes_its_activation_is_repaired_as_one_that_does_not():
+    model, _ = build("mlp")
+    assert isinstance(model[2], nn.ReLU) and isinstance(model[5], nn.ReLU)
+    twin, data = copy.deepcopy(model), batches("mlp")
+    for norm in ("1", "4"):
+        twin.get_submodule(norm).__class__ = NormRelu
+        twin._modules[str(int(norm) + 1)] = nn.Identity()
+    settings = {"channels": 0.5, "method": "intra-fusion", "repair": "batchnorm", "data": data}
+    found = [intrafuse.prune(net, data[0], **settings).model for net in (model, twin)]
+    assert same_state(found[1], found[0].state_dict())
 
 
 # --- failures

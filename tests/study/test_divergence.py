@@ -83,6 +83,50 @@ def test_the_first_layer_that_is_selected_is_exact_and_later_ones_are_not():
     assert [f.layer for f in found][:3] == ["bn1", "layer1.0.bn1", "layer1.0.bn2"]
 
 
+@pytest.mark.parametrize("include", [None, ["*"]])
+def test_a_plan_that_was_loaded_tells_the_same(include, tmp_path):
+    net = resolve_model("digits_resnet", width=0.5)
+    settings = {"channels": 0.5, "method": "select", "include": include}
+    plan = intrafuse.plan(net.model, net.example_inputs, **settings)
+    plan.save(tmp_path / "plan")
+    small, loaded = plan.apply(net.model), intrafuse.Plan.load(tmp_path / "plan")
+    found = layer_divergence(net.model, small, loaded, DATA, batch_size=25)
+    assert found == layer_divergence(net.model, small, plan, DATA, batch_size=25)
+
+
+def test_a_pruned_network_without_its_norms_is_refused():
+    net = resolve_model("digits_resnet", width=0.5)
+    plan = intrafuse.plan(net.model, net.example_inputs, channels=0.5)
+    small = plan.apply(net.model)
+    small.bn1 = nn.Identity()
+    with pytest.raises(IntrafuseError, match=r"lacks tensors.*bn1\.running_mean.*plan\.apply"):
+        layer_divergence(net.model, small, plan, DATA)
+
+
+class Tied(nn.Module):
+    """Calls one weight as two functions, and one layer that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 16)
+        self.wide, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.zeros(16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x.flatten(1)).relu_()
+        for _ in range(2):
+            h = nn.functional.linear(h, self.wide, self.bias).relu_()
+        return self.head(h)
+
+
+def test_functions_and_shared_weights_are_layers_too():
+    torch.manual_seed(0)
+    net = Tied().eval()
+    plan = intrafuse.plan(net, torch.zeros(1, 1, 8, 8), channels=0.5, method="select")
+    found = layer_divergence(net, plan.apply(net), plan, DATA)
+    assert [f.layer for f in found] == ["first", "wide"] and found[0].error < 1e-9 < found[1].error
+
+
 @pytest.mark.parametrize("method", ["folding", "moment"])
 def test_merged_writers_are_compared_with_merged_channels(method):
     net = resolve_model("digits_resnet", width=0.5)

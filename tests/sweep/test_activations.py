@@ -132,6 +132,21 @@ def test_operators_that_change_their_input_leave_earlier_results():
     assert torch.equal(activations.of(last(graph))[0], model(x))
 
 
+def test_what_is_written_through_a_view_is_unknown_behind_it():
+    """Alone, the reader would read the tensor as it was before."""
+
+    def function(h):
+        h.narrow(0, 0, 2).mul_(-3.0)
+        return h.relu_()
+
+    model = randomise(Between(function), 0)
+    x = torch.randn(3, 4, dtype=torch.double)
+    graph = trace(model, x)
+    activations = Activations(Weights.of(graph, model), Batches(model, graph, [x]))
+    with pytest.warns(RuntimeWarning, match="relu at .*writes into a part of what it reads"):
+        assert activations.of(last(graph)) is None
+
+
 def test_data_that_take_another_way_through_the_code_are_refused():
     model = Between(lambda h: h.relu() if len(h) > 2 else h.tanh())
     graph = trace(model, torch.zeros(2, 4))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -11,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intrafuse.catalog.data import Images
-from intrafuse.fusing.observe import Point, observing, points
+from intrafuse.fusing.observe import Point, points
+from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import evaluating
 from intrafuse.pruning.plan import Plan
-from intrafuse.pruning.repair import merged_output
+from intrafuse.pruning.repair import merged_output, traced
 from intrafuse.support.arguments import check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.surgery.watch import run
+from intrafuse.surgery.weights import Weights
+from intrafuse.sweep.walk import walk
 
 __all__ = ["KINDS", "LayerDivergence", "divergence", "layer_divergence"]
 
@@ -86,7 +89,8 @@ class LayerDivergence:
     """The distance between a layer's outputs and the merged outputs of the original.
 
     Attributes:
-        layer: path of the module; the path of the norm if one follows the layer.
+        layer: path of the module; the path of the norm if one follows the layer; the name of the
+            weight if a function reads it.
         error: squared distance divided by the variance of the original's outputs within batches.
             0 means equal, 1 means no better than their mean.
         variance_ratio: variance of the pruned network's outputs divided by that of the original's.
@@ -119,36 +123,44 @@ def layer_divergence(
 
     Returns:
         One entry for each layer with observable outputs, from input to output.
+
+    Raises:
+        IntrafuseError: `pruned` lacks tensors of the original.
     """
-    watched = _points(plan, original)
-    sums = {point.name: torch.zeros(3, dtype=torch.double) for point in watched}
-    seen: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
 
-    def keep(point: Point, output: Tensor) -> None:
-        merged = merged_output(plan, point.tree, point.weight, output.movedim(point.axis, 1))
-        seen.setdefault(point.name, []).append(merged.double())
+    def compare(point: Point, was: Tensor, now: Tensor) -> None:
+        was, now = (output.movedim(point.axis, 1) for output in (was, now))
+        merged = merged_output(plan, point.tree, point.weight, was).double()
+        terms = _terms(merged, now.double()).cpu()
+        sums[point.name] = sums.get(point.name, 0) + terms
 
-    def compare(point: Point, output: Tensor) -> None:
-        a, b = seen[point.name].pop(0), output.movedim(point.axis, 1).double()
-        sums[point.name] += _terms(a, b).cpu()
+    def images() -> Iterator[Tensor]:
+        return (batch for batch, _ in data.batches(batch_size, device=device))
 
-    for batch, _ in data.batches(batch_size, device=device):
-        with observing(original, watched, keep):
-            run(original, [batch])
-        with observing(pruned, watched, compare):
-            run(pruned, [batch])
+    graph = traced(plan, original, images())
+    state = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    networks = Weights.of(graph, original), Weights(graph, state, widths=plan.widths)
+    missing = sorted((networks[0].state.keys() & graph.axes) - networks[1].state.keys())
+    if missing:
+        raise IntrafuseError(
+            "the pruned network lacks tensors of the original",
+            value=missing,
+            remedy="pass the result of plan.apply(original), its norms not removed",
+        )
+    seen = {point.key: partial(compare, point) for point in _points(plan.graph)}
+    walk(original, networks, images(), seen)
     return [LayerDivergence(name, *_ratios(total)) for name, total in sums.items()]
 
 
-def _points(plan: Plan, model: nn.Module) -> list[Point]:
+def _points(graph: ChannelGraph) -> list[Point]:
     """List norms that follow a layer, and layers without such a norm, in order of execution."""
-    graph = plan.graph
     normed = {norm.layer: norm for norm in graph.norms if norm.layer is not None}
     found = []
-    for point in points(graph, model):
+    for point in points(graph):
         norm = normed.get(point.weight)
         if norm is not None:
-            point = replace(point, name=norm.name, axis=1)
+            point = replace(point, name=norm.name, axis=1, key=norm.mean)
         found.append(point)
     return found
 

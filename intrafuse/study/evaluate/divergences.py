@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from intrafuse.catalog.data import Images
-from intrafuse.graph import ExampleInputs
+from intrafuse.graph import ExampleInputs, trace
 from intrafuse.methods import Method, resolve_method
 from intrafuse.pruning.prune import prune
 from intrafuse.pruning.result import Pruned
@@ -102,7 +102,8 @@ def divergences(
         batch_size, device: for the measurement.
         settings: settings of all prunings, except method and amount.
         training: batches for metrics, methods and repairs that need data.
-        prune: `intrafuse.prune`, or a function that returns saved pruned networks instead.
+        prune: `intrafuse.prune`, or a function that returns saved pruned networks instead; it gets
+            the graph of the model in place of example inputs.
         progress: called with (networks done, networks in total).
 
     Raises:
@@ -113,6 +114,7 @@ def divergences(
     advance = progress or (lambda done, total: None)
     common: Any = {"batch_size": batch_size, "device": device}
     base = settings or Settings()
+    graph = trace(model, example_inputs, include=base.include or ())
     total = len(channels) * len(chosen)
     rows: list[DivergenceRow] = []
     advance(0, total)
@@ -120,7 +122,7 @@ def divergences(
         measured = []
         for method in chosen:
             one = Settings.of(base, {"channels": share, "method": method})
-            pruned = prune(model, example_inputs, one, data=training)
+            pruned = prune(model, graph, one, data=training)
             values = divergence(model, pruned.model, data, kind=kind, **common).numpy()
             inner = (
                 layer_divergence(model, pruned.model, pruned.plan, data, **common) if layers else ()
