@@ -19,7 +19,7 @@ corrected where they arise instead of adding up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +99,16 @@ def solve_layers(
             continue
         task = _Task(layer, original.weights, weights, maps)
         samples = _Samples(task, pruned.batches, node)
-        for batch in zip(old, wanted, new, strict=True):
-            samples.add(*batch)
+        for number, batch in enumerate(zip(old, wanted, new, strict=True)):
+            if batch[1].numel():
+                samples.add(number, *batch)
         if is_plain(node):
             found = _solved(task, samples, max_gain)
         else:
             weights.put(_read_back(task, samples))
             got = pruned.at(weights).of(node)
-            found = _matched(task, zip(wanted, got, strict=True), max_gain) if got else {}
+            pairs = [(y, z) for y, z in zip(wanted, got, strict=True) if y.numel()] if got else []
+            found = _matched(task, pairs, max_gain)
         weights.put(found)
         solved |= found
     return solved
@@ -161,13 +163,13 @@ class _Samples:
         self.groups = 1
         self._seen = 0
 
-    def add(self, old: Tensor, wanted: Tensor, new: Tensor) -> None:
-        """Add a batch of old inputs, the original's outputs and new inputs."""
+    def add(self, batch: int, old: Tensor, wanted: Tensor, new: Tensor) -> None:
+        """Add old inputs, the original's outputs and new inputs of a batch, given its number."""
         weight, most = self.task.weight, SAMPLES // len(self.batches)
         axis = 1 - weight.dim()
         if is_plain(self.node):
             at = drawn(_without(wanted.shape, axis), most)
-            twin = self.batches.twins[self._seen][self.node]
+            twin = self.batches.twins[batch][self.node]
             x = patches(twin, new, weight.shape[2:], at)
             self.groups = x.shape[1] // weight.shape[1]
             y = self.task.merged(lines(wanted, axis, at), 1).to(x)
@@ -261,19 +263,20 @@ def _read_back(task: _Task, samples: _Samples) -> dict[str, Tensor]:
 
 
 def _matched(
-    task: _Task, outputs: Iterable[tuple[Tensor, Tensor]], max_gain: float
+    task: _Task, outputs: Sequence[tuple[Tensor, Tensor]], max_gain: float
 ) -> dict[str, Tensor]:
     """Match mean and deviation of measured outputs to the wanted ones."""
     layer, axis, sums = task.layer, 1 - task.weight.dim(), Sums()
+    names = (layer.weight, layer.bias)
     for wanted, got in outputs:
         ours = got.movedim(axis, -1).flatten(0, -2).float()
         theirs = task.merged(wanted, axis).movedim(axis, -1).flatten(0, -2).to(ours)
         sums.add(theirs, ours)
-    gain = _gain(sums.variance(0), sums.variance(1), max_gain)
-    shift = sums.mean(0) - gain * sums.mean(1)
     changed = task.pruned.snapshot()
-    changed.rescale(layer.weight, gain, None if layer.bias is None else shift)
-    names = (layer.weight, layer.bias)
+    if sums.count:
+        gain = _gain(sums.variance(0), sums.variance(1), max_gain)
+        shift = sums.mean(0) - gain * sums.mean(1)
+        changed.rescale(layer.weight, gain, None if layer.bias is None else shift)
     return {name: changed.state[name] for name in names if name in changed.state}
 
 
