@@ -262,5 +262,5 @@ def _watched(norms: Mapping[str, _BatchNorm]) -> Iterator[Seen]:
     def keep(name: str, received: Tensor) -> None:
         seen.setdefault(name, []).append(_moments(norms[name], received))
 
-    with watching(((norm, partial(keep, name)) for name, norm in norms.items()), inputs=True):
+    with watching(((norm, partial(keep, name)) for name, norm in norms.items())):
         yield seen

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafuse.graph.axes import Tree, locate
-from intrafuse.graph.blocks import put_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm
 from intrafuse.graph.trace import ExampleInputs, as_arguments, evaluating, trace
 from intrafuse.moments.readout import with_readout
@@ -24,10 +22,11 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.merged import merged_output
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.walk import measure
 
-__all__ = ["analytic_repair", "merged_output", "reestimate_batchnorm", "traced"]
+__all__ = ["analytic_repair", "reestimate_batchnorm", "traced"]
 
 ADVICE = (
     "check that the batches fit the model; repair of batch norm needs several samples in every "
@@ -157,7 +156,7 @@ def _targets(original: nn.Module, plan: Plan, data: Iterable) -> dict[str, tuple
 
     def merged(norm: Norm, output: Tensor) -> Tensor:
         tree = plan.graph.axes[norm.mean][0]
-        channels = merged_output(plan, tree, norm.layer, output.double())
+        channels = merged_output(plan.graph, plan.maps, tree, norm.layer, output.double())
         return channels.movedim(1, -1).flatten(0, -2)
 
     weights = Weights.of(traced(plan, original, _inputs(data, original)), original)
@@ -171,36 +170,3 @@ def traced(plan: Plan, original: nn.Module, inputs: Iterable[ExampleInputs]) -> 
     if plan.graph.traced is not None:
         return plan.graph
     return trace(original, next(iter(inputs)), include=plan.settings.get("include") or ())
-
-
-def merged_output(plan: Plan, tree: Tree, layer: str | None, output: Tensor) -> Tensor:
-    """Apply a plan to the output of a layer or norm of the original.
-
-    Args:
-        plan: its maps encode the channels, then scale and shift them.
-        tree: the symbolic axis of the output's channels.
-        layer: name of the weight that wrote the output, or None.
-        output: (batch, channels, ...).
-
-    Returns:
-        The output that the pruned network should have there.
-    """
-    sizes = dict(plan.graph.sizes)
-    for merge_map in plan.maps:
-        group = plan.graph.by_name[merge_map.group]
-        blocks = locate(tree, group.id, sizes)
-        if blocks:
-            output = merge_map.encoding.apply(output, 1, blocks, group.size)
-        sizes[group.id] = merge_map.width
-        gain, shift = (
-            merge_map.writer_gain.get(layer or ""),
-            merge_map.writer_shift.get(layer or ""),
-        )
-        if blocks and not (gain is None and shift is None):
-            where = locate(tree, group.id, sizes)
-            lines = torch.ones(output.shape[1]), torch.zeros(output.shape[1])
-            for line, values in zip(lines, (gain, shift), strict=True):
-                put_channels(line, where, values, merge_map.width)
-            scale, offset = (line.view(-1, *[1] * (output.dim() - 2)) for line in lines)
-            output = output * scale.to(output) + offset.to(output)
-    return output

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,14 +22,13 @@ Watched = Iterable[tuple[nn.Module, Callable[[Tensor], Any]]]
 
 
 @contextmanager
-def watching(watched: Watched, *, inputs: Literal[True]) -> Generator[None]:
+def watching(watched: Watched) -> Generator[None]:
     """Call functions with the inputs of modules; remove all hooks at the end.
 
     Args:
-        watched: pairs of a module and a function. The function runs with PyTorch's own default type
-            and device.
-        inputs: call the functions with the first tensor argument of a module, by position or by
-            name; their results are ignored.
+        watched: pairs of a module and a function, which is called with the first tensor argument
+            of the module, by position or by name. It runs with PyTorch's own default type and
+            device; its result is ignored.
     """
     handles: list[RemovableHandle] = []
     try:

@@ -11,7 +11,8 @@ from torch import nn
 import intrafuse
 from intrafuse import IntrafuseError
 from intrafuse.pruning import repair
-from intrafuse.pruning.repair import merged_output, reestimate_batchnorm
+from intrafuse.pruning.repair import reestimate_batchnorm
+from intrafuse.surgery.merged import merged_output
 
 NORM = nn.modules.batchnorm._BatchNorm
 WITH_NORMS = [name for name in NETWORKS if name != "tied"]
@@ -275,7 +276,7 @@ def by_hooks(original, plan, data):
     for norm in plan.graph.norms:
 
         def hook(_, args, y, norm=norm, tree=plan.graph.axes[norm.mean][0]):
-            y = merged_output(plan, tree, norm.layer, y.double())
+            y = merged_output(plan.graph, plan.maps, tree, norm.layer, y.double())
             found.setdefault(norm.mean, []).append(y.movedim(1, -1).flatten(0, -2))
 
         handles.append(original.get_submodule(norm.name).register_forward_hook(hook))

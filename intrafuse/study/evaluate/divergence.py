@@ -16,10 +16,11 @@ from intrafuse.fusing.observe import Point, points
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.graph.trace import evaluating
 from intrafuse.pruning.plan import Plan
-from intrafuse.pruning.repair import merged_output, traced
+from intrafuse.pruning.repair import traced
 from intrafuse.support.arguments import check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.merged import merged_output
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.walk import walk
 
@@ -131,7 +132,7 @@ def layer_divergence(
 
     def compare(point: Point, was: Tensor, now: Tensor) -> None:
         was, now = (output.movedim(point.axis, 1) for output in (was, now))
-        merged = merged_output(plan, point.tree, point.weight, was).double()
+        merged = merged_output(plan.graph, plan.maps, point.tree, point.weight, was).double()
         terms = _terms(merged, now.double()).cpu()
         sums[point.name] = sums.get(point.name, 0) + terms
 
