@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
 from torch.utils._pytree import tree_leaves
@@ -87,7 +88,8 @@ class _Recorder:
         if _has(func, torch.Tag.dynamic_output_shape) and _is_symbolic(result):
             self._hand_over()
         elif self.each is not None:
-            self.each(self.graph)
+            with unset_fake_temporarily():  # it may read the numbers of constants
+                self.each(self.graph)
         return result
 
     def _hand_over(self) -> None:

@@ -134,6 +134,17 @@ def test_a_record_stops_where_it_is_told_and_takes_its_hooks_off() -> None:
     assert len(calls(record(model, (torch.ones(3, 4),)))) == 3
 
 
+def test_while_a_model_is_recorded_the_numbers_of_its_constants_can_be_read() -> None:
+    seen: list[float] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        seen[:] = [n for node in graph.nodes if node.op == "call_function" for n in numbers(node)]
+
+    model, x = Own(constants).eval(), torch.ones(3, 4)
+    record(model, (x,), each=look)
+    assert {1.0, 2.0, 3.0, 4.0} <= {*seen} and all(type(number) is float for number in seen)
+
+
 class Counted(nn.Linear):
     """A layer that counts its runs, of all copies together."""
 
