@@ -4,11 +4,13 @@ Llama configurations of 8, 16, 32 and 64 layers, 4096 wide, on the meta device (
 held), each in a process of its own, so that its peak of memory is its own. Then torch-pruning
 1.6.1 side by side, up to the largest of each ladder that it finishes in five minutes: Llama
 configurations, and DenseNets, where the channels of each layer go into all that follow. Both sides
-are timed by the CPU in a process of their own, after what they import.
+are timed by the CPU in a process of their own, after what they import. `--ratios` holds a trace of
+architectures of the zoo beside one `torch.export` of each, as intrafuse calls it, by the CPU.
 
     pip install -c constraints.txt -e ".[hf]"
     pip install --no-deps torch-pruning==1.6.1     # for the comparison only
     python benchmarks/graph.py [--limit SECONDS] [--skip-others] [--ladders densenet]
+    python benchmarks/graph.py --ratios
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ import sys
 import time
 
 DEPTHS = (8, 16, 32, 64)
+RATIOS = (
+    "torchvision:resnet18", "torchvision:resnet50", "torchvision:densenet121",
+    "torchvision:mobilenet_v3_small", "torchvision:vit_b_32", "torchvision:swin_t",
+    "torchvision:raft_small", "hf:bert", "hf:gpt2", "hf:llama", "hf:t5", "hf:whisper",
+    "timm:vit_tiny_patch16_224", "timm:levit_128s", "timm:xcit_nano_12_p16_224",
+)  # fmt: skip
 LADDERS = {
     "llama": ((4, 512), (16, 1024), (32, 1024)),
     "densenet": ((24, 16), (48, 32), (64, 48), (96, 72), (104, 80), (112, 88), (128, 96)),
@@ -158,17 +166,42 @@ def comparison(limit: float, ladders: list[str]) -> None:
                 )
 
 
+def ratios(names: tuple[str, ...]) -> None:
+    """Print the time of a trace beside that of one export."""
+    import torch
+    from architectures import build
+
+    import intrafuse
+    from intrafuse.graph.export import export_program
+
+    torch.set_num_threads(1)
+    print("architecture                     export  trace  ratio   CPU s")
+    for name in names:
+        model, inputs = build(name)
+        export_program(model, inputs)  # what is imported on first use
+        started = time.process_time()
+        export_program(model, inputs)
+        one = time.process_time() - started
+        intrafuse.trace(model, inputs)
+        whole = time.process_time() - started - one
+        print(f"{name:32s} {one:6.2f} {whole:6.2f} {whole / one:6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=300.0)
     parser.add_argument("--skip-others", action="store_true")
     parser.add_argument("--ladders", default=",".join(LADDERS), help="some, and no growth")
+    parser.add_argument("--ratios", action="store_true", help="a trace beside one export")
     parser.add_argument("--one", nargs=5)
     options = parser.parse_args()
     if options.one:
         which, kind, layers, width, device = options.one
         measure = ours if which == "ours" else theirs
         print(json.dumps(measure(kind, int(layers), int(width), device)))
+        return
+    if options.ratios:
+        ratios(RATIOS)
         return
     ladders = options.ladders.split(",")
     if ladders == [*LADDERS]:

@@ -137,6 +137,7 @@ class AxisTable:
         self._meaning: dict[int, Tree] = {}
         self._reasons: dict[int, list[str]] = {}
         self._choices: dict[int, list[str]] = {}
+        self._resolved: dict[Tree, Tree] = {}  # as long as no atom gets another meaning
 
     def atom(self, size: int, lock: str | None = None) -> Tree:
         """Make an axis of one new atom. `lock` is a reason why the atom must keep its size."""
@@ -170,8 +171,16 @@ class AxisTable:
         size 1. A Product does not begin with a Sum: it is distributed over the Sum.
         """
         if isinstance(tree, int):
-            root = self._find(tree)
-            return self.resolve(self._meaning[root]) if root in self._meaning else root
+            tree = self._find(tree)
+            if tree not in self._meaning:
+                return tree
+        if tree not in self._resolved:
+            self._resolved[tree] = self._resolve(tree)
+        return self._resolved[tree]
+
+    def _resolve(self, tree: Tree) -> Tree:
+        if isinstance(tree, int):
+            return self.resolve(self._meaning[tree])
         if isinstance(tree, Sum):
             parts: list[Tree] = []
             for part in map(self.resolve, tree.parts):
@@ -233,6 +242,7 @@ class AxisTable:
         """Define an atom as a tree, and move the atom's locks to the atoms of the tree."""
         if not isinstance(tree, int) and atom in leaves(tree):
             return False
+        self._resolved.clear()
         reasons, choices = self._reasons.pop(atom, []), self._choices.pop(atom, [])
         if isinstance(tree, int):
             self._parent[atom] = tree

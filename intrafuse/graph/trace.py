@@ -99,7 +99,7 @@ def trace(
         lambda: free_atoms(scope),
         Workshop(
             lambda shapes, attributes: _resized(model, shapes, attributes, scope.aliases),
-            lambda resized: record(resized, example_inputs),
+            lambda resized, each: record(resized, example_inputs, each=each),
             lambda resized: [*export_program(resized, example_inputs).graph.nodes],
             partial(record, example_inputs=example_inputs, cached=True) if caching(model) else None,
         ),

@@ -158,8 +158,9 @@ def compute(node: Node, first: Tensor) -> Any:
 def modules_of(node: Node) -> list[str]:
     """List the modules whose forward recorded an operator, innermost first."""
     stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in reversed([*stack.values()])]
     # the path of a second call ends in @1
-    return [re.sub(r"@\d+", "", path) for path, _ in reversed([*stack.values()])]
+    return [re.sub(r"@\d+", "", path) if "@" in path else path for path in paths]
 
 
 def location(node: Node) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isclose
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from intrafuse.graph.axes import Tree, tree_size
 from intrafuse.graph.export import CONSTANT
@@ -17,7 +17,17 @@ from intrafuse.graph.rules.registry import CHECKS, LIFTS, SAME, Result
 from intrafuse.graph.rules.shape import slice_range
 from intrafuse.graph.typed import is_several
 
-__all__ = ["Difference", "Expected", "calls", "first_difference", "numbers"]
+__all__ = [
+    "Difference",
+    "Expected",
+    "Following",
+    "Stop",
+    "calls",
+    "difference",
+    "first_difference",
+    "is_call",
+    "numbers",
+]
 
 Shape = list[int | list[int]]  # the sizes of a result, or those of each of several results
 
@@ -76,7 +86,12 @@ class Expected:
 
 def calls(nodes: Iterable[Node]) -> list[Node]:
     """List the operators of a graph except copies, which an export may drop."""
-    return [n for n in nodes if n.op == "call_function" and operator_name(n) not in IDLE]
+    return [n for n in nodes if is_call(n)]
+
+
+def is_call(node: Node) -> bool:
+    """Tell whether a node is an operator other than a copy."""
+    return node.op == "call_function" and operator_name(node) not in IDLE
 
 
 def numbers(node: Node) -> tuple[float, ...]:
@@ -104,18 +119,75 @@ def first_difference(
     """
     first, second = calls(expected.nodes), calls(new)
     for node, now in zip(first, second, strict=False):
-        if operator_name(node) != operator_name(now):
-            different = Difference(node, "runs another operator", operator_name(now))
-            return different if whole else None
-        right, shape = _sizes_of(expected.values[node], sizes), _shape(now.meta.get("val"))
-        if shape is not None and shape != right:
-            return Difference(node, f"should return {right}", shape, right)
-        other = _other_numbers(expected, node, now, sizes) or _elsewhere(expected, node, now, sizes)
-        if other is not None:
-            return other
+        different = difference(expected, node, now, sizes)
+        if different is not None:
+            return different if whole or different.explained else None
     if whole and len(first) != len(second):
         return Difference((first or second)[-1], f"is one of {len(first)} operators", len(second))
     return None
+
+
+def difference(
+    expected: Expected, node: Node, now: Node, sizes: Mapping[int, int]
+) -> Difference | None:
+    """Compare an operator of the resized network with the traced one."""
+    if operator_name(node) != operator_name(now):
+        return Difference(node, "runs another operator", operator_name(now))
+    right, shape = _sizes_of(expected.values[node], sizes), _shape(now.meta.get("val"))
+    if shape is not None and shape != right:
+        return Difference(node, f"should return {right}", shape, right)
+    return _other_numbers(expected, node, now, sizes) or _elsewhere(expected, node, now, sizes)
+
+
+class Stop(Exception):
+    """Raised to stop a model once a trial has shown enough.
+
+    Attributes:
+        difference: the first operator that differs, if any did.
+    """
+
+    def __init__(self, difference: Difference | None) -> None:
+        super().__init__()
+        self.difference = difference
+
+
+class Following:
+    """Compares the operators of a resized network with the trace while the network runs.
+
+    A call raises `Stop` at the first shape, number or start that differs, or after `until`
+    operators (None: never). If another operator runs, the comparison is left to the end.
+    """
+
+    def __init__(self, expected: Expected, sizes: Mapping[int, int], until: int | None) -> None:
+        self.expected = expected
+        self.sizes = sizes
+        self.until = until
+        self.traced = iter(calls(expected.nodes))
+        self.agreed = 0
+        self.last: Node | None = None
+
+    def __call__(self, graph: Graph) -> None:
+        """Compare the operators that are new in the graph."""
+        new = next(iter(graph.nodes)) if self.last is None else self.last.next
+        while new.op != "root":
+            self.last = new
+            if is_call(new):
+                self._compare(new)
+            new = new.next
+
+    def _compare(self, now: Node) -> None:
+        node = next(self.traced, None)
+        if node is None:
+            return
+        different = difference(self.expected, node, now, self.sizes)
+        if different is not None:
+            self.traced = iter(())
+            if different.explained:
+                raise Stop(different)
+            return
+        self.agreed += 1
+        if self.agreed == self.until:
+            raise Stop(None)
 
 
 def _other_numbers(

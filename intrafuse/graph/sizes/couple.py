@@ -16,7 +16,6 @@ from torch.fx import Node
 from intrafuse.graph.axes import Product, Tree, tree_size
 from intrafuse.graph.rules import Literal, modules_of
 from intrafuse.graph.rules.registry import Result
-from intrafuse.graph.sizes.compare import calls
 from intrafuse.graph.sizes.trials import Place, Trials, value_at
 
 __all__ = ["couple", "divide"]
@@ -133,8 +132,8 @@ def _kind(trials: Trials, node: Node, other: Node) -> tuple[Place, str]:
 def _before(trials: Trials, node: Node) -> list[Node]:
     """List an operator and all earlier ones of its module and submodules, latest first."""
     module = (modules_of(node) or [""])[0]
-    before = calls(trials.nodes[: trials.nodes.index(node) + 1])
-    return [n for n in reversed(before) if module in modules_of(n)]
+    inside, last = trials.inside.get(module, []), trials.order[node]
+    return [n for n in reversed(inside) if trials.order[n] <= last]
 
 
 def _spots(trials: Trials, node: Node) -> Iterator[_Spot]:

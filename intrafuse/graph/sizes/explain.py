@@ -83,7 +83,7 @@ def reconsider(trials: Trials, difference: Difference | None) -> bool:
     if trials.attempt is None:
         return False
     (number, items), trials.attempt = trials.attempt, None
-    order = {node: i for i, node in enumerate(trials.nodes)}
+    order = trials.order
     if difference is not None and order[difference.node] >= min(order[item.node] for item in items):
         return False
     if not _try_next(trials, number, items):

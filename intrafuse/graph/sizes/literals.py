@@ -23,8 +23,18 @@ from torch.fx import Node
 from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.export import recorded
 from intrafuse.graph.groups import Attribute
+from intrafuse.graph.record import Each
 from intrafuse.graph.rules import Scope, line_of, operator_name
-from intrafuse.graph.sizes.compare import Difference, Expected, calls, first_difference, numbers
+from intrafuse.graph.sizes.compare import (
+    Difference,
+    Expected,
+    Following,
+    Stop,
+    calls,
+    first_difference,
+    numbers,
+)
+from intrafuse.graph.sizes.culprits import Culprits
 from intrafuse.graph.sizes.explain import follow_names, give_up, learn, reconsider
 from intrafuse.graph.sizes.trials import Trials
 from intrafuse.graph.sizes.unread import follow_unread, watch
@@ -33,6 +43,7 @@ from intrafuse.support.errors import IntrafuseError
 __all__ = ["Workshop", "settle"]
 
 Export = Callable[[nn.Module], Any]
+Record = Callable[[nn.Module, Each], Any]
 Build = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Mapping[str, int]]], nn.Module]
 # Operators whose number argument may be a size.
 ARITHMETIC = frozenset("add sub rsub mul div pow multiply divide true_divide floor_divide".split())
@@ -61,14 +72,15 @@ class Workshop:
 
     Attributes:
         build: makes a copy of the model with other parameter shapes and attributes.
-        record: lists all operators that a model runs, including those without any use.
+        record: lists all operators that a model runs, including those without any use. After each
+            operator it calls a function that may raise an exception to stop the model.
         export: lists the operators that an export keeps.
         cached: lists the operators of a model that builds a cache for its next call; None if the
             model does not do so by default.
     """
 
     build: Build
-    record: Export
+    record: Record
     export: Export
     cached: Export | None = None
 
@@ -89,7 +101,7 @@ def settle(
     if _open(scope, nodes, free()):
         _explore(trials, free, workshop)
     trials.smaller = True  # a number that agreed by chance does not agree again
-    works = partial(_works, trials, workshop=workshop)
+    works = partial(_works, trials, workshop)
     if not follow_unread(trials, free(), works) and _open(scope, nodes, free()):
         _explore(trials, free, workshop)
         follow_unread(trials, free(), works)
@@ -101,20 +113,24 @@ def settle(
 
 def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) -> None:
     """Run the model at other sizes, and learn from each trial, until it agrees with the graph."""
-    works = partial(_works, trials, workshop=workshop)
+    works = partial(_works, trials, workshop)
+    agreeing: list[int] = []
     for left in range(ROUNDS, 0, -1):
         atoms = free()
         try:
-            difference = _trial(trials, atoms, workshop) if atoms else None
+            trials.failure, trials.agreed = "", None
+            tried = atoms and atoms != agreeing
+            difference = _trial(trials, atoms, workshop) if tried else None
             if difference is None:
                 trials.attempt = None  # the last attribute was right
                 return
+            trials.note(difference)
             learnt = reconsider(trials, difference) or learn(trials, difference, atoms)
         except _Elsewhere as failure:
             trials.failure = failure.where
             learnt = reconsider(trials, None) or give_up(trials, failure.lines, atoms)
         if not learnt:
-            _lock_culprits(trials, atoms, works, left)
+            agreeing = Culprits(trials, works, trials.until).lock(atoms, left)
     for atom in free():
         trials.scope.table.lock(atom, "no trial of the code at other sizes succeeded")
 
@@ -122,7 +138,7 @@ def _explore(trials: Trials, free: Callable[[], list[int]], workshop: Workshop) 
 def _lock_uncached(trials: Trials, atoms: list[int], workshop: Workshop) -> None:
     """Lock the sizes at which a model fails in its default mode, in which it builds a cache."""
 
-    def works(some: list[int]) -> bool:
+    def works(some: list[int], _until: int | None = None) -> bool:
         assert workshop.cached is not None
         trials.failure = ""
         try:
@@ -132,35 +148,23 @@ def _lock_uncached(trials: Trials, atoms: list[int], workshop: Workshop) -> None
             return False
         return True
 
-    if atoms and not works(atoms) and works([]):
-        _lock_culprits(trials, atoms, works, ROUNDS)
+    if atoms and not works(atoms):
+        failure = trials.failure
+        if works([]):
+            trials.failure = failure
+            Culprits(trials, works).lock(atoms, ROUNDS)
 
 
-def _works(trials: Trials, atoms: list[int], workshop: Workshop) -> bool:
-    trials.failure = ""
+def _works(trials: Trials, workshop: Workshop, atoms: list[int], until: int | None = None) -> bool:
+    trials.failure, trials.agreed = "", None
     try:
-        return not atoms or _trial(trials, atoms, workshop) is None
+        difference = _trial(trials, atoms, workshop, until) if atoms else None
     except _Elsewhere as failure:
         trials.failure = failure.where
         return False
-
-
-def _lock_culprits(
-    trials: Trials, atoms: list[int], works: Callable[[list[int]], bool], budget: int
-) -> None:
-    """Find by bisection the sizes that the code does not tolerate, and lock them."""
-    waiting = [atoms]
-    while waiting:
-        some = waiting.pop()
-        budget -= 1
-        if budget > 0 and works(some):
-            continue
-        if len(some) == 1 or budget <= 0:
-            for atom in some:
-                reason = f"the code fails where its size is another{trials.failure}"
-                trials.scope.table.lock(atom, reason)
-            continue
-        waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
+    if difference is not None:
+        trials.note(difference)
+    return difference is None
 
 
 def _open(scope: Scope, nodes: list[Node], atoms: list[int]) -> bool:
@@ -197,36 +201,57 @@ def _lines(cause: BaseException) -> list[tuple[str, str]]:
     return [(f.filename, str(f.lineno)) for f in traceback.extract_tb(cause.__traceback__)]
 
 
-def _trial(trials: Trials, atoms: list[int], workshop: Workshop) -> Difference | None:
-    """Run the model at other sizes.
+def _trial(
+    trials: Trials, atoms: list[int], workshop: Workshop, until: int | None = None
+) -> Difference | None:
+    """Run the model at other sizes, up to the first operator that differs.
+
+    Args:
+        trials: the results of the trials so far.
+        atoms: the atoms whose sizes change.
+        workshop: builds and runs the model.
+        until: how many operators to run; None for all.
 
     Returns:
         None if the model agrees with the graph, else the first difference. An operator that fails
         is a difference.
     """
-    scope = trials.scope
-    sizes, resolve = trials.sizes(atoms), scope.table.resolve
+    sizes = trials.sizes(atoms)
+    expected = _expected(trials)
     shapes, attributes = _resized(trials, sizes)
-    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
-    starts = {node: resolve(tree) for node, tree in scope.starts.items()}
-    old = dict(enumerate(scope.table.size))
-    expected = Expected(trials.nodes, scope.resolved(), scales, starts, old)
     try:
         model = workshop.build(shapes, attributes)
         watch(model, trials.reads)
-        new = workshop.record(model)
+        new = workshop.record(model, Following(expected, sizes, until))
     except IntrafuseError as error:
         cause = error.__cause__ or error
-        ran = recorded(cause)
-        difference = first_difference(expected, ran, sizes, whole=False)
-        lines = _lines(cause)
-        done = calls(ran)
-        failed = done.pop() if done and "val" not in done[-1].meta else None
-        following = calls(trials.nodes)[len(done) :]
-        if difference is None and not (following and line_of(following[0]) in lines):
-            raise _Elsewhere(lines, cause) from error
-        return difference or Difference(following[0], "runs", "an error", failed=failed)
-    difference = first_difference(expected, new, sizes)
-    if difference is not None and not difference.explained:
+        if isinstance(cause, Stop):
+            return cause.difference
+        return _failure(trials, expected, sizes, cause)
+    different = first_difference(expected, new, sizes)
+    if different is not None and not different.explained:
         return first_difference(expected, workshop.export(model), sizes)
-    return difference
+    return different
+
+
+def _expected(trials: Trials) -> Expected:
+    scope, resolve = trials.scope, trials.scope.table.resolve
+    scales = {node: (resolve(tree), power) for node, (tree, power) in scope.scales.items()}
+    starts = {node: resolve(tree) for node, tree in scope.starts.items()}
+    old = dict(enumerate(scope.table.size))
+    return Expected(trials.nodes, scope.resolved(), scales, starts, old)
+
+
+def _failure(
+    trials: Trials, expected: Expected, sizes: Mapping[int, int], cause: BaseException
+) -> Difference:
+    """Find the operator at which a model fails at other sizes."""
+    ran = recorded(cause)
+    different = first_difference(expected, ran, sizes, whole=False)
+    lines = _lines(cause)
+    done = calls(ran)
+    failed = done.pop() if done and "val" not in done[-1].meta else None
+    following = calls(trials.nodes)[len(done) :]
+    if different is None and not (following and line_of(following[0]) in lines):
+        raise _Elsewhere(lines, cause) from cause
+    return different or Difference(following[0], "runs", "an error", failed=failed)

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from intrafuse.graph.axes import Tree, leaves
 from intrafuse.graph.rules import Literal, Scope, line_of, modules_of, operator_name
+from intrafuse.graph.sizes.compare import Difference, calls
 from intrafuse.graph.sizes.sizing import trial_sizes
 
 __all__ = ["Key", "Number", "Place", "Trials", "value_at"]
@@ -35,6 +36,7 @@ class Trials:
         holders: object that holds numbers -> the (module, attribute) that represents it.
         attempt: the number and the literals of the last tried attribute.
         failure: place and error of the last failure outside the operators of the trace.
+        agreed: how many operators agreed in the last trial that failed; None if unknown.
         smaller: whether trials shrink sizes, as pruning does.
         reads: numbers that modules hold, (module, name) -> whether the code has read it.
     """
@@ -47,6 +49,7 @@ class Trials:
     holders: dict[int, Key] = field(default_factory=dict[int, Key])
     attempt: tuple[Number, list[Literal]] | None = None
     failure: str = ""
+    agreed: int | None = None
     smaller: bool = False
     reads: dict[Key, bool] = field(default_factory=dict[Key, bool])
     _sizes: dict[tuple[int, ...], dict[int, int]] = field(
@@ -73,6 +76,35 @@ class Trials:
     def _trees(self, node: Node) -> Iterator[Tree]:
         for operand in (node, *node.all_input_nodes):
             yield from map(self.scope.table.resolve, self.scope.trees(operand))
+
+    @property
+    def until(self) -> int | None:
+        """How many operators include the one that failed last; None if unknown."""
+        return None if self.agreed is None else self.agreed + 1
+
+    def note(self, difference: Difference) -> None:
+        """Note how many operators agreed before the first that differs."""
+        if difference.explained:
+            self.agreed = self.calls.index(difference.node)
+
+    @cached_property
+    def calls(self) -> list[Node]:
+        """The operators of the trace except copies."""
+        return calls(self.nodes)
+
+    @cached_property
+    def order(self) -> dict[Node, int]:
+        """The position of each node in the trace."""
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def inside(self) -> dict[str, list[Node]]:
+        """The operators of each module and its submodules, in order."""
+        found: dict[str, list[Node]] = {}
+        for node in self.calls:
+            for module in dict.fromkeys(modules_of(node)):
+                found.setdefault(module, []).append(node)
+        return found
 
     def forget(self, number: Number) -> None:
         """Undo the last tried attribute of a number."""
