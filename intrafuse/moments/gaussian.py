@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import product
 from math import factorial, prod
 
 import numpy as np
@@ -29,6 +28,7 @@ __all__ = [
 ]
 
 TERMS, NODES, ROWS = 24, 200, 64
+WIDE = 256  # channels from which correlations are float32
 
 
 @cache
@@ -96,15 +96,41 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
     Returns:
         (n, m), float64.
     """
-    order = c.shape[1] - 1
-    total = torch.outer(c[:, order], d[:, order])
-    # few rows at a time fit the cache
-    for part, own, r in zip(
-        total.split(ROWS), c.split(ROWS), correlations.split(ROWS), strict=True
-    ):
+    alike = c is d  # and then the result is symmetric
+    (c, own), (d, other) = _scaled(c, correlations), _scaled(d, correlations)
+    order = _order(c, d)
+    total = torch.empty_like(correlations)
+    for rows, columns in _tiles(len(c), alike):
+        r, x, y = correlations[rows, columns], c[rows], d[columns]
+        part = torch.outer(x[:, order], y[:, order])
         for k in range(order - 1, 0, -1):
-            part.mul_(r).addr_(own[:, k], d[:, k])
-        part.mul_(r)
+            part.mul_(r).addr_(x[:, k], y[:, k])
+        total[rows, columns] = part.mul_(r)
+    return _whole(total, alike).double().mul_(own[:, None]).mul_(other)
+
+
+def _scaled(c: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale expansions to variance one, so that float32 can hold them; return their deviations."""
+    own = c[:, 1:].norm(dim=1)
+    return torch.where(own > 0, 1 / own.clamp_min(1e-300), 0.0)[:, None].mul(c).to(like), own
+
+
+def _order(c: Tensor, d: Tensor) -> int:
+    """Return the order whose terms are the last that matter to the precision of scaled c and d."""
+    left, right = (x.square().flip(1).cumsum(1).amax(0).flip(0).sqrt() for x in (c, d))
+    return max(1, int((left * right > torch.finfo(c.dtype).eps).sum()) - 1)
+
+
+def _tiles(n: int, symmetric: bool) -> list[tuple[slice, slice]]:
+    """Split a matrix of n rows into few rows that fit a core's cache; a symmetric one above it."""
+    starts = range(0, n, ROWS)
+    return [(slice(i, i + ROWS), slice(i if symmetric else 0, None)) for i in starts]
+
+
+def _whole(total: Tensor, symmetric: bool) -> Tensor:
+    """Mirror what `_tiles` left out."""
+    for rows, _ in _tiles(len(total), True) if symmetric else ():
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
 
 
@@ -135,9 +161,12 @@ def product_moments(
         for p in range(degree + 1)
         for q in range(degree + 1 - p)
     }
-    total = _series(slopes, among, degree)
     mean = slopes[0, 0]
     variance = _mehler(expanded(f.square()), expanded(g.square()), own) - mean.square()
+    std = variance.clamp_min(0).sqrt()
+    inverse = torch.where(std > 0, 1 / std.clamp_min(1e-300), 0.0)
+    slopes = {powers: (inverse * slope).to(among[0]) for powers, slope in slopes.items()}
+    total = _series(slopes, among, degree).double().mul_(std[:, None]).mul_(std)
     total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
     return mean, total
 
@@ -145,21 +174,25 @@ def product_moments(
 def _series(
     slopes: dict[tuple[int, int], Tensor], among: tuple[Tensor, Tensor, Tensor], degree: int
 ) -> Tensor:
-    """Sum the terms of `product_moments` up to a degree."""
-    total = torch.zeros_like(among[0])
-    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time fit the cache
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        factors = (among[0][part], among[1][part], among[1][:, part].T.contiguous(), among[2][part])
-        for x, xy, yx, y in product(range(degree + 1), repeat=4):
-            if not 1 <= x + xy + yx + y <= degree:
-                continue
-            weight = prod(map(factorial, (x, xy, yx, y)))
-            term = torch.outer(slopes[x + xy, yx + y][part] / weight, slopes[x + yx, xy + y])
-            for times, factor in zip((x, xy, yx, y), factors, strict=True):
-                for _ in range(times):
-                    term *= factor
-            total[part] += term
-    return total
+    """Sum the terms of `product_moments` up to a degree, nested by powers of each correlation."""
+    total = torch.empty_like(among[0])
+    for rows, columns in _tiles(len(total), True):
+        xy, yx = among[1][rows, columns], among[1][columns, rows].T.contiguous()
+        factors = [among[0][rows, columns], xy, yx, among[2][rows, columns]]
+
+        def nested(powers: tuple[int, ...], rows=rows, columns=columns, factors=factors) -> Tensor:
+            at, found = len(powers), torch.zeros_like(factors[0])
+            if at == 4:
+                x, xy, yx, y = powers
+                weight = prod(map(factorial, powers)) if any(powers) else torch.inf
+                left, right = slopes[x + xy, yx + y][rows], slopes[x + yx, xy + y][columns]
+                return torch.outer(left / weight, right)
+            for power in range(degree - sum(powers), -1, -1):
+                found.mul_(factors[at]).add_(nested((*powers, power)))
+            return found
+
+        total[rows, columns] = nested(())
+    return _whole(total, True)
 
 
 def _derivative(c: Tensor, times: int) -> Tensor:
@@ -178,8 +211,10 @@ def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Split a covariance (n, n) into correlation (n, n) and standard deviation (n,).
 
-    A variable with zero variance has correlation zero with all others.
+    A variable with zero variance has correlation zero with all others. Correlations of many
+    variables are float32: their rounding is far below what is assumed about them.
     """
     std = covariance.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(std > 0, 1 / std.clamp_min(1e-150), 0.0)
-    return (covariance * inverse * inverse[:, None]).clamp_(-1, 1), std
+    found = (covariance * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
+    return found if len(found) < WIDE else found.float(), std
