@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import entering, operator_name
+from intrafuse.moments.gaussian import correlation
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
 
@@ -37,11 +39,16 @@ class Origin:
         rows: entry of that vector for each channel, (channels,); None for all in order.
         values: value of each channel at the quadrature nodes of its variable, (channels, nodes);
             None if the activation is the variable itself.
+        base: the moments of that vector; None if the activation is the vector itself.
+        lines: compute its entries as unit vectors whose products are their correlations, and those
+            with other layers of the same input. None if no dense layer wrote it.
     """
 
     node: Node
     rows: Tensor | None = None
     values: Tensor | None = None
+    base: Moments | None = None
+    lines: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +58,34 @@ class Moments:
     Attributes:
         tree: the symbolic channel axis.
         mean: (channels,), float64.
-        covariance: (channels, channels), float64.
+        known: the covariance, or a function that computes it when it is read for the first time:
+            many activations are only factors of a product.
         origin: the Gaussian variables that it is a function of. If a rule leaves it out, the result
             is assumed to be a new Gaussian vector.
     """
 
     tree: Tree
     mean: Tensor
-    covariance: Tensor
+    known: Tensor | Callable[[], Tensor]
     origin: Origin | None = None
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """The covariance (channels, channels), float64."""
+        found = self.known() if callable(self.known) else self.known
+        object.__setattr__(self, "known", found)  # frees what the function holds
+        return found
+
+    @cached_property
+    def among(self) -> Tensor:
+        """The correlations (channels, channels)."""
+        return correlation(self.covariance)[0]
+
+    def derived(self) -> Origin | None:
+        """Return the origin of another function of the same variables."""
+        if self.origin is None or self.origin.base is not None:
+            return self.origin
+        return replace(self.origin, base=self)
 
 
 CORRELATED = 0.3  # keeps most accuracy (docs/research.md)
@@ -109,6 +135,11 @@ class Propagation(Following[Moments | None]):
             found = replace(found, origin=Origin(node))
         return found
 
+    def computed(self, node: Node) -> None:
+        """Free what the operator was the last to need, if tensors are only tried."""
+        if self._tried_from is not None:
+            self.free(self.sources(node))
+
     def _apply_rule(self, node: Node) -> Moments | None:
         """Apply an operator's rule; if the rule fails, warn and return None.
 
@@ -123,7 +154,11 @@ class Propagation(Following[Moments | None]):
             found = rule(self, node)
             if found is not None:
                 n = self.size(found.tree)
-                if found.mean.shape != (n,) or found.covariance.shape != (n, n):
+                shapes = [found.mean.shape]
+                if not callable(found.known):
+                    shapes.append(found.known.shape[:1])
+                    shapes.append(found.known.shape[1:])
+                if any(shape != (n,) for shape in shapes):
                     raise ValueError(f"moments of {n} channels were expected")
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip

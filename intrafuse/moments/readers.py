@@ -86,7 +86,9 @@ def readings(
     weights = propagation.weights
     calls = propagation.calls
     found = {}
-    for slot in weights.present(group.readers):
+    order = {name: i for i, name in enumerate(calls)}  # what stands before a reader may be freed
+    slots = sorted(weights.present(group.readers), key=lambda slot: order.get(slot.parameter, -1))
+    for slot in slots:
         nodes = calls.get(slot.parameter, [])
         moments = [propagation.operand(node.args[0]) for node in nodes]
         if slot.parameter in weights.graph.layers and moments and None not in moments:

@@ -18,6 +18,7 @@ __all__ = [
     "grouped_taps",
     "output_variance",
     "phase_correlation",
+    "root",
     "tap_correlation",
     "weight_covariance",
 ]
@@ -77,6 +78,11 @@ def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Te
     return weight.double().reshape(*weight.shape[:2], -1)
 
 
+def root(kernel: Tensor) -> Tensor:
+    """Return a root L of a correlation K = L L^T (taps, taps)."""
+    return torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
+
+
 def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = None) -> Tensor:
     """Compute the covariance (outputs, outputs) of a layer's outputs.
 
@@ -85,8 +91,7 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs); by default the identity.
     """
-    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = taps @ half
+    rows = taps @ root(kernel)
     # This product dominates the time, and float32 is accurate enough for correlations.
     level = 2.0 ** max(0, math.frexp(float(rows.abs().max()))[1] - LARGE)
     rows = (rows / level).float()
@@ -107,8 +112,7 @@ def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tens
     """
     n, own, _ = taps.shape
     groups = len(covariance) // own
-    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = taps @ half
+    rows = taps @ root(kernel)
     if own == 1:
         if n > groups:
             each = n // groups
