@@ -181,14 +181,18 @@ def _series(
         factors = [among[0][rows, columns], xy, yx, among[2][rows, columns]]
 
         def nested(powers: tuple[int, ...], rows=rows, columns=columns, factors=factors) -> Tensor:
-            at, found = len(powers), torch.zeros_like(factors[0])
-            if at == 4:
-                x, xy, yx, y = powers
-                weight = prod(map(factorial, powers)) if any(powers) else torch.inf
+            most = degree - sum(powers)
+            if len(powers) < 3:
+                found = nested((*powers, most))
+                for power in range(most - 1, -1, -1):
+                    found.mul_(factors[len(powers)]).add_(nested((*powers, power)))
+                return found
+            found = torch.zeros_like(factors[0])
+            x, xy, yx = powers
+            for y in range(most, -1, -1):
+                weight = prod(map(factorial, (*powers, y))) if any((*powers, y)) else torch.inf
                 left, right = slopes[x + xy, yx + y][rows], slopes[x + yx, xy + y][columns]
-                return torch.outer(left / weight, right)
-            for power in range(degree - sum(powers), -1, -1):
-                found.mul_(factors[at]).add_(nested((*powers, power)))
+                found.mul_(factors[3]).addr_(left / weight, right)
             return found
 
         total[rows, columns] = nested(())

@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from intrafuse.moments.gaussian import WIDE
+
 __all__ = [
     "as_taps",
     "grouped_covariance",
@@ -66,9 +68,9 @@ def phase_correlation(
 
 
 def as_taps(weight: Tensor, output_axis: int, input_axis: int) -> Tensor:
-    """Order a weight as (outputs, inputs, taps), float64."""
-    front = weight.movedim((output_axis, input_axis), (0, 1)).double()
-    return front.reshape(*front.shape[:2], -1)
+    """Order a weight as (outputs, inputs, taps), in float32 or better."""
+    front = weight.movedim((output_axis, input_axis), (0, 1))
+    return front.reshape(*front.shape[:2], -1).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Tensor:
@@ -91,13 +93,22 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs); by default the identity.
     """
-    rows = taps @ root(kernel)
-    # This product dominates the time, and float32 is accurate enough for correlations.
-    level = 2.0 ** max(0, math.frexp(float(rows.abs().max()))[1] - LARGE)
-    rows = (rows / level).float()
-    mixed = rows if covariance is None else torch.einsum("oit,ij->ojt", rows, covariance.float())
-    found = (mixed.flatten(1) @ rows.flatten(1).T).double() * level**2
-    return (found + found.T) / 2
+    # These products dominate the time, and float32 is accurate enough for correlations.
+    rows, level = _float32(root(kernel).T.to(taps) @ taps.mT)  # (outputs, taps, inputs)
+    mixed = rows
+    if covariance is not None:
+        part, size = _float32(covariance)
+        mixed, level = rows @ part, level * size**0.5
+    found = mixed.flatten(1) @ rows.flatten(1).T
+    return (found + found.T).double().mul_(level**2 / 2)
+
+
+def _float32(x: Tensor) -> tuple[Tensor, float]:
+    """Return numbers that float32 can square, and the power of four that they were divided by."""
+    low, high = x.aminmax()
+    excess = math.frexp(float(max(high, -low)))[1] - LARGE
+    level = 4.0 ** max(0, (excess + 1) // 2)
+    return (x if level == 1 else x / level).float(), level
 
 
 def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
@@ -135,5 +146,10 @@ def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs).
     """
-    mixed = torch.einsum("oit,ij->ojt", taps, covariance)
-    return ((mixed @ kernel) * taps).sum((1, 2)).clamp_min(0)
+    rows, level = taps.mT.contiguous(), 1.0  # (outputs, taps, inputs)
+    if len(covariance) >= WIDE:
+        (rows, level), (covariance, size) = _float32(rows), _float32(covariance)
+        level *= size**0.5
+    mixed = kernel.to(rows) @ (rows @ covariance)
+    found = mixed.mul_(rows).sum((1, 2), dtype=torch.float64)
+    return found.mul_(level**2).clamp_min(0)

@@ -52,7 +52,7 @@ def layer(propagation: Propagation, node: Node) -> Moments | None:
         covariance = weight_covariance(
             taps, kernel, _inputs(propagation, before, found.weight, taps)
         )
-        mean = _tap_sum(node, found, taps) @ mean
+        mean = _tap_sum(node, found, taps).double() @ mean
     else:
         mean, covariance = _grouped(propagation, node, found, tree, before)
         lines = None
@@ -169,7 +169,8 @@ def _inputs(
     read = (taps != 0).any(2).any(0)
     base = torch.full_like(own, float(own[read].mean())) if normed and read.any() else own
     part = propagation.correlated * before.covariance
-    return part.diagonal_scatter(base + propagation.correlated * (own - base))
+    part.diagonal().copy_(base + propagation.correlated * (own - base))
+    return part
 
 
 def _grouped(
