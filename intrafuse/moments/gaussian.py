@@ -24,6 +24,8 @@ __all__ = [
     "hermite_coefficients",
     "product_moments",
     "quadrature_values",
+    "spread",
+    "transformed",
     "transformed_covariance",
 ]
 
@@ -87,6 +89,12 @@ def expanded(values: Tensor, *, terms: int = TERMS) -> Tensor:
 
 
 def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
+    """Return the covariance (n, m) of f(z_i) and g(z_j), float64; see `transformed`."""
+    among, own, other = transformed(c, d, correlations)
+    return among.double().mul_(own[:, None]).mul_(other)
+
+
+def transformed(c: Tensor, d: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum c_k(i) d_k(j) R_ij^k over k >= 1: the covariance of f(z_i) and g(z_j).
 
     Args:
@@ -94,7 +102,7 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
         correlations: R (n, m) in [-1, 1].
 
     Returns:
-        (n, m), float64.
+        The sum (n, m), divided by the deviations of f(z_i) and g(z_j), and these, (n,) and (m,).
     """
     alike = c is d  # and then the result is symmetric
     (c, own), (d, other) = _scaled(c, correlations), _scaled(d, correlations)
@@ -106,7 +114,7 @@ def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor
         for k in range(order - 1, 0, -1):
             part.mul_(r).addr_(x[:, k], y[:, k])
         total[rows, columns] = part.mul_(r)
-    return _whole(total, alike).double().mul_(own[:, None]).mul_(other)
+    return _whole(total, alike), own, other
 
 
 def _scaled(c: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +144,7 @@ def _whole(total: Tensor, symmetric: bool) -> Tensor:
 
 def product_moments(
     f: Tensor, g: Tensor, among: tuple[Tensor, Tensor, Tensor], *, degree: int = 3
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute mean and covariance of products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
 
     With D_pq(i) = E[f_i^(p)(x_i) g_i^(q)(y_i)], the expectations of derivatives, and i != j,
@@ -152,7 +160,7 @@ def product_moments(
         degree: highest a + b + c + e.
 
     Returns:
-        Mean (n,) and covariance (n, n), float64.
+        Mean (n,), correlation (n, n) and standard deviation (n,).
     """
     own = among[1].diagonal()
     c, d = expanded(f), expanded(g)
@@ -166,9 +174,11 @@ def product_moments(
     std = variance.clamp_min(0).sqrt()
     inverse = torch.where(std > 0, 1 / std.clamp_min(1e-300), 0.0)
     slopes = {powers: (inverse * slope).to(among[0]) for powers, slope in slopes.items()}
-    total = _series(slopes, among, degree).double().mul_(std[:, None]).mul_(std)
-    total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
-    return mean, total
+    total = _series(slopes, among, degree)
+    own = total.diagonal().clamp_min(1.0)  # where the sum exceeds the exact variance
+    scale = own.rsqrt()
+    total.mul_(scale).mul_(scale[:, None]).fill_diagonal_(1.0)
+    return mean, (total, std * own.double().sqrt())
 
 
 def _series(
@@ -212,6 +222,11 @@ def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
     return (c[:, k] * d[:, k] * correlations[:, None] ** k).sum(1)
 
 
+def spread(correlations: Tensor, std: Tensor) -> Tensor:
+    """Return the covariance (n, n), float64, of correlations (n, n) and deviations (n,)."""
+    return (correlations * std.double()).mul_(std[:, None])
+
+
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Split a covariance (n, n) into correlation (n, n) and standard deviation (n,).
 
@@ -219,6 +234,8 @@ def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     variables are float32: their rounding is far below what is assumed about them.
     """
     std = covariance.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(std > 0, 1 / std.clamp_min(1e-150), 0.0)
+    inverse = torch.where(std > 0, 1 / std.double().clamp_min(1e-150), 0.0)
+    if len(std) >= WIDE:
+        inverse = inverse.to(covariance)
     found = (covariance * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
-    return found if len(found) < WIDE else found.float(), std
+    return found if len(found) < WIDE else found.float(), std.double()

@@ -21,7 +21,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import entering, operator_name
-from intrafuse.moments.gaussian import correlation
+from intrafuse.moments.gaussian import correlation, spread
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
 
@@ -51,6 +51,9 @@ class Origin:
     lines: Callable[[], Tensor] | None = None
 
 
+Spread = Tensor | tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Mean and covariance of the channels of an activation.
@@ -58,7 +61,8 @@ class Moments:
     Attributes:
         tree: the symbolic channel axis.
         mean: (channels,), float64.
-        known: the covariance, or a function that computes it when it is read for the first time:
+        known: the covariance, or correlation (channels, channels) and standard deviation
+            (channels,), or a function that computes either when it is read for the first time:
             many activations are only factors of a product.
         origin: the Gaussian variables that it is a function of. If a rule leaves it out, the result
             is assumed to be a new Gaussian vector.
@@ -66,20 +70,39 @@ class Moments:
 
     tree: Tree
     mean: Tensor
-    known: Tensor | Callable[[], Tensor]
+    known: Spread | Callable[[], Spread]
     origin: Origin | None = None
 
     @cached_property
     def covariance(self) -> Tensor:
         """The covariance (channels, channels), float64."""
-        found = self.known() if callable(self.known) else self.known
-        object.__setattr__(self, "known", found)  # frees what the function holds
-        return found
+        found = self._found()
+        return found if isinstance(found, Tensor) else spread(*found)
 
     @cached_property
-    def among(self) -> Tensor:
-        """The correlations (channels, channels)."""
-        return correlation(self.covariance)[0]
+    def correlated(self) -> tuple[Tensor, Tensor]:
+        """The correlations (channels, channels) and standard deviations (channels,)."""
+        found = self._found()
+        return correlation(found) if isinstance(found, Tensor) else found
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviations (channels,), float64."""
+        found = self._found()
+        return found.diagonal().clamp_min(0).sqrt() if isinstance(found, Tensor) else found[1]
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Return the covariance of some of the channels, float64."""
+        found = self._found()
+        if isinstance(found, Tensor):
+            return found[rows][:, rows]
+        return spread(found[0][rows][:, rows], found[1][rows])
+
+    def _found(self) -> Spread:
+        if callable(self.known):  # replaced, which frees what the function holds
+            object.__setattr__(self, "known", self.known())
+        assert not callable(self.known)
+        return self.known
 
     def derived(self) -> Origin | None:
         """Return the origin of another function of the same variables."""
@@ -154,11 +177,7 @@ class Propagation(Following[Moments | None]):
             found = rule(self, node)
             if found is not None:
                 n = self.size(found.tree)
-                shapes = [found.mean.shape]
-                if not callable(found.known):
-                    shapes.append(found.known.shape[:1])
-                    shapes.append(found.known.shape[1:])
-                if any(shape != (n,) for shape in shapes):
+                if found.mean.shape != (n,):
                     raise ValueError(f"moments of {n} channels were expected")
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip

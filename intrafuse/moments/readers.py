@@ -138,7 +138,7 @@ def _reading(
             own = torch.from_numpy(column.copy())
             every = len(moment.mean) == n and own.equal(whole)
             means.append(moment.mean if every else moment.mean[own])
-            covariances.append(moment.covariance if every else moment.covariance[own][:, own])
+            covariances.append(moment.covariance if every else moment.part(own))
     mean, covariance = _average(means), _average(covariances)
     taps, kernel, rows = reader_taps(group, slot, weights, length)
     rest, rest_mean = torch.zeros(len(taps)).double(), torch.zeros(len(taps)).double()
@@ -147,7 +147,7 @@ def _reading(
         others[rows.flatten()] = False
         part = as_taps(weight, layer.output_axis, layer.input_axis)[:, others].double()
         grid = kernel if len(kernel) == part.shape[2] else torch.eye(part.shape[2]).double()
-        rest = output_variance(part, grid, moments[0].covariance[others][:, others])
+        rest = output_variance(part, grid, moments[0].part(others))
         rest_mean = part.sum(2) @ moments[0].mean[others]
     return Reading(
         layer.name,

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from intrafuse.moments.gaussian import WIDE
+from intrafuse.moments.gaussian import WIDE, correlation
 
 __all__ = [
     "as_taps",
@@ -22,7 +22,7 @@ __all__ = [
     "phase_correlation",
     "root",
     "tap_correlation",
-    "weight_covariance",
+    "weight_correlation",
 ]
 
 
@@ -85,8 +85,10 @@ def root(kernel: Tensor) -> Tensor:
     return torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
 
 
-def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = None) -> Tensor:
-    """Compute the covariance (outputs, outputs) of a layer's outputs.
+def weight_correlation(
+    taps: Tensor, kernel: Tensor, covariance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute correlation (outputs, outputs) and deviation (outputs,) of a layer's outputs.
 
     Args:
         taps: W (outputs, inputs, taps).
@@ -100,7 +102,8 @@ def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = 
         part, size = _float32(covariance)
         mixed, level = rows @ part, level * size**0.5
     found = mixed.flatten(1) @ rows.flatten(1).T
-    return (found + found.T).double().mul_(level**2 / 2)
+    among, std = correlation((found + found.T).mul_(0.5))
+    return among, std.double() * level
 
 
 def _float32(x: Tensor) -> tuple[Tensor, float]:

@@ -15,7 +15,7 @@ from intrafuse.graph.rules.registry import JOINS
 from intrafuse.moments.gaussian import product_moments
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
-from intrafuse.moments.rules.norms import norm_by_hand
+from intrafuse.moments.rules.norms import norm_by_hand, signed
 from intrafuse.moments.rules.pointwise import (
     cross_covariance,
     has_one_sign,
@@ -275,4 +275,9 @@ def _affine(
     if origin is not None:
         values = values_of(before) * scale[:, None] + shift[:, None]
         origin = replace(origin, values=values)
-    return Moments(before.tree, mean, lambda: before.covariance * (scale * scale[:, None]), origin)
+
+    def known() -> tuple[Tensor, Tensor]:
+        among, std = before.correlated
+        return signed(among, scale.expand_as(std)), std * scale.abs()
+
+    return Moments(before.tree, mean, known, origin)

@@ -20,7 +20,7 @@ from intrafuse.moments.taps import (
     phase_correlation,
     root,
     tap_correlation,
-    weight_covariance,
+    weight_correlation,
 )
 
 __all__ = ["relation"]
@@ -49,20 +49,17 @@ def layer(propagation: Propagation, node: Node) -> Moments | None:
         scale, mean = _input_scale(taps, before)
         weight = propagation.weights.state[found.weight]
         lines = partial(_unit_rows, weight, found, kernel, scale)
-        covariance = weight_covariance(
-            taps, kernel, _inputs(propagation, before, found.weight, taps)
-        )
+        known = weight_correlation(taps, kernel, _inputs(propagation, before, found.weight, taps))
         mean = _tap_sum(node, found, taps).double() @ mean
     else:
         mean, covariance = _grouped(propagation, node, found, tree, before)
-        lines = None
+        known, lines = correlation(covariance), None
     bias = propagation.weights.state.get(found.bias) if found.bias is not None else None
     mean = mean + bias.double() if bias is not None else mean
     if told is not None:
         mean, std = told[0].double(), told[1].double()
-        among, _ = correlation(covariance)
-        covariance = among.fill_diagonal_(1.0) * std * std[:, None]
-    return Moments(tree, mean, covariance, Origin(node, lines=lines))
+        known = known[0].fill_diagonal_(1.0), std
+    return Moments(tree, mean, known, Origin(node, lines=lines))
 
 
 def _channel_dim(propagation: Propagation, node: Node, found: Layer) -> int:
@@ -149,7 +146,7 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
     """Return standard deviations and means (inputs,) of a layer's inputs."""
     if before is None:
         return torch.ones(taps.shape[1]).double(), torch.zeros(taps.shape[1]).double()
-    return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
+    return before.std, before.mean
 
 
 def _inputs(
@@ -200,7 +197,7 @@ def relation(x: Moments, y: Moments) -> Tensor | None:
         return None
     if first.node is second.node:
         assert first.base is not None
-        found = first.base.among
+        found = first.base.correlated[0]
     else:
         found = _between_layers(first, second)
     if found is not None and first.rows is not None:

@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments import gaussian
 from intrafuse.moments.gaussian import expanded, quadrature_values, transformed_covariance
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
@@ -111,8 +112,7 @@ def values_of(moments: Moments) -> Tensor:
     """Return an activation at the quadrature nodes of its Gaussian variables."""
     if moments.origin is not None and moments.origin.values is not None:
         return moments.origin.values
-    std = moments.covariance.diagonal().clamp_min(0).sqrt()
-    return quadrature_values(moments.mean, std)
+    return quadrature_values(moments.mean, moments.std)
 
 
 def of_values(before: Moments, values: Tensor) -> Moments:
@@ -122,10 +122,10 @@ def of_values(before: Moments, values: Tensor) -> Moments:
     """
     c = expanded(values)
 
-    def covariance() -> Tensor:
-        among = relation(before, before) if before.origin else before.among
+    def covariance() -> tuple[Tensor, Tensor]:
+        among = relation(before, before) if before.origin else before.correlated[0]
         assert among is not None
-        return transformed_covariance(c, c, among)
+        return gaussian.transformed(c, c, among)[:2]
 
     origin = before.derived()
     origin = None if origin is None else replace(origin, values=values)
@@ -136,7 +136,7 @@ def is_constant(moments: Moments) -> bool:
     if callable(moments.known) and moments.origin and moments.origin.values is not None:
         values = moments.origin.values
         return bool((values == values[:, :1]).all())
-    return not moments.covariance.any()
+    return not moments.std.any()
 
 
 def same_variables(x: Moments, y: Moments) -> bool:
