@@ -244,8 +244,8 @@ def _exchange(
     """Move single rows between clusters while that lowers the sum of squared distances.
 
     A row i at squared distance d from a mean of N rows adds N / (N + 1) d when it joins them, and
-    saves N / (N - 1) d when it leaves them. The best moves of many rows are found at once; each
-    that still lowers the sum after those before it is made.
+    saves N / (N - 1) d when it leaves them. The best moves of many rows are found at once, and
+    those of the rows after one that moves are found again.
     """
     own = gram.diagonal()
     sums = np.zeros((width, len(gram)), gram.dtype)
@@ -258,16 +258,17 @@ def _exchange(
     for _ in range(SWEEPS):
         moved = False
         for rows in np.split(np.arange(len(labels)), range(BLOCK, len(labels), BLOCK)):
-            better, _ = _moves(rows, own, cross, size, square, labels)
-            for i in rows[better]:
-                still, new = _moves(np.array([i]), own, cross, size, square, labels)
-                if not still[0]:
-                    continue
-                for k, sign in ((labels[i], -1), (new[0], 1)):
+            while len(rows):
+                better, targets = _moves(rows, own, cross, size, square, labels)
+                at = int(better.argmax())
+                if not better[at]:
+                    break
+                i, new = rows[at], targets[at]
+                for k, sign in ((labels[i], -1), (new, 1)):
                     square[k] += own[i] + sign * 2 * cross[i, k]
                     cross[:, k] += sign * gram[i]
                     size[k] += sign
-                labels[i], moved = new[0], True
+                labels[i], moved, rows = new, True, rows[at + 1 :]
         if not moved:
             break
     return labels
