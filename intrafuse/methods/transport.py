@@ -224,10 +224,8 @@ def onto_channels(
     rows, columns = np.flatnonzero(left > ROUNDING), np.flatnonzero(free > ROUNDING)
     if len(rows) and len(columns):
         x, y = (features[from_numpy(i).to(features.device)] for i in (rows, kept[columns]))
-        total = left[rows].sum() / free[columns].sum()
-        rest = transport(
-            ground_cost(x, y, p=p), left[rows], free[columns] * total, regularisation=0.0
-        )
+        wanted = free[columns] * (left[rows].sum() / free[columns].sum())
+        rest = transport(ground_cost(x, y, p=p), left[rows], wanted, regularisation=0.0)
         matrix[np.ix_(rows, columns)] += rest.matrix
     return matrix
 

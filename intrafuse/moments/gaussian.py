@@ -24,8 +24,8 @@ __all__ = [
     "hermite_coefficients",
     "product_moments",
     "quadrature_values",
+    "scaled_covariance",
     "spread",
-    "transformed",
     "transformed_covariance",
 ]
 
@@ -89,17 +89,17 @@ def expanded(values: Tensor, *, terms: int = TERMS) -> Tensor:
 
 
 def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
-    """Return the covariance (n, m) of f(z_i) and g(z_j), float64; see `transformed`."""
-    among, own, other = transformed(c, d, correlations)
+    """Return the covariance (n, m) of f(z_i) and g(z_j), float64; see `scaled_covariance`."""
+    among, own, other = scaled_covariance(c, d, correlations)
     return among.double().mul_(own[:, None]).mul_(other)
 
 
-def transformed(c: Tensor, d: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum c_k(i) d_k(j) R_ij^k over k >= 1: the covariance of f(z_i) and g(z_j).
+def scaled_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum c_k(i) d_k(j) R_ij^k over k >= 1: the covariance of f(z_i) and g(z_j), scaled.
 
     Args:
         c, d: coefficients (n, terms + 1) and (m, terms + 1).
-        correlations: R (n, m) in [-1, 1].
+        correlations: R (n, m) in [-1, 1]; symmetric if d is c, the same object.
 
     Returns:
         The sum (n, m), divided by the deviations of f(z_i) and g(z_j), and these, (n,) and (m,).

@@ -128,7 +128,6 @@ def _reading(
     weight = weights.state[slot.parameter]
     n = weights.sizes[group.id]
     covariances, means = [], []
-    whole = torch.arange(n)
     for moment in moments:
         blocks = locate(moment.tree, group.id, weights.sizes)
         if not blocks:  # moments along another axis
@@ -136,7 +135,7 @@ def _reading(
         where = positions(blocks, n)
         for column in where.T:
             own = torch.from_numpy(column.copy())
-            every = len(moment.mean) == n and own.equal(whole)
+            every = len(moment.mean) == n and own.equal(torch.arange(n))
             means.append(moment.mean if every else moment.mean[own])
             covariances.append(moment.covariance if every else moment.part(own))
     mean, covariance = _average(means), _average(covariances)

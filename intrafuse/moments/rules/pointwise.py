@@ -11,8 +11,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.moments import gaussian
-from intrafuse.moments.gaussian import expanded, quadrature_values, transformed_covariance
+from intrafuse.moments.gaussian import (
+    expanded,
+    quadrature_values,
+    scaled_covariance,
+    transformed_covariance,
+)
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
 
@@ -125,7 +129,7 @@ def of_values(before: Moments, values: Tensor) -> Moments:
     def covariance() -> tuple[Tensor, Tensor]:
         among = relation(before, before) if before.origin else before.correlated[0]
         assert among is not None
-        return gaussian.transformed(c, c, among)[:2]
+        return scaled_covariance(c, c, among)[:2]
 
     origin = before.derived()
     origin = None if origin is None else replace(origin, values=values)
