@@ -115,8 +115,8 @@ def _solve(
         matrix = np.where(solution.matrix < 1e-9 / max(n, m), 0.0, solution.matrix)  # drop rounding
         solution = Transport(matrix, cost, mu, nu)
     # P takes means. Q reads each channel of the other network from the targets of its mass.
-    encode = encode_matrix(solution, "barycentric")
-    merge_map = MergeMap.linear(name, encode, encode_matrix(solution, "paper").T)
+    encode = encode_matrix(solution.matrix, "barycentric")
+    merge_map = MergeMap.linear(name, encode, encode_matrix(solution.matrix, "paper").T)
     return merge_map.check(), solution.value / max(float(cost.mean()), 1e-300)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGroup, Slot
@@ -34,6 +34,9 @@ Clustered = Literal["balanced", "plain", "writers"]
 Start = Literal["ward", "k-means++"]
 Correction = Literal["approximate", "none"]
 SWEEPS = 100  # most passes of single moves over all channels; usually far fewer are needed
+BLOCK = 32  # rows whose moves are sought at once: their costs fit a core's cache
+CLOSE = 1e-6  # relative change of a sum of squares that float32 may mistake for a gain
+LARGE = 30  # features with a larger binary exponent are scaled before float32 squares them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +131,31 @@ def clustering_features(group: ChannelGroup, context: Context, kind: Clustered) 
     layers = context.weights.graph.layers
     known = {name for layer in layers.values() for name in (layer.weight, layer.bias)}
     filters = tuple(slot for slot in group.carriers if slot.parameter in known)
-    sides: list[Tensor] = []
-    for slots in (group.writers, filters, readers):
-        present = context.weights.present(slots)
-        if present:
-            # float32 cannot square weights of 1e30
-            rows = [context.weights.rows(group, slot).double().cpu() for slot in present]
-            sides.append(torch.cat(rows, 1))
+    sides = [
+        [context.weights.rows(group, slot).cpu() for slot in context.weights.present(slots)]
+        for slots in (group.writers, filters, readers)
+    ]
+    sides = [side for side in sides if side]
     if not sides:
         raise IntrafuseError(
             "a group without writers and readers has no features", layer=group.name
         )
+    scales = torch.ones(len(sides), 1, 1)
     if kind == "balanced":
-        norms = torch.stack([length(side, 1) for side in sides]).clamp_min(1e-30)
-        common = norms.log().mean(0).exp()
-        sides = [normalize(side, dim=1) * common[:, None] for side in sides]
-    return torch.cat(sides, 1).float()
+        lines = [torch.stack([_lengths(rows) for rows in side]) for side in sides]
+        norms = torch.stack([length(part, 0) for part in lines]).clamp_min(1e-30)
+        scales = (norms.log().mean(0).exp() / norms).float()[:, :, None]
+    parts = [(rows, scale) for side, scale in zip(sides, scales, strict=True) for rows in side]
+    found = torch.empty(len(parts[0][0]), sum(rows.shape[1] for rows, _ in parts))
+    places = torch.split(found, [rows.shape[1] for rows, _ in parts], 1)
+    for place, (rows, scale) in zip(places, parts, strict=True):
+        torch.mul(rows, scale, out=place)
+    return found
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Return Euclidean norms in float64, which can square 1e30; in parts, to save memory."""
+    return torch.cat([length(part.double(), -1) for part in torch.split(rows, 256)])
 
 
 def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 0) -> Tensor:
@@ -168,7 +180,10 @@ def cluster(features: Tensor, width: int, *, start: Start = "ward", seed: int = 
     n = len(features)
     if width >= n:
         return torch.arange(n)
-    x = features.double().numpy()
+    x = features.float().numpy()
+    level = int(np.frexp(np.abs(x).max())[1])
+    if abs(level) > LARGE:
+        x = np.ldexp(x, -level)
     gram = x @ x.T
     if start == "ward":
         labels = _ward(gram, width)
@@ -184,23 +199,20 @@ def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return first.argsort().argsort()[which]
 
 
-def _distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return squared distances (n, n), symmetric, with zeros on the diagonal."""
-    own = np.diag(gram)
-    squared = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0)
-    np.fill_diagonal(squared, 0)
-    return (squared + squared.T) / 2
-
-
-def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
+def _ward(gram: NDArray[np.float32], width: int) -> NDArray[np.int64]:
     """Repeatedly merge the two clusters that raise the sum of squares least, down to `width`."""
     from scipy.cluster import hierarchy  # slow to import  # pyright: ignore[reportMissingTypeStubs]
-    from scipy.spatial.distance import squareform
 
-    distances = squareform(np.sqrt(_distances(gram)), checks=False)
+    n, own = len(gram), gram.diagonal()
+    distances = np.empty(n * (n - 1) // 2)  # of each row to those behind it, one after the other
+    at = 0
+    for i in range(n - 1):
+        line = distances[at : at + n - 1 - i]
+        np.subtract(own[i] + own[i + 1 :], 2 * gram[i, i + 1 :], out=line)
+        at += len(line)
+    np.sqrt(np.maximum(distances, 0, out=distances), out=distances)
     tree = hierarchy.linkage(distances, "ward")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     rows: NDArray[np.float64] = np.asarray(tree)  # pyright: ignore[reportUnknownArgumentType]
-    n = len(gram)
     merged: NDArray[np.int64] = rows[: n - width, :2].astype(np.int64)
     label: NDArray[np.int64] = np.arange(n + len(merged))  # of rows, and of what merges make
     for made, pair in reversed([*enumerate(merged, n)]):
@@ -208,54 +220,79 @@ def _ward(gram: NDArray[np.float64], width: int) -> NDArray[np.int64]:
     return _numbered(label[:n])
 
 
-def _plusplus(gram: NDArray[np.float64], width: int, seed: int) -> NDArray[np.int64]:
+def _plusplus(gram: NDArray[np.float32], width: int, seed: int) -> NDArray[np.int64]:
     """Draw `width` rows with probability ~ squared distance; assign each row to the nearest."""
-    squared = _distances(gram)
+    own = gram.diagonal()
     random = np.random.default_rng(seed)
+    nearest, labels = np.full(len(gram), np.inf), np.zeros(len(gram), np.int64)
     chosen = [int(random.integers(len(gram)))]
-    nearest = squared[chosen[0]]
-    while len(chosen) < width:
-        chance = nearest if nearest.any() else ~np.isin(np.arange(len(gram)), chosen)
-        chosen.append(int(random.choice(len(gram), p=chance / chance.sum())))
-        nearest = np.minimum(nearest, squared[chosen[-1]])
-    labels = squared[:, chosen].argmin(1)
+    for k in range(width):
+        if k:
+            chance = nearest if nearest.any() else ~np.isin(np.arange(len(gram)), chosen)
+            chosen.append(int(random.choice(len(gram), p=chance / chance.sum())))
+        squared = np.maximum(own.astype(float) + own[chosen[-1]] - 2 * gram[chosen[-1]], 0)
+        squared[chosen[-1]] = 0
+        labels[squared < nearest] = k
+        nearest = np.minimum(nearest, squared)
     labels[chosen] = np.arange(width)  # also if a drawn row duplicates an earlier one
     return labels
 
 
 def _exchange(
-    gram: NDArray[np.float64], labels: NDArray[np.int64], width: int
+    gram: NDArray[np.float32], labels: NDArray[np.int64], width: int
 ) -> NDArray[np.int64]:
     """Move single rows between clusters while that lowers the sum of squared distances.
 
     A row i at squared distance d from a mean of N rows adds N / (N + 1) d when it joins them, and
-    saves N / (N - 1) d when it leaves them.
+    saves N / (N - 1) d when it leaves them. The best moves of many rows are found at once, and
+    those of the rows after one that moves are found again.
     """
-    labels = labels.copy()
-    own = np.diag(gram)
-    member = np.eye(width)[labels].T
-    size = member.sum(1)
-    cross = member @ gram  # (m, n): products of each cluster's sum with each row
-    square = (cross * member).sum(1)  # squared norm of each cluster's sum
+    own = gram.diagonal()
+    sums = np.zeros((width, len(gram)), gram.dtype)
+    for line, k in zip(gram, labels, strict=True):
+        sums[k] += line
+    cross = np.ascontiguousarray(sums.T)  # (n, m): products of each row with each cluster's sum
+    size = np.bincount(labels, minlength=width).astype(gram.dtype)
+    square = np.bincount(labels, cross[np.arange(len(labels)), labels], width)  # of each sum
+    square, labels = square.astype(gram.dtype), labels.copy()
     for _ in range(SWEEPS):
         moved = False
-        for i, old in enumerate(labels):
-            if size[old] == 1:
-                continue
-            distance = square / size**2 - 2 * cross[:, i] / size + own[i]
-            cost = size / (size + 1) * distance
-            cost[old] = size[old] / (size[old] - 1) * distance[old]
-            new = int(cost.argmin())
-            if cost[new] >= cost[old] - 1e-12 * own[i]:
-                continue
-            for k, sign in ((old, -1), (new, 1)):
-                square[k] += own[i] + sign * 2 * cross[k, i]
-                cross[k] += sign * gram[i]
-                size[k] += sign
-            labels[i], moved = new, True
+        for rows in np.split(np.arange(len(labels)), range(BLOCK, len(labels), BLOCK)):
+            while len(rows):
+                better, targets = _moves(rows, own, cross, size, square, labels)
+                at = int(better.argmax())
+                if not better[at]:
+                    break
+                i, new = rows[at], targets[at]
+                for k, sign in ((labels[i], -1), (new, 1)):
+                    square[k] += own[i] + sign * 2 * cross[i, k]
+                    cross[:, k] += sign * gram[i]
+                    size[k] += sign
+                labels[i], moved, rows = new, True, rows[at + 1 :]
         if not moved:
             break
     return labels
+
+
+def _moves(
+    rows: NDArray[np.int64],
+    own: NDArray[np.float32],
+    cross: NDArray[np.float32],
+    size: NDArray[np.float32],
+    square: NDArray[np.float32],
+    labels: NDArray[np.int64],
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Tell which rows another cluster suits better, and which cluster suits each best."""
+    each, old = np.arange(len(rows)), labels[rows]
+    factor = size / (size + 1)
+    cost = cross[rows] * (-2 * factor / size) + factor * square / size**2
+    cost += own[rows, None] * factor
+    leaves = (size[old] + 1) / np.maximum(size[old] - 1, 1)
+    stays = cost[each, old] * leaves
+    cost[each, old] = np.inf
+    new = cost.argmin(1)
+    saved = stays - cost[each, new]
+    return (size[old] > 1) & (saved > CLOSE * (stays + own[rows])), new
 
 
 def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
@@ -279,14 +316,18 @@ def repair_gain(rows: Tensor, deviation: Tensor, mean: Tensor) -> Tensor:
     tensor([1.4142, 1.0000])
     """
     shape, n = deviation.shape, len(rows)
-    s = deviation.reshape(n, -1)
-    scaled = normalize(rows.reshape(*s.shape, -1), dim=-1) * s[..., None]
-    got = length((mean @ scaled.reshape(n, -1)).view(len(mean), *scaled.shape[1:]), -1)
+    s = deviation.reshape(n, -1).double()
+    s = s / s.amax().clamp_min(1e-300)  # float32 cannot square 1e30
+    rows = rows.reshape(*s.shape, -1)
+    scaled = rows * (s / _lengths(rows).clamp_min(1e-300))[..., None].to(rows)
+    merged = mean.to(rows).contiguous().to_sparse() @ scaled.view(n, -1)  # mostly zeros
+    mean = mean.double()
+    got = _lengths(merged.view(len(mean), *scaled.shape[1:]))
     got = torch.maximum(got, (mean.square() @ s.square()).sqrt())
     gain = torch.where(got > 0, mean @ s / got, 1.0)
     alone = (mean > 0).sum(1) == 1
     gain[alone] = 1.0
-    return gain.view(len(mean), *shape[1:])
+    return gain.view(len(mean), *shape[1:]).to(rows)
 
 
 def _layer_slots(group: ChannelGroup, context: Context) -> list[Slot]:
@@ -316,13 +357,12 @@ def _repair(
     weights = context.weights
     blocks = weights.graph.blocks
     where = positions(blocks(slot, group.id, weights.sizes), weights.sizes[group.id])
-    rows = weights.rows(group, slot).double().cpu().reshape(*where.shape, -1)
-    mean = mean.double()
+    rows = weights.rows(group, slot).cpu().float().reshape(*where.shape, -1)
     told = weights.statistics.get(slot.parameter)
     if told is None:
-        gain[slot.parameter] = repair_gain(rows, length(rows, -1), mean).squeeze(1).float()
+        gain[slot.parameter] = repair_gain(rows, _lengths(rows), mean).squeeze(1)
         return
     center, deviation = (line.double().cpu()[from_numpy(where)] for line in told)
     factor = repair_gain(rows, deviation, mean)
-    gain[slot.parameter] = factor.squeeze(1).float()
-    shift[slot.parameter] = ((1 - factor) * (mean @ center)).squeeze(1).float()
+    gain[slot.parameter] = factor.squeeze(1)
+    shift[slot.parameter] = ((1 - factor) * (mean.double() @ center)).squeeze(1).float()

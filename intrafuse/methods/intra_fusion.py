@@ -21,10 +21,12 @@ from intrafuse.graph.typed import from_numpy
 from intrafuse.methods.method import Method
 from intrafuse.methods.select import most_important
 from intrafuse.methods.transport import (
+    ENTROPIC_FROM,
     Marginal,
     encode_matrix,
     ground_cost,
     marginal,
+    onto_channels,
     transport,
 )
 from intrafuse.support.arguments import check_choices
@@ -129,26 +131,37 @@ class IntraFusion(Method):
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:
-        features = channel_features(group, context, self.features)
-        targets, target_scores = self._targets(features, scores.cpu(), width, context.seed % 2**32)
-        solution = transport(
-            ground_cost(features, targets, p=self.p),
-            marginal(self.source_marginal, scores),
-            marginal(self.target_marginal, target_scores),
-            regularisation=self.regularisation,
-        )
-        decode = encode_matrix(solution, "paper").T
+        features, scores = channel_features(group, context, self.features), scores.cpu()
+        solved = self._transported(features, scores, width, context.seed % 2**32)
+        decode = encode_matrix(solved, "paper").T
         if self.normalisation == "projected":
             return _projected(group, features, most_important(scores, width), decode)
-        return MergeMap.linear(group.name, encode_matrix(solution, self.normalisation), decode)
+        return MergeMap.linear(group.name, encode_matrix(solved, self.normalisation), decode)
 
-    def _targets(
+    def _transported(
         self, features: Tensor, scores: Tensor, width: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the targets' features (m, F) and scores (m,)."""
+    ) -> NDArray[np.float64]:
+        """Return the transport T (n, m) of the channels onto the targets."""
+        source = marginal(self.source_marginal, scores)
+        exact = self.regularisation == 0 or (
+            self.regularisation is None and len(scores) < ENTROPIC_FROM
+        )
         if self.target == "important":
             keep = most_important(scores, width)
-            return features[keep.to(features.device)], scores[keep]
+            target = marginal(self.target_marginal, scores[keep])
+            if exact:
+                return onto_channels(features, keep, source, target, p=self.p)
+            targets = features[keep.to(features.device)]
+        else:
+            targets, target_scores = self._centroids(features, scores, width, seed)
+            target = marginal(self.target_marginal, target_scores)
+        cost = ground_cost(features, targets, p=self.p)
+        return transport(cost, source, target, regularisation=self.regularisation).matrix
+
+    def _centroids(
+        self, features: Tensor, scores: Tensor, width: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the centroids' features (m, F) and scores (m,)."""
         points = torch.nn.functional.normalize(features, dim=1).cpu().numpy()
         assign = _means_members if self.target == "k-means" else _mixture_members
         members = assign(points, width, seed)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import product
 from math import factorial, prod
 
 import numpy as np
@@ -25,10 +24,13 @@ __all__ = [
     "hermite_coefficients",
     "product_moments",
     "quadrature_values",
+    "scaled_covariance",
+    "spread",
     "transformed_covariance",
 ]
 
 TERMS, NODES, ROWS = 24, 200, 64
+WIDE = 256  # channels from which correlations are float32
 
 
 @cache
@@ -87,30 +89,62 @@ def expanded(values: Tensor, *, terms: int = TERMS) -> Tensor:
 
 
 def transformed_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
-    """Sum c_k(i) d_k(j) R_ij^k over k >= 1: the covariance of f(z_i) and g(z_j).
+    """Return the covariance (n, m) of f(z_i) and g(z_j), float64; see `scaled_covariance`."""
+    among, own, other = scaled_covariance(c, d, correlations)
+    return among.double().mul_(own[:, None]).mul_(other)
+
+
+def scaled_covariance(c: Tensor, d: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum c_k(i) d_k(j) R_ij^k over k >= 1: the covariance of f(z_i) and g(z_j), scaled.
 
     Args:
         c, d: coefficients (n, terms + 1) and (m, terms + 1).
-        correlations: R (n, m) in [-1, 1].
+        correlations: R (n, m) in [-1, 1]; symmetric if d is c, the same object.
 
     Returns:
-        (n, m), float64.
+        The sum (n, m), divided by the deviations of f(z_i) and g(z_j), and these, (n,) and (m,).
     """
-    order = c.shape[1] - 1
-    total = torch.outer(c[:, order], d[:, order])
-    # few rows at a time fit the cache
-    for part, own, r in zip(
-        total.split(ROWS), c.split(ROWS), correlations.split(ROWS), strict=True
-    ):
+    alike = c is d  # and then the result is symmetric
+    (c, own), (d, other) = _scaled(c, correlations), _scaled(d, correlations)
+    order = _order(c, d)
+    total = torch.empty_like(correlations)
+    for rows, columns in _tiles(len(c), alike):
+        r, x, y = correlations[rows, columns], c[rows], d[columns]
+        part = torch.outer(x[:, order], y[:, order])
         for k in range(order - 1, 0, -1):
-            part.mul_(r).addr_(own[:, k], d[:, k])
-        part.mul_(r)
+            part.mul_(r).addr_(x[:, k], y[:, k])
+        total[rows, columns] = part.mul_(r)
+    return _whole(total, alike), own, other
+
+
+def _scaled(c: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale expansions to variance one, so that float32 can hold them; return their deviations."""
+    own = c[:, 1:].norm(dim=1)
+    return torch.where(own > 0, 1 / own.clamp_min(1e-300), 0.0)[:, None].mul(c).to(like), own
+
+
+def _order(c: Tensor, d: Tensor) -> int:
+    """Return the order whose terms are the last that matter to the precision of scaled c and d."""
+    left, right = (x.square().flip(1).cumsum(1).amax(0).flip(0).sqrt() for x in (c, d))
+    return max(1, int((left * right > torch.finfo(c.dtype).eps).sum()) - 1)
+
+
+def _tiles(n: int, symmetric: bool) -> list[tuple[slice, slice]]:
+    """Split a matrix of n rows into few rows that fit a core's cache; a symmetric one above it."""
+    starts = range(0, n, ROWS)
+    return [(slice(i, i + ROWS), slice(i if symmetric else 0, None)) for i in starts]
+
+
+def _whole(total: Tensor, symmetric: bool) -> Tensor:
+    """Mirror what `_tiles` left out."""
+    for rows, _ in _tiles(len(total), True) if symmetric else ():
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total
 
 
 def product_moments(
     f: Tensor, g: Tensor, among: tuple[Tensor, Tensor, Tensor], *, degree: int = 3
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute mean and covariance of products f_i(x_i) g_i(y_i) of jointly Gaussian x and y.
 
     With D_pq(i) = E[f_i^(p)(x_i) g_i^(q)(y_i)], the expectations of derivatives, and i != j,
@@ -126,7 +160,7 @@ def product_moments(
         degree: highest a + b + c + e.
 
     Returns:
-        Mean (n,) and covariance (n, n), float64.
+        Mean (n,), correlation (n, n) and standard deviation (n,).
     """
     own = among[1].diagonal()
     c, d = expanded(f), expanded(g)
@@ -135,31 +169,44 @@ def product_moments(
         for p in range(degree + 1)
         for q in range(degree + 1 - p)
     }
-    total = _series(slopes, among, degree)
     mean = slopes[0, 0]
     variance = _mehler(expanded(f.square()), expanded(g.square()), own) - mean.square()
-    total.diagonal().copy_(torch.maximum(variance, total.diagonal()))
-    return mean, total
+    std = variance.clamp_min(0).sqrt()
+    inverse = torch.where(std > 0, 1 / std.clamp_min(1e-300), 0.0)
+    slopes = {powers: (inverse * slope).to(among[0]) for powers, slope in slopes.items()}
+    total = _series(slopes, among, degree)
+    own = total.diagonal().clamp_min(1.0)  # where the sum exceeds the exact variance
+    scale = own.rsqrt()
+    total.mul_(scale).mul_(scale[:, None]).fill_diagonal_(1.0)
+    return mean, (total, std * own.double().sqrt())
 
 
 def _series(
     slopes: dict[tuple[int, int], Tensor], among: tuple[Tensor, Tensor, Tensor], degree: int
 ) -> Tensor:
-    """Sum the terms of `product_moments` up to a degree."""
-    total = torch.zeros_like(among[0])
-    for rows in torch.arange(len(total)).split(ROWS):  # few rows at a time fit the cache
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        factors = (among[0][part], among[1][part], among[1][:, part].T.contiguous(), among[2][part])
-        for x, xy, yx, y in product(range(degree + 1), repeat=4):
-            if not 1 <= x + xy + yx + y <= degree:
-                continue
-            weight = prod(map(factorial, (x, xy, yx, y)))
-            term = torch.outer(slopes[x + xy, yx + y][part] / weight, slopes[x + yx, xy + y])
-            for times, factor in zip((x, xy, yx, y), factors, strict=True):
-                for _ in range(times):
-                    term *= factor
-            total[part] += term
-    return total
+    """Sum the terms of `product_moments` up to a degree, nested by powers of each correlation."""
+    total = torch.empty_like(among[0])
+    for rows, columns in _tiles(len(total), True):
+        xy, yx = among[1][rows, columns], among[1][columns, rows].T.contiguous()
+        factors = [among[0][rows, columns], xy, yx, among[2][rows, columns]]
+
+        def nested(powers: tuple[int, ...], rows=rows, columns=columns, factors=factors) -> Tensor:
+            most = degree - sum(powers)
+            if len(powers) < 3:
+                found = nested((*powers, most))
+                for power in range(most - 1, -1, -1):
+                    found.mul_(factors[len(powers)]).add_(nested((*powers, power)))
+                return found
+            found = torch.zeros_like(factors[0])
+            x, xy, yx = powers
+            for y in range(most, -1, -1):
+                weight = prod(map(factorial, (*powers, y))) if any((*powers, y)) else torch.inf
+                left, right = slopes[x + xy, yx + y][rows], slopes[x + yx, xy + y][columns]
+                found.mul_(factors[3]).addr_(left / weight, right)
+            return found
+
+        total[rows, columns] = nested(())
+    return _whole(total, True)
 
 
 def _derivative(c: Tensor, times: int) -> Tensor:
@@ -175,11 +222,20 @@ def _mehler(c: Tensor, d: Tensor, correlations: Tensor) -> Tensor:
     return (c[:, k] * d[:, k] * correlations[:, None] ** k).sum(1)
 
 
+def spread(correlations: Tensor, std: Tensor) -> Tensor:
+    """Return the covariance (n, n), float64, of correlations (n, n) and deviations (n,)."""
+    return (correlations * std.double()).mul_(std[:, None])
+
+
 def correlation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Split a covariance (n, n) into correlation (n, n) and standard deviation (n,).
 
-    A variable with zero variance has correlation zero with all others.
+    A variable with zero variance has correlation zero with all others. Correlations of many
+    variables are float32: their rounding is far below what is assumed about them.
     """
     std = covariance.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(std > 0, 1 / std.clamp_min(1e-150), 0.0)
-    return (covariance * inverse * inverse[:, None]).clamp_(-1, 1), std
+    inverse = torch.where(std > 0, 1 / std.double().clamp_min(1e-150), 0.0)
+    if len(std) >= WIDE:
+        inverse = inverse.to(covariance)
+    found = (covariance * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
+    return found if len(found) < WIDE else found.float(), std.double()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.fx import Node
 from intrafuse.graph.axes import UNIT, Tree, tree_size
 from intrafuse.graph.export import CONSTANT
 from intrafuse.graph.rules import entering, operator_name
+from intrafuse.moments.gaussian import correlation, spread
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.following import Following, is_held, warn_unknown
 
@@ -37,11 +39,19 @@ class Origin:
         rows: entry of that vector for each channel, (channels,); None for all in order.
         values: value of each channel at the quadrature nodes of its variable, (channels, nodes);
             None if the activation is the variable itself.
+        base: the moments of that vector; None if the activation is the vector itself.
+        lines: compute its entries as unit vectors whose products are their correlations, and those
+            with other layers of the same input. None if no dense layer wrote it.
     """
 
     node: Node
     rows: Tensor | None = None
     values: Tensor | None = None
+    base: Moments | None = None
+    lines: Callable[[], Tensor] | None = None
+
+
+Spread = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +61,54 @@ class Moments:
     Attributes:
         tree: the symbolic channel axis.
         mean: (channels,), float64.
-        covariance: (channels, channels), float64.
+        known: the covariance, or correlation (channels, channels) and standard deviation
+            (channels,), or a function that computes either when it is read for the first time:
+            many activations are only factors of a product.
         origin: the Gaussian variables that it is a function of. If a rule leaves it out, the result
             is assumed to be a new Gaussian vector.
     """
 
     tree: Tree
     mean: Tensor
-    covariance: Tensor
+    known: Spread | Callable[[], Spread]
     origin: Origin | None = None
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """The covariance (channels, channels), float64."""
+        found = self._found()
+        return found if isinstance(found, Tensor) else spread(*found)
+
+    @cached_property
+    def correlated(self) -> tuple[Tensor, Tensor]:
+        """The correlations (channels, channels) and standard deviations (channels,)."""
+        found = self._found()
+        return correlation(found) if isinstance(found, Tensor) else found
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviations (channels,), float64."""
+        found = self._found()
+        return found.diagonal().clamp_min(0).sqrt() if isinstance(found, Tensor) else found[1]
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Return the covariance of some of the channels, float64."""
+        found = self._found()
+        if isinstance(found, Tensor):
+            return found[rows][:, rows]
+        return spread(found[0][rows][:, rows], found[1][rows])
+
+    def _found(self) -> Spread:
+        if callable(self.known):  # replaced, which frees what the function holds
+            object.__setattr__(self, "known", self.known())
+        assert not callable(self.known)
+        return self.known
+
+    def derived(self) -> Origin | None:
+        """Return the origin of another function of the same variables."""
+        if self.origin is None or self.origin.base is not None:
+            return self.origin
+        return replace(self.origin, base=self)
 
 
 CORRELATED = 0.3  # keeps most accuracy (docs/research.md)
@@ -109,6 +158,11 @@ class Propagation(Following[Moments | None]):
             found = replace(found, origin=Origin(node))
         return found
 
+    def computed(self, node: Node) -> None:
+        """Free what the operator was the last to need, if tensors are only tried."""
+        if self._tried_from is not None:
+            self.free(self.sources(node))
+
     def _apply_rule(self, node: Node) -> Moments | None:
         """Apply an operator's rule; if the rule fails, warn and return None.
 
@@ -123,7 +177,7 @@ class Propagation(Following[Moments | None]):
             found = rule(self, node)
             if found is not None:
                 n = self.size(found.tree)
-                if found.mean.shape != (n,) or found.covariance.shape != (n, n):
+                if found.mean.shape != (n,):
                     raise ValueError(f"moments of {n} channels were expected")
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip

@@ -86,7 +86,9 @@ def readings(
     weights = propagation.weights
     calls = propagation.calls
     found = {}
-    for slot in weights.present(group.readers):
+    order = {name: i for i, name in enumerate(calls)}  # what stands before a reader may be freed
+    slots = sorted(weights.present(group.readers), key=lambda slot: order.get(slot.parameter, -1))
+    for slot in slots:
         nodes = calls.get(slot.parameter, [])
         moments = [propagation.operand(node.args[0]) for node in nodes]
         if slot.parameter in weights.graph.layers and moments and None not in moments:
@@ -133,18 +135,18 @@ def _reading(
         where = positions(blocks, n)
         for column in where.T:
             own = torch.from_numpy(column.copy())
-            means.append(moment.mean[own])
-            covariances.append(moment.covariance[own][:, own])
-    mean, covariance = (torch.stack(parts).mean(0) for parts in (means, covariances))
+            every = len(moment.mean) == n and own.equal(torch.arange(n))
+            means.append(moment.mean if every else moment.mean[own])
+            covariances.append(moment.covariance if every else moment.part(own))
+    mean, covariance = _average(means), _average(covariances)
     taps, kernel, rows = reader_taps(group, slot, weights, length)
     rest, rest_mean = torch.zeros(len(taps)).double(), torch.zeros(len(taps)).double()
     if len(moments) == 1 and rows.numel() < weight.shape[slot.axis] == len(moments[0].mean):
         others = torch.ones(weight.shape[slot.axis], dtype=torch.bool)
         others[rows.flatten()] = False
-        whole = as_taps(weight, layer.output_axis, layer.input_axis)
-        part = whole[:, others]
-        grid = kernel if len(kernel) == whole.shape[2] else torch.eye(whole.shape[2]).double()
-        rest = output_variance(part, grid, moments[0].covariance[others][:, others])
+        part = as_taps(weight, layer.output_axis, layer.input_axis)[:, others].double()
+        grid = kernel if len(kernel) == part.shape[2] else torch.eye(part.shape[2]).double()
+        rest = output_variance(part, grid, moments[0].part(others))
         rest_mean = part.sum(2) @ moments[0].mean[others]
     return Reading(
         layer.name,
@@ -161,6 +163,11 @@ def _reading(
     )
 
 
+def _average(parts: list[Tensor]) -> Tensor:
+    """Return the mean over calls and places; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+
+
 def _placed(
     group: ChannelGroup, slot: Slot, weights: Weights, moments: list[Moments]
 ) -> Reading | None:
@@ -168,8 +175,8 @@ def _placed(
     tree = weights.graph.axes[slot.parameter][slot.axis]
     if taps is None or any(moment.tree != tree for moment in moments):
         return None
-    mean = torch.stack([m.mean for m in moments]).mean(0)
-    covariance = torch.stack([m.covariance for m in moments]).mean(0)
+    mean = _average([m.mean for m in moments])
+    covariance = _average([m.covariance for m in moments])
     zero = torch.zeros(len(taps)).double()
     layer = weights.graph.layers[slot.parameter].name
     return Reading(
@@ -201,8 +208,10 @@ def reader_taps(
     blocks = weights.graph.blocks(slot, group.id, weights.sizes)
     rows = torch.from_numpy(positions(blocks, weights.sizes[group.id]))
     weight = weights.state[slot.parameter].cpu()
-    front = weight.movedim((layer.output_axis, layer.input_axis), (0, 1)).double()
-    taps = front[:, rows].flatten(3).flatten(2) if front.dim() > 2 else front[:, rows]
+    front = weight.movedim((layer.output_axis, layer.input_axis), (0, 1))
+    if not rows.equal(torch.arange(front.shape[1])[:, None]):  # else a view is enough
+        front = front[:, rows]
+    taps = front.reshape(*front.shape[:2], -1).double()
     kernel = _kernel(weights, slot, group, tuple(front.shape[2:]), taps.shape[2], length)
     return taps, kernel, rows
 

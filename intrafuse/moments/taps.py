@@ -12,14 +12,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from intrafuse.moments.gaussian import WIDE, correlation
+
 __all__ = [
     "as_taps",
     "grouped_covariance",
     "grouped_taps",
     "output_variance",
     "phase_correlation",
+    "root",
     "tap_correlation",
-    "weight_covariance",
+    "weight_correlation",
 ]
 
 
@@ -65,9 +68,9 @@ def phase_correlation(
 
 
 def as_taps(weight: Tensor, output_axis: int, input_axis: int) -> Tensor:
-    """Order a weight as (outputs, inputs, taps), float64."""
-    front = weight.movedim((output_axis, input_axis), (0, 1)).double()
-    return front.reshape(*front.shape[:2], -1)
+    """Order a weight as (outputs, inputs, taps), in float32 or better."""
+    front = weight.movedim((output_axis, input_axis), (0, 1))
+    return front.reshape(*front.shape[:2], -1).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Tensor:
@@ -77,22 +80,38 @@ def grouped_taps(weight: Tensor, groups: int, *, transposed: bool = False) -> Te
     return weight.double().reshape(*weight.shape[:2], -1)
 
 
-def weight_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor | None = None) -> Tensor:
-    """Compute the covariance (outputs, outputs) of a layer's outputs.
+def root(kernel: Tensor) -> Tensor:
+    """Return a root L of a correlation K = L L^T (taps, taps)."""
+    return torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
+
+
+def weight_correlation(
+    taps: Tensor, kernel: Tensor, covariance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute correlation (outputs, outputs) and deviation (outputs,) of a layer's outputs.
 
     Args:
         taps: W (outputs, inputs, taps).
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs); by default the identity.
     """
-    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = taps @ half
-    # This product dominates the time, and float32 is accurate enough for correlations.
-    level = 2.0 ** max(0, math.frexp(float(rows.abs().max()))[1] - LARGE)
-    rows = (rows / level).float()
-    mixed = rows if covariance is None else torch.einsum("oit,ij->ojt", rows, covariance.float())
-    found = (mixed.flatten(1) @ rows.flatten(1).T).double() * level**2
-    return (found + found.T) / 2
+    # These products dominate the time, and float32 is accurate enough for correlations.
+    rows, level = _float32(root(kernel).T.to(taps) @ taps.mT)  # (outputs, taps, inputs)
+    mixed = rows
+    if covariance is not None:
+        part, size = _float32(covariance)
+        mixed, level = rows @ part, level * size**0.5
+    found = mixed.flatten(1) @ rows.flatten(1).T
+    among, std = correlation((found + found.T).mul_(0.5))
+    return among, std.double() * level
+
+
+def _float32(x: Tensor) -> tuple[Tensor, float]:
+    """Return numbers that float32 can square, and the power of four that they were divided by."""
+    low, high = x.aminmax()
+    excess = math.frexp(float(max(high, -low)))[1] - LARGE
+    level = 4.0 ** max(0, (excess + 1) // 2)
+    return (x if level == 1 else x / level).float(), level
 
 
 def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
@@ -107,8 +126,7 @@ def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tens
     """
     n, own, _ = taps.shape
     groups = len(covariance) // own
-    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    rows = taps @ half
+    rows = taps @ root(kernel)
     if own == 1:
         if n > groups:
             each = n // groups
@@ -131,5 +149,10 @@ def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
         kernel: K (taps, taps).
         covariance: Sigma (inputs, inputs).
     """
-    mixed = torch.einsum("oit,ij->ojt", taps, covariance)
-    return ((mixed @ kernel) * taps).sum((1, 2)).clamp_min(0)
+    rows, level = taps.mT.contiguous(), 1.0  # (outputs, taps, inputs)
+    if len(covariance) >= WIDE:
+        (rows, level), (covariance, size) = _float32(rows), _float32(covariance)
+        level *= size**0.5
+    mixed = kernel.to(rows) @ (rows @ covariance)
+    found = mixed.mul_(rows).sum((1, 2), dtype=torch.float64)
+    return found.mul_(level**2).clamp_min(0)

@@ -78,3 +78,17 @@ def test_moments_of_groups_that_are_merged_are_freed():
         torch.testing.assert_close(
             moments.of(nodes[-1]).mean, Propagation(weights).of(nodes[-1]).mean
         )
+
+
+def test_moments_of_tried_tensors_are_freed_when_nothing_needs_them():
+    """A wider stream changes every operator of a network; not all results may stay in memory."""
+    model, x = chain(12), torch.randn(8, 6)
+    weights = Weights.of(intrafuse.trace(model, x), model)
+    other = weights.snapshot()
+    other.put({"0.weight": 2 * weights.state["0.weight"]})
+    tried = Propagation(weights).trying(other)
+    (output,) = weights.graph.program.nodes[-1].all_input_nodes
+    found, wanted = tried.of(output), Propagation(other).of(output)
+    assert found is not None and wanted is not None
+    assert torch.equal(found.covariance, wanted.covariance)
+    assert len(tried._known) < 4

@@ -60,7 +60,7 @@ def attention(propagation: Propagation, node: Node) -> Moments | None:
         scale = (len(query.mean) // count) ** -0.5
     else:
         scale = propagation.number(node, scale)
-    cross = cross_covariance(propagation, value, key)
+    cross = cross_covariance(value, key)
     mean, covariance = _averaged(query, key, value, cross, count, scale, positions)
     return Moments(found.tree, mean, covariance)
 

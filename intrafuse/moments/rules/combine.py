@@ -15,7 +15,7 @@ from intrafuse.graph.rules.registry import JOINS
 from intrafuse.moments.gaussian import product_moments
 from intrafuse.moments.propagate import Moments, Propagation, register
 from intrafuse.moments.rules.layers import relation
-from intrafuse.moments.rules.norms import norm_by_hand
+from intrafuse.moments.rules.norms import norm_by_hand, signed
 from intrafuse.moments.rules.pointwise import (
     cross_covariance,
     has_one_sign,
@@ -55,9 +55,9 @@ def _sum(propagation: Propagation, first: Moments, second: Moments, times: float
     if is_constant(first):
         return _affine(propagation, second, times * ONE, first.mean, first.tree)
     if same_variables(first, second):
-        return of_values(propagation, first, values_of(first) + times * values_of(second))
+        return of_values(first, values_of(first) + times * values_of(second))
     covariance = first.covariance + times**2 * second.covariance
-    cross = cross_covariance(propagation, first, second) if first.tree == second.tree else None
+    cross = cross_covariance(first, second) if first.tree == second.tree else None
     if cross is not None:
         covariance = covariance + times * (cross + cross.T)
     return Moments(_wider(propagation, first, second), first.mean + times * second.mean, covariance)
@@ -81,8 +81,8 @@ def _product(propagation: Propagation, first: Moments, second: Moments) -> Momen
         if is_constant(y):
             return _affine(propagation, x, y.mean, ZERO, y.tree)
     if same_variables(first, second):
-        return of_values(propagation, first, values_of(first) * values_of(second))
-    among = _relations(propagation, first, second)
+        return of_values(first, values_of(first) * values_of(second))
+    among = _relations(first, second)
     tree = _wider(propagation, first, second)
     if among is not None:
         return Moments(tree, *product_moments(values_of(first), values_of(second), among))
@@ -93,19 +93,11 @@ def _product(propagation: Propagation, first: Moments, second: Moments) -> Momen
     return Moments(tree, first.mean * second.mean, covariance)
 
 
-def _relations(
-    propagation: Propagation, x: Moments, y: Moments
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def _relations(x: Moments, y: Moments) -> tuple[Tensor, Tensor, Tensor] | None:
     """Correlate the variables behind two factors; None for independent ones."""
-    if x.origin is None or y.origin is None or x.tree != y.tree:
-        return None
-    between = relation(propagation, x.origin, y.origin)
-    if between is None:
-        return None
-    first, second = (
-        relation(propagation, m.origin, m.origin) for m in (x, y) if m.origin is not None
-    )
-    return None if first is None or second is None else (first, between, second)
+    between = relation(x, y) if x.tree == y.tree else None
+    first, second = (None if between is None else relation(m, m) for m in (x, y))
+    return None if between is None or first is None or second is None else (first, between, second)
 
 
 @register("div", "divide", "true_divide")
@@ -129,7 +121,7 @@ def _quotient(propagation: Propagation, first: Moments, second: Moments) -> Mome
     below = values_of(second)
     if (fixed or same_variables(first, second)) and has_one_sign(below):
         above = first.mean[:, None] if fixed else values_of(first)
-        return of_values(propagation, second, above / below)
+        return of_values(second, above / below)
     return None
 
 
@@ -193,7 +185,7 @@ def glu(propagation: Propagation, node: Node) -> Moments | None:
         return None
     value, gate = (part(propagation, before, before.tree, start, half) for start in (0, n))
     assert value is not None and gate is not None
-    return _product(propagation, value, transformed(propagation, gate, torch.sigmoid))
+    return _product(propagation, value, transformed(gate, torch.sigmoid))
 
 
 @register(*sorted(JOINS))
@@ -236,7 +228,7 @@ def _beside(propagation: Propagation, parts: list[Moments], tree: Tree) -> Momen
     places = [slice(end - len(part.mean), end) for end, part in zip(ends, parts, strict=True)]
     for i, x in enumerate(parts):
         for j, y in enumerate(parts[:i]):
-            cross = cross_covariance(propagation, x, y)
+            cross = cross_covariance(x, y)
             if cross is not None:
                 covariance[places[i], places[j]] = cross
                 covariance[places[j], places[i]] = cross.T
@@ -276,12 +268,16 @@ def _affine(
 ) -> Moments:
     """Multiply by a scale and add a shift, each (channels,) of an axis, or (1,)."""
     mean = before.mean * scale + shift
-    covariance = before.covariance * (scale * scale[:, None])
     if propagation.is_single(before.tree) and not propagation.is_single(tree):
         # one channel broadcasts over the channels of a parameter
-        return Moments(tree, mean, covariance.expand(len(mean), len(mean)))
-    origin = before.origin
+        return Moments(tree, mean, before.covariance * (scale * scale[:, None]))
+    origin = before.derived()
     if origin is not None:
         values = values_of(before) * scale[:, None] + shift[:, None]
         origin = replace(origin, values=values)
-    return Moments(before.tree, mean, covariance, origin)
+
+    def known() -> tuple[Tensor, Tensor]:
+        among, std = before.correlated
+        return signed(among, scale.expand_as(std)), std * scale.abs()
+
+    return Moments(before.tree, mean, known, origin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -9,15 +11,16 @@ from torch.fx import Node
 from intrafuse.graph.axes import Product, Sum, Tree
 from intrafuse.graph.groups import Layer
 from intrafuse.graph.rules import arguments, operator_name
-from intrafuse.moments.gaussian import correlation
+from intrafuse.moments.gaussian import WIDE, correlation
 from intrafuse.moments.propagate import Moments, Origin, Propagation, register
 from intrafuse.moments.taps import (
     as_taps,
     grouped_covariance,
     grouped_taps,
     phase_correlation,
+    root,
     tap_correlation,
-    weight_covariance,
+    weight_correlation,
 )
 
 __all__ = ["relation"]
@@ -43,20 +46,20 @@ def layer(propagation: Propagation, node: Node) -> Moments | None:
         told = None  # they do not follow the merged groups of a transposed convolution
     if _groups(propagation, node, found, tree) == 1:
         taps, kernel, before = _dense(propagation, node, found, before)
-        _, mean = _input_scale(taps, before)
-        covariance = weight_covariance(
-            taps, kernel, _inputs(propagation, before, found.weight, taps)
-        )
-        mean = _tap_sum(node, found, taps) @ mean
+        scale, mean = _input_scale(taps, before)
+        weight = propagation.weights.state[found.weight]
+        lines = partial(_unit_rows, weight, found, kernel, scale)
+        known = weight_correlation(taps, kernel, _inputs(propagation, before, found.weight, taps))
+        mean = _tap_sum(node, found, taps).double() @ mean
     else:
         mean, covariance = _grouped(propagation, node, found, tree, before)
+        known, lines = correlation(covariance), None
     bias = propagation.weights.state.get(found.bias) if found.bias is not None else None
     mean = mean + bias.double() if bias is not None else mean
     if told is not None:
         mean, std = told[0].double(), told[1].double()
-        among, _ = correlation(covariance)
-        covariance = among.fill_diagonal_(1.0) * std * std[:, None]
-    return Moments(tree, mean, covariance)
+        known = known[0].fill_diagonal_(1.0), std
+    return Moments(tree, mean, known, Origin(node, lines=lines))
 
 
 def _channel_dim(propagation: Propagation, node: Node, found: Layer) -> int:
@@ -143,7 +146,7 @@ def _input_scale(taps: Tensor, before: Moments | None) -> tuple[Tensor, Tensor]:
     """Return standard deviations and means (inputs,) of a layer's inputs."""
     if before is None:
         return torch.ones(taps.shape[1]).double(), torch.zeros(taps.shape[1]).double()
-    return before.covariance.diagonal().clamp_min(0).sqrt(), before.mean
+    return before.std, before.mean
 
 
 def _inputs(
@@ -163,7 +166,8 @@ def _inputs(
     read = (taps != 0).any(2).any(0)
     base = torch.full_like(own, float(own[read].mean())) if normed and read.any() else own
     part = propagation.correlated * before.covariance
-    return part.diagonal_scatter(base + propagation.correlated * (own - base))
+    part.diagonal().copy_(base + propagation.correlated * (own - base))
+    return part
 
 
 def _grouped(
@@ -182,53 +186,43 @@ def _grouped(
     return mean, grouped_covariance(taps, kernel, before.covariance)
 
 
-def relation(propagation: Propagation, x: Origin, y: Origin) -> Tensor | None:
+def relation(x: Moments, y: Moments) -> Tensor | None:
     """Correlate the Gaussian variables behind two activations.
 
     Returns:
         (n, m); None where nothing is known, which counts as independence.
     """
-    if x.node is y.node:
-        known = propagation.of(x.node)
-        found = None if known is None else correlation(known.covariance)[0]
+    first, second = x.derived(), y.derived()
+    if first is None or second is None:
+        return None
+    if first.node is second.node:
+        assert first.base is not None
+        found = first.base.correlated[0]
     else:
-        found = _between_layers(propagation, x.node, y.node)
-    if found is not None and x.rows is not None:
-        found = found[x.rows]
-    if found is not None and y.rows is not None:
-        found = found[:, y.rows]
+        found = _between_layers(first, second)
+    if found is not None and first.rows is not None:
+        found = found[first.rows]
+    if found is not None and second.rows is not None:
+        found = found[:, second.rows]
     return found
 
 
-def _between_layers(propagation: Propagation, x: Node, y: Node) -> Tensor | None:
+def _between_layers(first: Origin, second: Origin) -> Tensor | None:
     """Correlate the outputs of two layers of the same kind that read the same activation."""
+    x, y = first.node, second.node
     alike = operator_name(x) == operator_name(y) and x.args[3:] == y.args[3:]
-    if not alike or x.args[:1] != y.args[:1]:
+    if first.lines is None or second.lines is None or not alike or x.args[:1] != y.args[:1]:
         return None
-    first, second = _rows(propagation, x), _rows(propagation, y)
-    if first is None or second is None or first.shape[1] != second.shape[1]:
-        return None
-    return first @ second.T
+    left, right = first.lines(), second.lines()
+    return left @ right.T if left.shape[1] == right.shape[1] else None
 
 
-def _rows(propagation: Propagation, node: Node) -> Tensor | None:
-    """Write the outputs of a layer as unit vectors whose products are their correlations."""
-    name = propagation.program.parameter((*node.args, None, None)[1])
-    found = propagation.weights.graph.layers.get(name)
-    if found is None:
-        return None
-    if (
-        _groups(
-            propagation, node, found, propagation.axes(node)[_channel_dim(propagation, node, found)]
-        )
-        != 1
-    ):
-        return None
-    taps, kernel, before = _dense(propagation, node, found, propagation.operand(node.args[0]))
-    scale, _ = _input_scale(taps, before)
-    half = torch.linalg.cholesky(kernel + 1e-9 * torch.eye(len(kernel), dtype=kernel.dtype))
-    lines = (taps * scale[:, None] @ half).flatten(1)
-    return torch.nn.functional.normalize(lines, dim=1, eps=1e-150)
+def _unit_rows(weight: Tensor, found: Layer, kernel: Tensor, scale: Tensor) -> Tensor:
+    """Write the outputs of a layer, whose inputs deviate by `scale`, as unit vectors."""
+    taps = as_taps(weight, found.output_axis, found.input_axis).reshape(-1, len(scale), len(kernel))
+    lines = (taps * scale[:, None] @ root(kernel)).flatten(1)
+    lines = torch.nn.functional.normalize(lines, dim=1, eps=1e-150)
+    return lines if len(lines) < WIDE else lines.float()
 
 
 @register("embedding")

@@ -10,10 +10,9 @@ from intrafuse.graph.axes import Tree
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.graph.rules.normed import norm_after
 from intrafuse.graph.rules.registry import CASTS
-from intrafuse.moments.gaussian import correlation
 from intrafuse.moments.propagate import Moments, Propagation, register
 
-__all__ = ["norm_by_hand"]
+__all__ = ["norm_by_hand", "signed"]
 
 # What stands between the mean of squares and the division by its root.
 UNDER = CASTS | {"add", "sqrt", "rsqrt", "reciprocal", "pow"}
@@ -39,14 +38,19 @@ def batch_norm(propagation: Propagation, node: Node) -> Moments | None:
     if propagation.program.parameter(args["running_mean"]) in propagation.weights.folded:
         if before is None:  # it only scales and shifts its input
             return None
-        covariance = before.covariance * scale * scale[:, None]
-        return Moments(propagation.axes(node)[1], before.mean * scale + shift, covariance)
-    among = torch.eye(len(scale)).double() if before is None else correlation(before.covariance)[0]
-    std = scale.abs() * spread.double().sqrt()
-    signs = torch.sign(scale)
-    among = among.fill_diagonal_(1.0) * signs * signs[:, None]
-    mean = scale * running.double() + shift
-    return Moments(propagation.axes(node)[1], mean, among * std * std[:, None])
+        among, std = before.correlated
+        mean, std = before.mean * scale + shift, std * scale.abs()
+    else:
+        among = torch.eye(len(scale)).double() if before is None else before.correlated[0].clone()
+        mean, std = scale * running.double() + shift, scale.abs() * spread.double().sqrt()
+        among.fill_diagonal_(1.0)
+    return Moments(propagation.axes(node)[1], mean, (signed(among, scale), std))
+
+
+def signed(among: Tensor, scale: Tensor) -> Tensor:
+    """Give correlations (n, n) the signs of the factors (n,) that scale the variables."""
+    signs = scale.sign().to(among)
+    return among if bool((signs == 1).all()) else (among * signs).mul_(signs[:, None])
 
 
 @register("group_norm")
@@ -118,12 +122,13 @@ def _root_mean_square(
     found = _normalized(propagation, before, tree, gamma, None, result)
     if before is None or before.tree != tree:
         return found
-    power = before.mean.square() + before.covariance.diagonal().clamp_min(0)
+    power = before.mean.square() + before.std.square()
     share = torch.where(power > 0, before.mean / power.clamp_min(1e-300).sqrt(), 0.0)
     rest = (1 - share.square()).clamp_min(0).sqrt()
     level = (power.mean() / (power.mean() + eps).clamp_min(1e-300)).sqrt()
     mean = level * share * _levels(gamma, len(share))
-    return Moments(result, mean, found.covariance * level.square() * rest * rest[:, None])
+    among, std = found.correlated
+    return Moments(result, mean, (among, level * rest * std))
 
 
 def _normalized(
@@ -142,9 +147,9 @@ def _normalized(
     if before is None or before.tree != tree:
         among = torch.eye(n).double()
     else:
-        among, _ = correlation(before.covariance)
+        among, _ = before.correlated
     scale = _levels(gamma, n)
-    return Moments(result, _offsets(beta, n), among * scale * scale[:, None])
+    return Moments(result, _offsets(beta, n), (signed(among, scale), scale.abs()))
 
 
 def _shared(

@@ -12,9 +12,9 @@ from torch.fx.node import map_arg
 
 from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.moments.gaussian import (
-    correlation,
     expanded,
     quadrature_values,
+    scaled_covariance,
     transformed_covariance,
 )
 from intrafuse.moments.propagate import Moments, Propagation, register
@@ -73,7 +73,7 @@ def _together(
     if any(m.tree != base.tree and not propagation.is_single(m.tree) for m in moments):
         return None
     values = function({n: values_of(m) for n, m in given.items()})
-    return of_values(propagation, base, values) if bool(values.isfinite().all()) else None
+    return of_values(base, values) if bool(values.isfinite().all()) else None
 
 
 @register("pow")
@@ -86,7 +86,7 @@ def power(propagation: Propagation, node: Node) -> Moments | None:
     if exponent < 0 and not has_one_sign(values):
         return None
     values = values**exponent
-    return of_values(propagation, before, values) if bool(values.isfinite().all()) else None
+    return of_values(before, values) if bool(values.isfinite().all()) else None
 
 
 def has_one_sign(values: Tensor) -> bool:
@@ -104,38 +104,43 @@ def prelu(propagation: Propagation, node: Node) -> Moments | None:
     if slope.numel() > 1 and axes[min(1, len(axes) - 1)] != before.tree:
         return None
     slope = slope.double().reshape(-1, 1)
-    return transformed(propagation, before, lambda z: torch.where(z > 0, z, slope * z))
+    return transformed(before, lambda z: torch.where(z > 0, z, slope * z))
 
 
-def transformed(
-    propagation: Propagation, before: Moments, function: Callable[[Tensor], Tensor]
-) -> Moments:
+def transformed(before: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
     """Apply a function of each element, (channels, nodes) to (channels, nodes)."""
-    return of_values(propagation, before, function(values_of(before)))
+    return of_values(before, function(values_of(before)))
 
 
 def values_of(moments: Moments) -> Tensor:
     """Return an activation at the quadrature nodes of its Gaussian variables."""
     if moments.origin is not None and moments.origin.values is not None:
         return moments.origin.values
-    std = moments.covariance.diagonal().clamp_min(0).sqrt()
-    return quadrature_values(moments.mean, std)
+    return quadrature_values(moments.mean, moments.std)
 
 
-def of_values(propagation: Propagation, before: Moments, values: Tensor) -> Moments:
+def of_values(before: Moments, values: Tensor) -> Moments:
     """Return the moments of another function of the variables behind an activation.
 
     The only variables behind a parameter are its own positions.
     """
-    origin = None if before.origin is None else replace(before.origin, values=values)
-    among = relation(propagation, origin, origin) if origin else correlation(before.covariance)[0]
-    assert among is not None
     c = expanded(values)
-    return Moments(before.tree, c[:, 0], transformed_covariance(c, c, among), origin)
+
+    def covariance() -> tuple[Tensor, Tensor]:
+        among = relation(before, before) if before.origin else before.correlated[0]
+        assert among is not None
+        return scaled_covariance(c, c, among)[:2]
+
+    origin = before.derived()
+    origin = None if origin is None else replace(origin, values=values)
+    return Moments(before.tree, c[:, 0], covariance, origin)
 
 
 def is_constant(moments: Moments) -> bool:
-    return not moments.covariance.any()
+    if callable(moments.known) and moments.origin and moments.origin.values is not None:
+        values = moments.origin.values
+        return bool((values == values[:, :1]).all())
+    return not moments.std.any()
 
 
 def same_variables(x: Moments, y: Moments) -> bool:
@@ -147,11 +152,9 @@ def same_variables(x: Moments, y: Moments) -> bool:
     return x.origin.node is y.origin.node and same_rows
 
 
-def cross_covariance(propagation: Propagation, x: Moments, y: Moments) -> Tensor | None:
+def cross_covariance(x: Moments, y: Moments) -> Tensor | None:
     """Return the covariance (n, m) of two activations; None if it is unknown."""
-    if x.origin is None or y.origin is None:
-        return None
-    among = relation(propagation, x.origin, y.origin)
+    among = relation(x, y)
     if among is None:
         return None
     return transformed_covariance(expanded(values_of(x)), expanded(values_of(y)), among)

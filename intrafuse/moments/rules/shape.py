@@ -20,7 +20,7 @@ from intrafuse.graph.rules.registry import (
     RESHAPES,
     SPLITS,
 )
-from intrafuse.moments.propagate import Moments, Origin, Propagation, register
+from intrafuse.moments.propagate import Moments, Propagation, register
 
 __all__ = ["elsewhere", "kept", "part"]
 
@@ -87,11 +87,11 @@ def _reordered(propagation: Propagation, before: Moments, tree: Tree) -> Moments
 
 
 def _taken(before: Moments, rows: Tensor, tree: Tree) -> Moments:
-    origin = before.origin
+    origin = before.derived()
     if origin is not None:
         own = rows if origin.rows is None else origin.rows[rows]
         values = None if origin.values is None else origin.values[rows]
-        origin = Origin(origin.node, own, values)
+        origin = replace(origin, rows=own, values=values)
     return Moments(tree, before.mean[rows], before.covariance[rows][:, rows], origin)
 
 
