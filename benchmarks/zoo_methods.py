@@ -92,7 +92,7 @@ def pruned(
     context = Context(weights, weights.snapshot(), model, inputs)
     scores = {group.name: score(group, context, "l1") for group in groups}
     widths = {group.name: max(1, round(group.size * (1 - SHARE))) for group in groups}
-    maps = merge_groups(method, groups, scores, widths, context)
+    maps, _ = merge_groups(method, groups, scores, widths, context)
     return Plan(graph, maps, method.folds_batchnorm, {}, size, size).apply(model)
 
 

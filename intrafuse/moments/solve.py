@@ -203,7 +203,7 @@ def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor
     best = weight.cpu().double().reshape(samples.groups, -1, whole.xx.shape[-1])
     if fits.held is not None:
         channels = _Fits.of(samples.channels, layer) if samples.groups == 1 else None
-        best = _corrected(fits, _starts(best, task, channels, fits.held))
+        best = _corrected(fits, fits.held, *_started(best, task, channels, fits.held))
     best = best * _gain(whole.yy, ((best @ whole.xx) * best).sum(-1), max_gain)[..., None]
     found = {layer.weight: best.reshape(weight.shape).to(weight)}
     if layer.bias is not None:
@@ -211,16 +211,18 @@ def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor
     return found
 
 
-def _starts(
+def _started(
     merged: Tensor, task: _Task, channels: _Fits | None, held: _Regression
 ) -> tuple[Tensor, Tensor]:
     """Choose W0 by the samples held out; return it as the others and as all samples tell it."""
-    pairs, rows = [(merged, merged)], task.rows() if channels else None
-    for ridge in READING:
-        if channels is not None and rows is not None:
-            told = (_decoded(rows, part, ridge) for part in (channels.solving, channels.whole))
-            pairs.append((*told,))
-    return min(pairs, key=lambda pair: held.error(pair[0]))
+    if channels is None:
+        return merged.float(), merged
+    rows = task.rows()
+    single = rows.float()
+    starts = {ridge: _decoded(single, channels.solving, ridge) for ridge in READING}
+    starts[0.0] = merged.float()
+    best = min(starts, key=lambda ridge: held.error(starts[ridge]))
+    return starts[best], _decoded(rows, channels.whole, best) if best else merged
 
 
 def _decoded(rows: Tensor, channels: _Regression, ridge: float) -> Tensor:
@@ -229,14 +231,11 @@ def _decoded(rows: Tensor, channels: _Regression, ridge: float) -> Tensor:
     return torch.einsum("oit,ij->ojt", rows, reading).reshape(1, len(rows), -1)
 
 
-def _corrected(fits: _Fits, starts: tuple[Tensor, Tensor]) -> Tensor:
+def _corrected(fits: _Fits, held: _Regression, start: Tensor, whole: Tensor) -> Tensor:
     """Correct the whole kernel, by the ridge with the smallest error of the samples held out."""
-    assert fits.held is not None
-    start, whole = starts
-    solving, held, start = fits.solving.single(), fits.held.single(), start.float()
-    least, best, left = held.error(start), 0.0, solving.left(start)
+    least, best, left = held.error(start), 0.0, fits.solving.left(start)
     for ridge in KERNELS:
-        error = held.error(start + solving.step(left, ridge))
+        error = held.error(start + fits.solving.step(left, ridge))
         if error >= least:
             break
         least, best = error, ridge
@@ -284,7 +283,7 @@ def _matched(
 class _Fits:
     """Moments of the samples to solve with, of those held out, and of all.
 
-    `held` is None if there are too few.
+    All are in float64, those that only choose in float32. `held` is None if samples are too few.
     """
 
     solving: _Regression
@@ -302,7 +301,7 @@ class _Fits:
         if len(known) == 1:
             return cls(known[0], None, known[0])
         solving, held = known
-        return cls(solving, held, solving.joined(held))
+        return cls(solving.single(), held.single(), solving.joined(held))
 
 
 @dataclass(frozen=True, eq=False)
