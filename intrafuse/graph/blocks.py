@@ -14,6 +14,9 @@ from intrafuse.graph.typed import from_numpy
 
 __all__ = ["channel_rows", "merge_channels", "positions", "put_channels", "select_channels"]
 
+SPARSE = 2**16  # entries from which a sparse product is faster
+FEW = 32  # of so many entries one may be nonzero then
+
 
 def positions(blocks: Sequence[Block], channels: int) -> NDArray[np.int64]:
     """List the positions of each channel: an integer array (channels, repeats).
@@ -84,12 +87,19 @@ def merge_channels(
     for (start, inner), own in zip(runs, matrices, strict=True):
         end = start + channels * inner
         rows = front[start:end].reshape(channels, -1).to(exact)
-        merged = (own @ rows).to(tensor.dtype)
+        merged = _product(own, rows).to(tensor.dtype)
         pieces += [front[reached:start], merged.reshape(-1, *front.shape[1:])]
         reached = end
     found = torch.cat([*pieces, front[reached:]])
     # clone, because contiguous() keeps odd strides of axes of size 1, which affect rounding
     return found.movedim(0, axis).clone(memory_format=torch.contiguous_format) if axis else found
+
+
+def _product(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Multiply by a matrix (m, n) of which most entries may be zero, as the means of clusters."""
+    if matrix.numel() >= SPARSE and matrix.count_nonzero() * FEW < matrix.numel():
+        return matrix.to_sparse() @ rows
+    return matrix @ rows
 
 
 def put_channels(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from intrafuse.graph.axes import leaves
+from intrafuse.moments.gaussian import WIDE
 from intrafuse.moments.readers import Reading
-from intrafuse.moments.taps import output_variance
+from intrafuse.moments.taps import decoded, output_variance
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.weights import Weights
@@ -46,17 +47,25 @@ def read_back(
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise IntrafuseError("moments must be finite", layer=reading.layer)
     level = b.diagonal().mean()
-    eye = torch.eye(len(b), dtype=b.dtype)
-    if float(level) <= 0:
-        matrix = torch.zeros_like(a)
-    else:
-        matrix = torch.linalg.solve(b + max(ridge, 1e-9) * level * eye, a.T).T
+    matrix = torch.zeros_like(a)
+    if float(level) > 0:
+        single = len(b) >= WIDE and ridge >= 1e-3  # then float32 is accurate enough
+        exact = torch.float32 if single else torch.float64
+        ridged = (b / level).to(exact)
+        ridged.diagonal().add_(max(ridge, 1e-9))
+        matrix = _solve(ridged, (a.T / level).to(exact)).T.double()
     return (matrix, *matched(reading, matrix, max_gain))
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve with a symmetric matrix, which rounding may have made indefinite."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, root)
 
 
 def matched(reading: Reading, matrix: Tensor, max_gain: float) -> tuple[Tensor, Tensor]:
     """Compute gain and shift (outputs,) that restore mean and variance of a reader's outputs."""
-    taps = torch.einsum("oit,ij->ojt", reading.taps, matrix)
+    taps = decoded(reading.taps, matrix)
     old = reading.output_variance
     new = output_variance(taps, reading.kernel, reading.new) + reading.rest
     gain = torch.ones_like(old)
@@ -128,7 +137,7 @@ def predicted_error(merge_map: MergeMap, found: Mapping[str, Reading], weights: 
 
 
 def _reader_error(merge_map: MergeMap, name: str, reading: Reading, weights: Weights) -> float:
-    new_taps = torch.einsum("oit,ij->ojt", reading.taps, merge_map.decoder(name).double())
+    new_taps = decoded(reading.taps, merge_map.decoder(name).double())
     zero = torch.zeros(len(reading.taps)).double()
     gain = merge_map.gain[name].double() if name in merge_map.gain else zero + 1
     shift = merge_map.shift[name].double() if name in merge_map.shift else zero
@@ -136,7 +145,7 @@ def _reader_error(merge_map: MergeMap, name: str, reading: Reading, weights: Wei
     rest = reading.rest_mean + (zero if bias is None else bias.double().cpu())
     old = reading.output_variance
     new = output_variance(new_taps, reading.kernel, reading.new) + reading.rest
-    mixed = torch.einsum("oit,ij->ojt", reading.taps, reading.cross) @ reading.kernel
+    mixed = decoded(reading.taps, reading.cross) @ reading.kernel
     both = gain * ((mixed * new_taps).sum((1, 2)) + reading.rest)
     before = reading.taps.sum(2) @ reading.old_mean + rest
     after = gain * (new_taps.sum(2) @ reading.new_mean + rest) + shift

@@ -16,6 +16,7 @@ from intrafuse.moments.gaussian import WIDE, correlation
 
 __all__ = [
     "as_taps",
+    "decoded",
     "grouped_covariance",
     "grouped_taps",
     "output_variance",
@@ -139,6 +140,15 @@ def grouped_covariance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tens
         left = (tap @ blocks).reshape(n, groups, own)
         total += torch.einsum("xhj,hpj->xhp", left, tap).reshape(n, n)
     return total
+
+
+def decoded(taps: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply W (outputs, n, taps) by Q (n, m): (outputs, m, taps), float64."""
+    rows, level = taps.mT, 1.0  # (outputs, taps, n)
+    if len(matrix) >= WIDE:
+        (rows, level), (matrix, size) = _float32(rows), _float32(matrix)
+        level *= size
+    return (rows @ matrix.to(rows)).mT.double() * level
 
 
 def output_variance(taps: Tensor, kernel: Tensor, covariance: Tensor) -> Tensor:
