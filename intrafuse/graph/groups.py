@@ -131,6 +131,11 @@ class Layer:
     output_axis: int
     input_axis: int
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of its weight and bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:

@@ -18,6 +18,7 @@ from torch import Tensor
 from intrafuse.graph.axes import leaves
 from intrafuse.moments.gaussian import WIDE
 from intrafuse.moments.readers import Reading
+from intrafuse.moments.regression import ridge_solve
 from intrafuse.moments.taps import decoded, output_variance
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.merge_map import MergeMap
@@ -46,21 +47,11 @@ def read_back(
     a, b = reading.cross, reading.new
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise IntrafuseError("moments must be finite", layer=reading.layer)
-    level = b.diagonal().mean()
-    matrix = torch.zeros_like(a)
-    if float(level) > 0:
-        single = len(b) >= WIDE and ridge >= 1e-3  # then float32 is accurate enough
-        exact = torch.float32 if single else torch.float64
-        ridged = (b / level).to(exact)
-        ridged.diagonal().add_(max(ridge, 1e-9))
-        matrix = _solve(ridged, (a.T / level).to(exact)).T.double()
+    if len(b) >= WIDE and ridge >= 1e-3:  # then float32 is accurate enough
+        level = b.diagonal().mean().clamp_min(1e-300)
+        a, b = (a / level).float(), (b / level).float()
+    matrix = ridge_solve(b, a.T, ridge).T.double()
     return (matrix, *matched(reading, matrix, max_gain))
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve with a symmetric matrix, which rounding may have made indefinite."""
-    root, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, root)
 
 
 def matched(reading: Reading, matrix: Tensor, max_gain: float) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,8 @@ from torch.fx import Node
 
 from intrafuse.graph.groups import ChannelGraph, Layer
 from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.moments.regression import Fits, Regression
 from intrafuse.moments.taps import as_taps
-from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
 from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.merged import merged_output
@@ -39,8 +39,9 @@ from intrafuse.sweep.patches import drawn, is_plain, lines, patches
 
 __all__ = ["solvable", "solve_layers"]
 
-PAIRS = (0, 0), (1, 1), (0, 1)  # covariances to sum: 0 is what is wanted, 1 what is read
+PAIRS = (1, 1), (0, 1)  # covariances to sum: 0 is what is wanted, 1 what is read
 SAMPLES = 16_384  # most positions of each layer to draw, over all batches
+NUMBERS = 2**27  # most numbers to draw of a layer's outputs: fewer positions of wide layers
 READING = (1e-3, 1e-2, 1e-1)  # ridges of Q
 KERNELS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # ridges of W, from the strongest
 HELD = 4  # one sample in so many is held out
@@ -137,7 +138,7 @@ class _Task:
         """Merge outputs of the original along an axis as the plan merges those of the layer."""
         graph, name = self.original.graph, self.layer.weight
         tree = graph.axes[name][self.layer.output_axis]
-        return merged_output(graph, self.maps, tree, name, outputs.double(), axis)
+        return merged_output(graph, self.maps, tree, name, outputs, axis)
 
     def rows(self) -> Tensor:
         """Return V (outputs, n, taps), float64."""
@@ -165,14 +166,15 @@ class _Samples:
 
     def add(self, batch: int, old: Tensor, wanted: Tensor, new: Tensor) -> None:
         """Add old inputs, the original's outputs and new inputs of a batch, given its number."""
-        weight, most = self.task.weight, SAMPLES // len(self.batches)
+        weight = self.task.weight
         axis = 1 - weight.dim()
+        most = max(1, min(SAMPLES, NUMBERS // wanted.shape[axis]) // len(self.batches))
         if is_plain(self.node):
             at = drawn(_without(wanted.shape, axis), most)
             twin = self.batches.twins[batch][self.node]
             x = patches(twin, new, weight.shape[2:], at)
             self.groups = x.shape[1] // weight.shape[1]
-            y = self.task.merged(lines(wanted, axis, at), 1).to(x)
+            y = self.task.merged(lines(wanted, axis, at), 1)
             by_group = (part.flatten(1).unflatten(1, (self.groups, -1)) for part in (y, x))
             self._split(self.patches, *(part.movedim(1, 0) for part in by_group))
         if self.groups == 1:
@@ -198,11 +200,11 @@ def _without(shape: Sequence[int], axis: int) -> list[int]:
 def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor]:
     """Solve a layer for its wanted outputs; return its weight and bias by name."""
     layer, weight = task.layer, task.weight
-    fits = _Fits.of(samples.patches, layer)
+    fits = Fits.of(samples.patches, layer)
     whole = fits.whole
     best = weight.cpu().double().reshape(samples.groups, -1, whole.xx.shape[-1])
     if fits.held is not None:
-        channels = _Fits.of(samples.channels, layer) if samples.groups == 1 else None
+        channels = Fits.of(samples.channels, layer) if samples.groups == 1 else None
         best = _corrected(fits, fits.held, *_started(best, task, channels, fits.held))
     best = best * _gain(whole.yy, ((best @ whole.xx) * best).sum(-1), max_gain)[..., None]
     found = {layer.weight: best.reshape(weight.shape).to(weight)}
@@ -212,31 +214,31 @@ def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor
 
 
 def _started(
-    merged: Tensor, task: _Task, channels: _Fits | None, held: _Regression
+    merged: Tensor, task: _Task, channels: Fits | None, held: Regression
 ) -> tuple[Tensor, Tensor]:
     """Choose W0 by the samples held out; return it as the others and as all samples tell it."""
     if channels is None:
         return merged.float(), merged
     rows = task.rows()
     single = rows.float()
-    starts = {ridge: _decoded(single, channels.solving, ridge) for ridge in READING}
-    starts[0.0] = merged.float()
+    starts = {0.0: merged.float()}
+    starts |= {ridge: _decoded(single, channels.solving, ridge) for ridge in READING}
     best = min(starts, key=lambda ridge: held.error(starts[ridge]))
     return starts[best], _decoded(rows, channels.whole, best) if best else merged
 
 
-def _decoded(rows: Tensor, channels: _Regression, ridge: float) -> Tensor:
+def _decoded(rows: Tensor, channels: Regression, ridge: float) -> Tensor:
     """Return W0 = V Q, (1, outputs, d)."""
     reading = channels.step(channels.yx, ridge)[0].to(rows)
     return torch.einsum("oit,ij->ojt", rows, reading).reshape(1, len(rows), -1)
 
 
-def _corrected(fits: _Fits, held: _Regression, start: Tensor, whole: Tensor) -> Tensor:
+def _corrected(fits: Fits, held: Regression, start: Tensor, whole: Tensor) -> Tensor:
     """Correct the whole kernel, by the ridge with the smallest error of the samples held out."""
     least, best, left = held.error(start), 0.0, fits.solving.left(start)
     for ridge in KERNELS:
         error = held.error(start + fits.solving.step(left, ridge))
-        if error >= least:
+        if not error < least:
             break
         least, best = error, ridge
     return whole + fits.whole.step(fits.whole.left(whole), best) if best else whole
@@ -250,7 +252,7 @@ def _gain(wanted: Tensor, got: Tensor, most: float) -> Tensor:
 
 def _read_back(task: _Task, samples: _Samples) -> dict[str, Tensor]:
     """Let a transposed convolution read the old channels from the new ones."""
-    channels = _Fits.of(samples.channels, task.layer)
+    channels = Fits.of(samples.channels, task.layer)
     ridge = READING[0]
     if channels.held is not None:
         held, solving = channels.held, channels.solving
@@ -266,106 +268,13 @@ def _matched(
 ) -> dict[str, Tensor]:
     """Match mean and deviation of measured outputs to the wanted ones."""
     layer, axis, sums = task.layer, 1 - task.weight.dim(), Sums()
-    names = (layer.weight, layer.bias)
     for wanted, got in outputs:
         ours = got.movedim(axis, -1).flatten(0, -2).float()
-        theirs = task.merged(wanted, axis).movedim(axis, -1).flatten(0, -2).to(ours)
+        theirs = task.merged(wanted.float(), axis).movedim(axis, -1).flatten(0, -2).to(ours)
         sums.add(theirs, ours)
     changed = task.pruned.snapshot()
     if sums.count:
         gain = _gain(sums.variance(0), sums.variance(1), max_gain)
         shift = sums.mean(0) - gain * sums.mean(1)
         changed.rescale(layer.weight, gain, None if layer.bias is None else shift)
-    return {name: changed.state[name] for name in names if name in changed.state}
-
-
-@dataclass(frozen=True, eq=False)
-class _Fits:
-    """Moments of the samples to solve with, of those held out, and of all.
-
-    All are in float64, those that only choose in float32. `held` is None if samples are too few.
-    """
-
-    solving: _Regression
-    held: _Regression | None
-    whole: _Regression
-
-    @classmethod
-    def of(cls, sums: Sequence[Sums], layer: Layer) -> _Fits:
-        """Take the moments from sums; refuse values that are not finite."""
-        known = [_Regression.of(s, about_zero=layer.bias is None) for s in sums if s.count]
-        if not all(part.xx.isfinite().all() and part.yx.isfinite().all() for part in known):
-            raise IntrafuseError("activations must be finite on the data", layer=layer.name)
-        if not known:
-            raise IntrafuseError("the data holds no sample", layer=layer.name)
-        if len(known) == 1:
-            return cls(known[0], None, known[0])
-        solving, held = known
-        return cls(solving.single(), held.single(), solving.joined(held))
-
-
-@dataclass(frozen=True, eq=False)
-class _Regression:
-    """Moments of samples x (groups, d) and y (groups, outputs), in float64."""
-
-    count: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    yx: Tensor
-    yy: Tensor  # variances only
-
-    @classmethod
-    def of(cls, sums: Sums, *, about_zero: bool) -> _Regression:
-        """Take the moments of y and x from sums, about zero if a layer cannot hold a bias."""
-        yy = sums.covariance(0, 0).diagonal(dim1=-2, dim2=-1)
-        xx, yx, x, y = sums.covariance(1, 1), sums.covariance(0, 1), sums.mean(1), sums.mean(0)
-        if about_zero:
-            xx, yx, yy = xx + _outer(x, x), yx + _outer(y, x), yy + y.square()
-            x, y = torch.zeros_like(x), torch.zeros_like(y)
-        return cls(sums.count, x, y, xx, yx, yy)
-
-    def joined(self, other: _Regression) -> _Regression:
-        """Return the moments of both sets of samples."""
-        count = self.count + other.count
-        a, b = self.count / count, other.count / count
-        x, y = self.x - other.x, self.y - other.y
-        return _Regression(
-            count,
-            a * self.x + b * other.x,
-            a * self.y + b * other.y,
-            a * self.xx + b * other.xx + a * b * _outer(x, x),
-            a * self.yx + b * other.yx + a * b * _outer(y, x),
-            a * self.yy + b * other.yy + a * b * y.square(),
-        )
-
-    def error(self, weight: Tensor) -> float:
-        """Return the mean error of W (groups, outputs, d), in units of the outputs' variance."""
-        error = ((weight @ self.xx - 2 * self.yx) * weight).sum(-1) + self.yy
-        known = self.yy > 1e-12 * self.yy.max()
-        return (
-            float((error / self.yy.clamp_min(torch.finfo(self.yy.dtype).tiny))[known].mean())
-            if known.any()
-            else 0.0
-        )
-
-    def single(self) -> _Regression:
-        """Return the same in float32, which is enough to choose by."""
-        parts = (self.x, self.y, self.xx, self.yx, self.yy)
-        return _Regression(self.count, *(part.float() for part in parts))
-
-    def left(self, weight: Tensor) -> Tensor:
-        """Return the covariance (groups, outputs, d) with x that W leaves unexplained."""
-        return self.yx - weight @ self.xx
-
-    def step(self, left: Tensor, ridge: float) -> Tensor:
-        """Return the correction (groups, outputs, d) of a weight that leaves this unexplained."""
-        own = self.xx.diagonal(dim1=-2, dim2=-1)
-        ridged = self.xx.clone()
-        tiny = torch.finfo(own.dtype).tiny
-        ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * own.mean(-1, keepdim=True) + tiny)
-        return torch.cholesky_solve(left.mT, torch.linalg.cholesky(ridged)).mT
-
-
-def _outer(x: Tensor, y: Tensor) -> Tensor:
-    return x[..., :, None] * y[..., None, :]
+    return {name: changed.state[name] for name in layer.tensors if name in changed.state}

@@ -53,7 +53,7 @@ class Solved:
                     layer=layer.name,
                     remedy="make the plan from this network",
                 )
-            names = [name for name in (layer.weight, layer.bias) if name in self.tensors]
+            names = [name for name in layer.tensors if name in self.tensors]
             if not all(torch.isfinite(self.tensors[name]).all() for name in names):
                 raise IntrafuseError("solved weights must be finite", layer=layer.name)
             weights.put({name: self.tensors[name].to(old) for name in names})

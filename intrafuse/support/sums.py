@@ -14,13 +14,13 @@ class Sums:
     those of values far from zero would drown the variance. Results lie in the CPU's memory.
 
     Args:
-        pairs: for which parts of a sample to sum products, as (0, 1) for the first two; without
-            any, squares of all parts are summed.
+        pairs: for which parts of a sample to sum products, as (0, 1) for the first two.
 
     Attributes:
         count: samples so far.
         additions: calls of `add` so far.
 
+    >>> import torch
     >>> sums = Sums()
     >>> sums.add(torch.tensor([[1.0], [3.0]]))
     >>> sums.add(torch.tensor([[8.0]]))
@@ -34,7 +34,8 @@ class Sums:
         self._pairs = pairs
         self._origin: list[Tensor] = []
         self._first: list[Tensor] = []
-        self._second: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._products: list[Tensor] = []
 
     def add(self, *parts: Tensor) -> None:
         """Add samples, whose parts are (..., samples, n), (..., samples, m) and so on."""
@@ -46,27 +47,24 @@ class Sums:
         apart = [
             part - origin[..., None, :] for part, origin in zip(parts, self._origin, strict=True)
         ]
-        first = [part.sum(-2) for part in apart]
-        if self._pairs:
-            second = [apart[i].mT @ apart[j] for i, j in self._pairs]
-        else:
-            second = [part.square().sum(-2) for part in apart]
-        self._first = _added(self._first, first)
-        self._second = _added(self._second, second)
+        self._first = _added(self._first, [part.sum(-2) for part in apart])
+        self._squares = _added(self._squares, [part.square().sum(-2) for part in apart])
+        products = [apart[i].mT @ apart[j] for i, j in self._pairs]
+        self._products = _added(self._products, products)
 
     def mean(self, part: int = 0) -> Tensor:
         """Return the mean (..., n) of a part, float64."""
         return self._first[part] / self.count + self._origin[part].double().cpu()
 
     def variance(self, part: int = 0) -> Tensor:
-        """Return the variance (n,) of a part, float64, where no pairs were asked for."""
+        """Return the variance (..., n) of a part, float64."""
         mean = self._first[part] / self.count
-        return (self._second[part] / self.count - mean.square()).clamp_min(0)
+        return (self._squares[part] / self.count - mean.square()).clamp_min(0)
 
     def covariance(self, first: int, second: int) -> Tensor:
         """Return the covariance (..., n, m) of a pair of parts, float64."""
         x, y = (self._first[part] / self.count for part in (first, second))
-        whole = self._second[self._pairs.index((first, second))] / self.count
+        whole = self._products[self._pairs.index((first, second))] / self.count
         return whole - x[..., :, None] * y[..., None, :]
 
 
