@@ -86,6 +86,7 @@ def merging(
                 merge_map = analytic_repair(merge_map, group, context)
             context.weights.merge(merge_map)
             yield merge_map
+            del merge_map  # its matrices may be large
         if context.progress is not None:
             context.progress(done + 1, len(shrinking))
 
