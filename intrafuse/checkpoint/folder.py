@@ -36,12 +36,14 @@ from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import folder_target, put_back, replacing_folder
 from intrafuse.support.modules import place
-from intrafuse.surgery.hf_config import follow_sizes, has_config
+from intrafuse.support.reading import read_json
+from intrafuse.surgery.hf_config import follow_sizes, has_config, take_fields
 from intrafuse.surgery.install import size_changes
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
 MANIFEST, PLAN, RECIPE = "intrafuse.json", "plan.safetensors", "recipe.yaml"
+CONFIG = "config.json"  # of a checkpoint that was pruned by streaming
 
 
 @apart
@@ -147,7 +149,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a network that `save` wrote, without importing any code that the folder names.
 
     Args:
-        folder: a folder that `save` wrote.
+        folder: a folder that `save` or `prune_checkpoint` wrote.
         model: the network before pruning, for an architecture outside the zoo. It is changed in
             place, but only if everything in the folder fits it.
 
@@ -185,7 +187,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if has_config(target) and saved.is_file():
         require_whole(saved, manifest)
         plan = Plan.load(saved)
+    config = {}
+    if has_config(target) and CONFIG in manifest.files:
+        require_whole(folder / CONFIG, manifest)
+        config = read_json(folder / CONFIG)
     place(target, tensors, manifest.attributes, removed, manifest.aliases)
+    take_fields(target, config)
     if plan is not None:
         follow_sizes(target, size_changes(plan.graph, plan.graph.resized(plan.widths)))
     return target.eval()

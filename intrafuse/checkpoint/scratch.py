@@ -9,7 +9,6 @@ A kill loses at most what the journal does not name.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from intrafuse.checkpoint.manifest import Data, Stored
 from intrafuse.checkpoint.stored import StoredTensor, bytes_of, tensors_of, write_tensors
 from intrafuse.checkpoint.tensors import memory_order
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.files import replacing
+from intrafuse.support.files import remove_folder, replacing
 from intrafuse.support.reading import read_text
 from intrafuse.surgery.handles import require_finite
 from intrafuse.surgery.weights import Statistics, Weights
@@ -227,8 +226,5 @@ class Scratch:
         self._places = dict(journal.places)
 
     def remove(self) -> None:
-        """Remove the scratch files; the journal goes last."""
-        for path in self.folder.iterdir():
-            if path.name != JOURNAL:
-                path.unlink() if path.is_file() else shutil.rmtree(path)
-        shutil.rmtree(self.folder)
+        """Remove the scratch files and the journal, all at once."""
+        remove_folder(self.folder)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from intrafuse.catalog.zoo.hub import require_none_pickled
+from intrafuse.checkpoint.loading import WEIGHTS
 from intrafuse.checkpoint.manifest import Stored
 from intrafuse.checkpoint.tensors import pack, unpack
 from intrafuse.support.errors import IntrafuseError
@@ -23,7 +24,6 @@ from intrafuse.surgery.handles import Held
 
 __all__ = [
     "INDEX",
-    "ONE_FILE",
     "StoredTensor",
     "bytes_of",
     "stored_tensors",
@@ -31,7 +31,7 @@ __all__ = [
     "write_tensors",
 ]
 
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 ALIGNED = 8  # the header of a safetensors file is padded to a multiple of this many bytes
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -97,14 +97,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     if (folder / INDEX).exists():
         return _indexed(folder)
-    if not (folder / ONE_FILE).exists():
+    if not (folder / WEIGHTS).exists():
         require_none_pickled(folder)
         raise IntrafuseError(
-            f"a checkpoint needs {ONE_FILE}, or {INDEX} with its shards",
+            f"a checkpoint needs {WEIGHTS}, or {INDEX} with its shards",
             value=str(folder),
             remedy="name a folder that save_pretrained wrote",
         )
-    return tensors_of(folder / ONE_FILE)
+    return tensors_of(folder / WEIGHTS)
 
 
 def _indexed(folder: Path) -> dict[str, StoredTensor]:

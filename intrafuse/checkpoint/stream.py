@@ -27,7 +27,7 @@ from intrafuse.pruning.settings import Arguments, Settings, takes_settings
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.files import PREFIX, folder_target
+from intrafuse.support.files import folder_target, sweep
 from intrafuse.support.version import __version__
 from intrafuse.surgery.weights import Weights
 
@@ -231,8 +231,9 @@ def _usable(out: str | Path, source: Path) -> Path:
     out = folder_target(out)
     if out == source or source in out.parents:
         raise IntrafuseError("a checkpoint is not pruned in place", value=str(out), usage=True)
+    sweep(out)
     if out.is_dir() and not (out / SCRATCH).is_dir():
-        names = sorted(path.name for path in out.iterdir() if not path.name.startswith(PREFIX))
+        names = sorted(path.name for path in out.iterdir())
         if names:
             what = "a network" if MANIFEST in names else "other files"
             raise IntrafuseError(

@@ -24,10 +24,11 @@ from intrafuse.checkpoint.describe import (
     require_text,
     versions,
 )
+from intrafuse.checkpoint.loading import BUFFERS, WEIGHTS
 from intrafuse.checkpoint.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.checkpoint.scratch import Kept, Scratch
 from intrafuse.checkpoint.source import CONFIG, Source, emptied, unsaved
-from intrafuse.checkpoint.stored import INDEX, ONE_FILE, StoredTensor, bytes_of, write_tensors
+from intrafuse.checkpoint.stored import INDEX, StoredTensor, bytes_of, write_tensors
 from intrafuse.checkpoint.tensors import memory_order
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import replacing
@@ -40,7 +41,6 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["Output", "parse_size"]
 
-BUFFERS = "buffers.safetensors"  # what no checkpoint of transformers holds
 MANIFEST, RECIPE = "intrafuse.json", "recipe.yaml"
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -97,7 +97,7 @@ class Output:
                 self.scratch.note(shards={**self.scratch.journal.shards, name: digest})
             progress(done, len(files))
         places = {n: file for file, held in files.items() if file != BUFFERS for n in held}
-        if ONE_FILE not in files:
+        if WEIGHTS not in files:
             size = sum(bytes_of(self.weights.held[name]) for name in places)
             index = {"metadata": {"total_size": size}, "weight_map": places}
             self._write(INDEX, json.dumps(index, indent=2))
@@ -109,7 +109,7 @@ class Output:
         parts = [*_parts(own, self.most)]
         count = len(parts)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        files = dict(zip([ONE_FILE] if count == 1 else names, parts, strict=True))
+        files = dict(zip([WEIGHTS] if count == 1 else names, parts, strict=True))
         computed = {name: t for name, t in self.weights.held.items() if name in apart}
         return {**files, **({BUFFERS: computed} if computed else {})}
 
