@@ -209,7 +209,7 @@ def _header(tensors: Mapping[str, Held]) -> bytes:
 def _content(tensor: Tensor) -> memoryview:
     stored = Stored(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
     packed = tensor if tensor.is_contiguous() else pack(tensor, stored)
-    return memoryview(packed.detach().reshape(-1).view(torch.uint8).numpy())
+    return packed.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unreadable(path: Path, error: Exception) -> IntrafuseError:

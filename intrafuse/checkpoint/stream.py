@@ -176,9 +176,10 @@ class _Run:
             scratch.note_widths(scores, widths)
         scores, widths = scratch.scores(), scratch.journal.widths or {}
         scratch.resume(weights)
+        repair = "analytic" if asked.repair == "analytic" else None
         for merge_map in merging(
             asked.compression, ready.groups, scores, widths, ready.context,
-            repair=asked.repair, merged=scratch.journal.merged,
+            repair=repair, merged=scratch.journal.merged,
         ):  # fmt: skip
             scratch.note_group(merge_map.group, merge_map.note, weights)
             scratch.note(seconds=self.seconds)
