@@ -136,7 +136,6 @@ class Scratch:
                 remedy="repeat that command to go on, or choose a new folder",
             )
         scratch = cls(out, journal)
-        scratch.folder.mkdir(parents=True, exist_ok=True)
         for file in scratch.folder.glob("*.safetensors"):
             if file.name not in (journal.files | {SCORES} if journal.widths else journal.files):
                 file.unlink()

@@ -17,11 +17,16 @@ from intrafuse.catalog.zoo.weights import require_keys
 from intrafuse.checkpoint.stored import StoredTensor, stored_tensors
 from intrafuse.support.batches import map_tensors
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.support.reading import read_text
 from intrafuse.surgery.handles import Held
 
 __all__ = ["Source", "emptied", "unsaved"]
 
 CONFIG = "config.json"
+RENAMED = (
+    "check config.json; where transformers renames or joins the tensors of a model as it loads "
+    "them, streaming cannot read them: use intrafuse.prune"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +39,14 @@ class Source:
         inputs: example inputs, on the meta device.
         held: handles of its parameters and buffers, and the buffers that no checkpoint holds, by
             their first name.
+        digest: changes if the configuration or a file of weights changes.
     """
 
     folder: Path
     model: nn.Module
     inputs: Any
     held: Mapping[str, Held]
+    digest: str
 
     @classmethod
     def of(cls, folder: Path) -> Source:
@@ -53,6 +60,7 @@ class Source:
                 "a checkpoint is a folder", value=str(folder), remedy="name the folder itself"
             )
         given = stored_tensors(folder)
+        digest = _digest(folder, {tensor.path for tensor in given.values()})
         model, inputs = empty_from_folder(folder)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         known = model.state_dict().keys()
@@ -61,19 +69,12 @@ class Source:
             for name, tensor in given.items()
             if name in known or not any(re.search(pattern, name) for pattern in ignored)
         }
-        require_keys(model, {name: emptied(tensor) for name, tensor in given.items()}, folder)
+        shapes = {name: emptied(tensor) for name, tensor in given.items()}
+        require_keys(model, shapes, folder, RENAMED)
         held = _by_first_name(model, given)
         _to_meta(model)
-        return cls(folder, model, map_tensors(lambda tensor: tensor.to("meta"), inputs), held)
-
-    def digest(self) -> str:
-        """Return a digest that changes if the configuration or a file of weights changes."""
-        files = {t.path for t in stored_tensors(self.folder).values()}
-        told = [hashlib.sha256((self.folder / CONFIG).read_bytes()).hexdigest()]
-        for path in sorted(files):
-            state = path.stat()
-            told.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+        inputs = map_tensors(lambda tensor: tensor.to("meta"), inputs)
+        return cls(folder, model, inputs, held, digest)
 
 
 def emptied(held: Held) -> Tensor:
@@ -88,6 +89,14 @@ def unsaved(model: nn.Module) -> set[str]:
         for path, module in model.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
+
+
+def _digest(folder: Path, files: set[Path]) -> str:
+    told = [read_text(folder / CONFIG)] if (folder / CONFIG).exists() else []
+    for path in sorted(files):
+        state = path.stat()
+        told.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def _by_first_name(model: nn.Module, given: Mapping[str, StoredTensor]) -> dict[str, Held]:

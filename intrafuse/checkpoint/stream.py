@@ -27,7 +27,7 @@ from intrafuse.pruning.settings import Arguments, Settings, takes_settings
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.files import folder_target, sweep
+from intrafuse.support.files import folder_target, locked, sweep
 from intrafuse.support.version import __version__
 from intrafuse.surgery.weights import Weights
 
@@ -137,11 +137,11 @@ def prune_checkpoint(
     _require_weights_only(asked)
     source = Source.of(Path(folder).expanduser().resolve())
     out = _usable(out, source.folder)
-    scratch = Scratch.open(out, _digest(asked, source, most))
-    before = scratch.journal.seconds
-    run = _Run(asked, source, scratch, progress or _silent, started - before)
-    weights = run.merge()
-    return run.write(Output(out, source, weights, scratch, most))
+    with locked(out / SCRATCH):
+        scratch = Scratch.open(out, _digest(asked, source, most))
+        begun = started - scratch.journal.seconds
+        run = _Run(asked, source, scratch, progress or _silent, begun)
+        return run.write(Output(out, source, run.merge(), scratch, most))
 
 
 @dataclass(eq=False)
@@ -222,7 +222,7 @@ def _silent(step: str, done: int, total: int) -> None:
 
 def _digest(asked: Settings, source: Source, most: int) -> str:
     """Return a digest of everything that decides the output."""
-    told = [json.dumps(describe(asked), sort_keys=True), source.digest(), most, __version__]
+    told = [json.dumps(describe(asked), sort_keys=True), source.digest, most, __version__]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

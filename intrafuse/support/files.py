@@ -41,6 +41,7 @@ except ImportError:  # no locks on Windows
 __all__ = [
     "file_target",
     "folder_target",
+    "locked",
     "put_back",
     "remove_folder",
     "replacing",
@@ -92,6 +93,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush_folder(stage.new)
         _install(stage, target)
         _flush_folder(target.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and let only one process at a time work in it.
+
+    Raises:
+        IntrafuseError: another process works there, or the folder cannot be made.
+    """
+    with _telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(folder)
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise IntrafuseError(
+                "another run works in this folder",
+                value=str(folder.parent),
+                remedy="wait for it, or choose a new folder",
+            ) from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_folder(path: Path) -> None:

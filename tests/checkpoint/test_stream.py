@@ -16,12 +16,12 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 from forks import killed
-from language_models import SIZES, transformers
+from language_models import SIZES, build, transformers
 
 import intrafuse
 from intrafuse import IntrafuseError, prune_checkpoint
 from intrafuse.catalog.zoo import resolve_model
-from intrafuse.checkpoint import stream
+from intrafuse.checkpoint import scratch, stream
 from intrafuse.checkpoint.scratch import SCRATCH
 from intrafuse.checkpoint.stored import StoredTensor
 from intrafuse.methods.moment import Moment
@@ -82,7 +82,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def in_memory(folder: Path, **settings) -> nn.Module:
     net = resolve_model(f"hf:{folder}")
-    graph = traced(net.model, net.example_inputs)
+    graph = traced(net.model, net.example_inputs, include=settings.get("include", ()))
     return intrafuse.prune(net.model, graph, check=False, **settings).model
 
 
@@ -112,6 +112,45 @@ def test_a_streamed_result_equals_the_one_in_memory(tmp_path, method, dtype, tie
     require_equal(tmp_path / "out", model)
     assert made.after.params == sum(p.numel() for p in model.parameters())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"params": 0.3, "scope": "global", "importance": "lamp", "method": "select"},
+        {"macs": 0.3, "scope": "predicted", "method": "folding"},
+        {"channels": 0.3, "repair": "analytic", "importance": "fpgm"},
+        {"channels": 0.5, "exclude": ["*mlp*"], "importance": "random", "seed": 3},
+        {"channels": 0.3, "include": ["*"], "method": "folding"},
+    ],
+)
+def test_every_setting_streams(tmp_path, source, settings, monkeypatch):
+    monkeypatch.setattr(scratch, "MOST", 5000)  # files of scratch within one group
+    prune_checkpoint(source, tmp_path / "out", **settings)
+    require_equal(tmp_path / "out", in_memory(source, **settings))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_other_architectures_stream(tmp_path, name):
+    model = build(name)
+    source = saved(model, tmp_path / "source")
+    prune_checkpoint(source, tmp_path / "out", channels=0.4, method="select")
+    require_equal(tmp_path / "out", in_memory(source, channels=0.4, method="select"))
+
+
+def test_both_names_of_tied_weights_may_be_stored(tmp_path):
+    source = saved(llama(tied=True), tmp_path / "source")
+    prune_checkpoint(source, tmp_path / "one", channels=0.4, method="select")
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    rewrite(source, lambda t: t.update({k: t[v].clone() for k, v in tied.items()}))
+    prune_checkpoint(source, tmp_path / "both", channels=0.4, method="select")
+    rewrite(source, lambda t: t.pop("model.embed_tokens.weight"))
+    prune_checkpoint(source, tmp_path / "other", channels=0.4, method="select")
+    one = tensors(tmp_path / "one")
+    for again in ("both", "other"):
+        found = tensors(tmp_path / again)
+        assert found.keys() == one.keys()
+        assert all(torch.equal(found[name], one[name]) for name in one)
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -170,7 +209,7 @@ def test_a_run_that_is_killed_anywhere_goes_on(tmp_path, source, method):
     run = partial(prune_checkpoint, source, channels=0.5, method=method, shard_size="40KB")
     run(tmp_path / "undisturbed")
     expected = contents(tmp_path / "undisturbed")
-    for at in itertools.count(0, 17):
+    for at in itertools.count(0, 29):
         out = tmp_path / str(at)
         came = killed(partial(run, out), at)
         if (out / SCRATCH).exists() or not (out / "intrafuse.json").exists():
@@ -229,6 +268,18 @@ def test_batch_norm_and_its_statistics_survive_a_kill(tmp_path):
         assert killed(partial(run, tmp_path / str(at)), at)
         run(tmp_path / str(at))
         assert contents(tmp_path / str(at)) == expected
+
+
+def test_two_runs_at_once_are_refused(tmp_path, source):
+    def again(step: str, done: int, total: int) -> None:
+        with pytest.raises(IntrafuseError, match=r"another run works in this folder.*wait"):
+            run()
+        tried.append(step)
+
+    tried: list[str] = []
+    run = partial(prune_checkpoint, source, tmp_path / "out", channels=0.5, method="select")
+    run(progress=again)
+    assert tried
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -314,6 +365,12 @@ def test_weights_that_cannot_be_pruned_are_refused(tmp_path, source, change, mat
     rewrite(source, change)
     with pytest.raises(IntrafuseError, match=match):
         prune_checkpoint(source, tmp_path / "out", channels=0.5, method="select")
+
+
+def test_models_that_transformers_renames_are_refused(tmp_path):
+    source = saved(build("vit"), tmp_path / "source")
+    with pytest.raises(IntrafuseError, match=r"missing: .*unexpected: .*renames.*intrafuse.prune"):
+        prune_checkpoint(source, tmp_path / "out", channels=0.5)
 
 
 def break_index(folder: Path, change) -> None:

@@ -124,13 +124,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def require_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def require_keys(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    remedy: str = "check the model's name and arguments, such as num_classes",
+) -> None:
     """Refuse weights whose names, shapes or kinds of dtype differ from the model's.
 
     Args:
         model: the network; nothing changes.
         tensors: the weights by name; on the meta device, if they were not read yet.
         path: where they lie, for the error.
+        remedy: what to do, for the error.
 
     Raises:
         IntrafuseError: keys are missing, unexpected or have the wrong shape.
@@ -156,7 +162,7 @@ def require_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pa
         raise IntrafuseError(
             f"the weights do not fit the model; {'; '.join(found)}",
             value=str(path),
-            remedy="check the model's name and arguments, such as num_classes",
+            remedy=remedy,
         )
 
 
