@@ -1,7 +1,7 @@
 """What a streamed pruning has done so far: changed tensors in scratch files, and a journal.
 
     OUT/.stream/journal.json        written last after each group, so it names only whole files
-    OUT/.stream/scores.safetensors  the scores of all groups
+    OUT/.stream/scores.safetensors  the scores of the groups that are scored
     OUT/.stream/00001.safetensors   the tensors that a group changed, and statistics of layers
 
 A kill loses at most what the journal does not name.
@@ -9,6 +9,7 @@ A kill loses at most what the journal does not name.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,19 @@ class Scratch:
     Args:
         out: the folder of the output.
         journal: what was done before.
+        started: when the run began, by `time.perf_counter`.
     """
 
-    def __init__(self, out: Path, journal: Journal) -> None:
+    def __init__(self, out: Path, journal: Journal, started: float) -> None:
         self.folder = out / SCRATCH
+        self._started = started - journal.seconds
         self.journal = journal
         self._waiting: dict[str, Kept] = {}
         self._places = dict(journal.places)
         self._number = max([0, *(int(Path(name).stem) for name in journal.files)])
 
     @classmethod
-    def open(cls, out: Path, digest: str) -> Scratch:
+    def open(cls, out: Path, digest: str, started: float) -> Scratch:
         """Go on where the journal ends, or begin.
 
         Raises:
@@ -135,11 +138,19 @@ class Scratch:
                 value=str(out),
                 remedy="repeat that command to go on, or choose a new folder",
             )
-        scratch = cls(out, journal)
+        scratch = cls(out, journal, started)
+        stays = journal.files | ({SCORES} if path.exists() else set())
         for file in scratch.folder.glob("*.safetensors"):
-            if file.name not in (journal.files | {SCORES} if journal.widths else journal.files):
+            if file.name not in stays:
                 file.unlink()
+        if not path.exists():
+            scratch.note()  # from here on, what lies here belongs to this command
         return scratch
+
+    @property
+    def seconds(self) -> float:
+        """The time of this run and of those before."""
+        return time.perf_counter() - self._started
 
     def keep(self, name: str, tensor: Tensor) -> Kept:
         """Take a changed tensor; when many wait, write them to a file."""
@@ -173,18 +184,18 @@ class Scratch:
 
     def note(self, **fields: Any) -> None:
         """Write the journal with changed fields, atomically."""
-        self.journal = self.journal.model_copy(update=fields)
+        self.journal = self.journal.model_copy(update={**fields, "seconds": self.seconds})
         with replacing(self.folder / JOURNAL) as temporary:
             temporary.write_text(self.journal.model_dump_json(), "utf-8")
 
-    def note_widths(self, scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
-        """Store the scores of all groups, and note their widths."""
+    def note_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Store the scores of the groups that are scored."""
         write_tensors(self.folder / SCORES, scores)
-        self.note(widths=dict(widths))
 
     def scores(self) -> dict[str, Tensor]:
-        """Read the scores of all groups."""
-        return {name: one.load() for name, one in tensors_of(self.folder / SCORES).items()}
+        """Read the scores of the groups that are scored."""
+        path = self.folder / SCORES
+        return {k: t.load() for k, t in tensors_of(path).items()} if path.exists() else {}
 
     def note_group(self, group: str, note: Mapping[str, Any], weights: Weights) -> None:
         """Write what a merged group has changed, and note it."""

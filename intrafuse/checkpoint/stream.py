@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import Tensor
+
 from intrafuse.allocation.budget import Figures, measure
 from intrafuse.checkpoint.scratch import SCRATCH, Scratch
 from intrafuse.checkpoint.source import Source
@@ -21,7 +23,7 @@ from intrafuse.methods import Method
 from intrafuse.moments.sources import MomentSource
 from intrafuse.pruning.each_group import merging
 from intrafuse.pruning.plan import as_data
-from intrafuse.pruning.prepare import describe, prepare
+from intrafuse.pruning.prepare import Prepared, describe, prepare
 from intrafuse.pruning.result import Report
 from intrafuse.pruning.settings import Arguments, Settings, takes_settings
 from intrafuse.support.arguments import check_arguments
@@ -132,15 +134,14 @@ def prune_checkpoint(
     """
     started = time.perf_counter()
     asked = Settings.of(settings, arguments)
-    check_arguments(progress=progress)
+    check_arguments(folder=folder, progress=progress)
     most = parse_size(shard_size)
     _require_weights_only(asked)
     source = Source.of(Path(folder).expanduser().resolve())
     out = _usable(out, source.folder)
     with locked(out / SCRATCH):
-        scratch = Scratch.open(out, _digest(asked, source, most))
-        begun = started - scratch.journal.seconds
-        run = _Run(asked, source, scratch, progress or _silent, begun)
+        scratch = Scratch.open(out, _digest(asked, source, most), started)
+        run = _Run(asked, source, scratch, progress or _silent)
         return run.write(Output(out, source, run.merge(), scratch, most))
 
 
@@ -153,14 +154,12 @@ class _Run:
         source: the checkpoint.
         scratch: what was done before, and what this run does.
         progress: called with (step, done, all).
-        started: when the run would have started if it had never been interrupted.
     """
 
     asked: Settings
     source: Source
     scratch: Scratch
     progress: Progress
-    started: float
 
     def merge(self) -> Weights:
         """Merge the groups that are not merged yet."""
@@ -170,11 +169,10 @@ class _Run:
         ready = prepare(asked, weights, model, progress=partial(self.progress, "merging"))
         self.before = ready.before
         scratch.flush()  # batch norm that was folded
+        scores = self._scores(ready)
         if scratch.journal.widths is None:
-            scores = ready.scores(partial(self.progress, "scoring"))
-            widths, _ = ready.widths(scores)
-            scratch.note_widths(scores, widths)
-        scores, widths = scratch.scores(), scratch.journal.widths or {}
+            scratch.note(widths=ready.widths(scores)[0])
+        widths = scratch.journal.widths or {}
         scratch.resume(weights)
         repair = "analytic" if asked.repair == "analytic" else None
         for merge_map in merging(
@@ -182,14 +180,17 @@ class _Run:
             repair=repair, merged=scratch.journal.merged,
         ):  # fmt: skip
             scratch.note_group(merge_map.group, merge_map.note, weights)
-            scratch.note(seconds=self.seconds)
             del merge_map  # its matrices may be large
         return weights
 
-    @property
-    def seconds(self) -> float:
-        """The time of this run and of those before."""
-        return time.perf_counter() - self.started
+    def _scores(self, ready: Prepared) -> dict[str, Tensor]:
+        """Score the groups that are not scored yet."""
+
+        def note(found: Mapping[str, Tensor]) -> None:
+            self.scratch.note_scores(found)
+            self.progress("scoring", len(found), len(ready.groups))
+
+        return ready.scores(self.scratch.scores(), note)
 
     def write(self, output: Output) -> Streamed:
         """Write the shards and everything else, and remove the scratch files."""
@@ -197,7 +198,7 @@ class _Run:
         output.write_shards(partial(self.progress, "writing"))
         pretrained = output.write_configuration()
         after = measure(graph, weights.sizes, weights.counted())
-        seconds = self.seconds
+        seconds = self.scratch.seconds
         report = Report(
             wanted={self.asked.wanted.kind: self.asked.wanted.share},
             reached=after.removed(self.before),
@@ -222,7 +223,12 @@ def _silent(step: str, done: int, total: int) -> None:
 
 def _digest(asked: Settings, source: Source, most: int) -> str:
     """Return a digest of everything that decides the output."""
-    told = [json.dumps(describe(asked), sort_keys=True), source.digest, most, __version__]
+    told = [
+        json.dumps(describe(asked), sort_keys=True, default=repr),
+        source.digest,
+        most,
+        __version__,
+    ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

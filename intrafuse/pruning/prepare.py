@@ -42,13 +42,23 @@ class Prepared:
     context: Context
     before: Figures
 
-    def scores(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Tensor]:
-        """Score the channels of each group; `progress` is called with (groups done, all)."""
-        found: dict[str, Tensor] = {}
+    def scores(
+        self,
+        known: Mapping[str, Tensor] | None = None,
+        note: Callable[[Mapping[str, Tensor]], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Score the channels of each group.
+
+        Args:
+            known: scores of groups that need not be computed again.
+            note: called with the scores so far, after each group.
+        """
+        found = dict(known or {})
         for group in self.groups:
-            found[group.name] = score(group, self.context, self.asked.importance)
-            if progress is not None:
-                progress(len(found), len(self.groups))
+            if group.name not in found:
+                found[group.name] = score(group, self.context, self.asked.importance)
+                if note is not None:
+                    note(found)
         return found
 
     def widths(

@@ -25,7 +25,6 @@ from intrafuse.checkpoint import scratch, stream
 from intrafuse.checkpoint.scratch import SCRATCH
 from intrafuse.checkpoint.stored import StoredTensor
 from intrafuse.methods.moment import Moment
-from intrafuse.surgery.weights import Weights
 
 LLAMA = {
     **SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
@@ -224,29 +223,34 @@ def test_a_run_that_is_killed_anywhere_goes_on(tmp_path, source, method):
     assert at > 100
 
 
-def test_a_run_that_goes_on_does_only_the_rest(tmp_path, source, monkeypatch):
-    class Stopped(Exception):
-        pass
+class Stopped(Exception):
+    """Stands for what stops a run."""
 
-    def stop(step: str, done: int, total: int) -> None:
-        told.append((step, done, total))
-        if len(told) == 8:
+
+def test_a_run_that_goes_on_does_only_the_rest(tmp_path, source):
+    told: list[tuple[str, int, int]] = []
+
+    def stopping(at: tuple[str, int, int] | None, *step: object) -> None:
+        told.append(step)
+        if step == at:
             raise Stopped
 
-    told: list[tuple[str, int, int]] = []
-    run = partial(prune_checkpoint, source, tmp_path / "out", channels=0.5, method="select")
-    with pytest.raises(Stopped):
-        run(progress=stop)
-    assert told[-1] == ("merging", 3, 5)
-    merged, merge = [], Weights.merge
-
-    def counted(self, merge_map):
-        merged.append(merge_map.group)
-        merge(self, merge_map)
-
-    monkeypatch.setattr(Weights, "merge", counted)
-    run()
-    assert len(merged) == 2
+    run = partial(
+        prune_checkpoint, source, tmp_path / "out", channels=0.5, method="select",
+        shard_size="20KB",
+    )  # fmt: skip
+    for at in (("scoring", 3, 5), ("merging", 2, 5), ("writing", 1, 4)):
+        with pytest.raises(Stopped):
+            run(progress=partial(stopping, at))
+    made = run(progress=partial(stopping, None))
+    scored, merged, written = (
+        [done for step, done, _ in told if step == name]
+        for name in ("scoring", "merging", "writing")
+    )
+    assert scored == [1, 2, 3, 4, 5]
+    assert merged == [1, 2, 1, 2, 3, 4, 5, *(1, 2, 3, 4, 5)]  # those that are merged count at once
+    assert written == [0, 1, 0, 1, 2, 3, 4]
+    assert made.seconds > 0
 
 
 def test_batch_norm_and_its_statistics_survive_a_kill(tmp_path):

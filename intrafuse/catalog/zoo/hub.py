@@ -16,7 +16,7 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.extras import import_extra
 from intrafuse.support.reading import require_file
 
-__all__ = ["empty_from_folder", "from_hub", "require_none_pickled"]
+__all__ = ["empty_from_folder", "from_hub", "require_none_pickled", "without_parameters"]
 
 TOKENS = 16  # length of the sequence for tracing a language model
 
