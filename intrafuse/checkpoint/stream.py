@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +143,15 @@ def prune_checkpoint(
     with locked(out / SCRATCH):
         scratch = Scratch.open(out, _digest(asked, source, most), started)
         run = _Run(asked, source, scratch, progress or _silent)
-        return run.write(Output(out, source, run.merge(), scratch, most))
+        try:
+            weights = run.merge()
+        except IntrafuseError:
+            if scratch.journal.widths is None:  # refused, with nothing merged: leave nothing
+                scratch.remove()
+                with suppress(OSError):
+                    out.rmdir()
+            raise
+        return run.write(Output(out, source, weights, scratch, most))
 
 
 @dataclass(eq=False)

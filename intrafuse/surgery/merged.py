@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from intrafuse.graph.axes import Tree, leaves, locate, tree_size
+from intrafuse.graph.axes import Block, Tree, leaves, locate, tree_size
 from intrafuse.graph.blocks import put_channels
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.surgery.merge_map import MergeMap
@@ -42,7 +42,7 @@ def merged_output(
         if blocks:
             change = merge_map.encoding
             for slot in group.writers:
-                if slot.parameter == layer and graph.axes[layer][slot.axis] == tree:
+                if slot.parameter == layer and graph.axes[slot.parameter][slot.axis] == tree:
                     change = merge_map.change(slot)
             output = change.apply(output, axis, blocks, group.size)
             output = _rescaled(merge_map, layer, output, axis, locate(tree, group.id, sizes))
@@ -55,7 +55,9 @@ def merged_output(
     return output
 
 
-def _rescaled(merge_map, layer, output, axis, where):
+def _rescaled(
+    merge_map: MergeMap, layer: str | None, output: Tensor, axis: int, where: Sequence[Block]
+) -> Tensor:
     """Scale and shift merged channels by the gains and shifts of their writer."""
     gain, shift = (
         values.get(layer or "") for values in (merge_map.writer_gain, merge_map.writer_shift)

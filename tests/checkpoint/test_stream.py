@@ -350,6 +350,16 @@ def rewrite(folder: Path, change) -> None:
     save_file(found, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"params": 0.99}, "."), ({"channels": 0.5, "include": ["no_such"]}, "no_such")],
+)
+def test_what_is_refused_late_leaves_nothing(tmp_path, source, settings, match):
+    with pytest.raises(IntrafuseError, match=match):
+        prune_checkpoint(source, tmp_path / "out", **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 MLP = "model.layers.0.mlp.up_proj.weight"
 
 
