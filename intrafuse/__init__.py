@@ -10,6 +10,7 @@ from intrafuse.support.version import __version__
 if TYPE_CHECKING:
     from intrafuse.allocation.budget import Budget, Figures
     from intrafuse.checkpoint.folder import load, save
+    from intrafuse.checkpoint.stream import Streamed, prune_checkpoint
     from intrafuse.fusing.fuse import Fused, FusionReport, fuse
     from intrafuse.graph import ChannelGraph, ChannelGroup, trace
     from intrafuse.moments.synthetic import synthesise
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Settings",
+    "Streamed",
     "Verification",
     "__version__",
     "factorize",
@@ -49,6 +51,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "prune_checkpoint",
     "save",
     "synthesise",
     "trace",
@@ -59,6 +62,7 @@ __all__ = [
 # imported from its module on first use.
 _HOMES = {
     "checkpoint.folder": ("load", "save"),
+    "checkpoint.stream": ("Streamed", "prune_checkpoint"),
     "fusing.fuse": ("Fused", "FusionReport", "fuse"),
     "allocation.budget": ("Budget", "Figures"),
     "graph": ("ChannelGraph", "ChannelGroup", "trace"),

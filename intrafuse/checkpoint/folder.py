@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from intrafuse.catalog.zoo import ZOO, file_sha256
+from intrafuse.checkpoint.describe import (
+    history,
+    identities,
+    pruned_axes,
+    require_text,
+    versions,
+)
 from intrafuse.checkpoint.loading import (
     WEIGHTS,
     build_saved,
@@ -24,7 +29,6 @@ from intrafuse.checkpoint.loading import (
 )
 from intrafuse.checkpoint.manifest import SCHEMA, Manifest, Stored, as_json
 from intrafuse.checkpoint.tensors import dtype_name, memory_order, pack
-from intrafuse.graph.axes import leaves
 from intrafuse.pruning.plan import Plan
 from intrafuse.pruning.result import Pruned
 from intrafuse.support.arguments import check_arguments
@@ -32,13 +36,14 @@ from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import folder_target, put_back, replacing_folder
 from intrafuse.support.modules import place
-from intrafuse.support.version import __version__
-from intrafuse.surgery.hf_config import follow_sizes, has_config
+from intrafuse.support.reading import read_json
+from intrafuse.surgery.hf_config import follow_sizes, has_config, take_fields
 from intrafuse.surgery.install import size_changes
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
 
 MANIFEST, PLAN, RECIPE = "intrafuse.json", "plan.safetensors", "recipe.yaml"
+CONFIG = "config.json"  # of a checkpoint that was pruned by streaming
 
 
 @apart
@@ -115,14 +120,14 @@ def save(
         arguments=as_json(dict(arguments or {}), "arguments"),
         tensors=_describe(tensors, plan),
         aliases=aliases,
-        removed_layers=_identities(model),
+        removed_layers=identities(model),
         figures=as_json(dict(figures or {}), "figures"),
         source_sha256=_digest(source_sha256),
         files={},
-        versions=_versions(),
-        **_history(plan, seconds),
+        versions=versions(),
+        **({} if plan is None else history(plan, plan.seconds if seconds is None else seconds)),
     )
-    _require_text(manifest)
+    require_text(manifest)
     if architecture in ZOO:
         check_fit(build_saved(manifest), tensors, manifest)  # fail now rather than in `load`
     with replacing_folder(folder) as temporary:
@@ -144,7 +149,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a network that `save` wrote, without importing any code that the folder names.
 
     Args:
-        folder: a folder that `save` wrote.
+        folder: a folder that `save` or `prune_checkpoint` wrote.
         model: the network before pruning, for an architecture outside the zoo. It is changed in
             place, but only if everything in the folder fits it.
 
@@ -175,14 +180,19 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     devices = {name: t.device for name, t in old.items() if not t.is_meta}
     default = next(iter(devices.values()), torch.device("cpu"))
     tensors = {name: t.to(devices.get(name, default)) for name, t in tensors.items()}
-    standing = _identities(target)
+    standing = identities(target)
     removed = [layer for layer in manifest.removed_layers if layer not in standing]
     saved = folder / PLAN
     plan = None
     if has_config(target) and saved.is_file():
         require_whole(saved, manifest)
         plan = Plan.load(saved)
+    config = {}
+    if has_config(target) and CONFIG in manifest.files:
+        require_whole(folder / CONFIG, manifest)
+        config = read_json(folder / CONFIG)
     place(target, tensors, manifest.attributes, removed, manifest.aliases)
+    take_fields(target, config)
     if plan is not None:
         follow_sizes(target, size_changes(plan.graph, plan.graph.resized(plan.widths)))
     return target.eval()
@@ -237,61 +247,14 @@ def _require_same(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
 
 def _describe(tensors: Mapping[str, Tensor], plan: Plan | None) -> dict[str, Stored]:
     """Describe tensors. A group of one channel counts as pruned, perhaps by an earlier plan."""
-    axes = {} if plan is None else plan.graph.axes
-    free: set[int] = set()
-    if plan is not None:
-        free = {g.id for g in plan.graph.groups}
-        free |= {g.id for g in plan.graph.locked if g.size == 1}
     return {
         name: Stored(
             shape=tuple(tensor.shape),
             dtype=dtype_name(tensor),
-            pruned_axes=tuple(
-                i for i, tree in enumerate(axes.get(name, ())) if free.intersection(leaves(tree))
-            ),
+            pruned_axes=() if plan is None else pruned_axes(plan.graph, name),
             order=memory_order(tensor),
         )
         for name, tensor in tensors.items()
-    }
-
-
-def _identities(model: nn.Module) -> tuple[str, ...]:
-    named = model.named_modules(remove_duplicate=False)
-    return tuple(name for name, m in named if name and isinstance(m, nn.Identity))
-
-
-def _history(plan: Plan | None, seconds: float | None) -> dict[str, Any]:
-    """Return the requested settings and achieved sizes, as fields of the manifest."""
-    if plan is None:
-        return {}
-    keys = ("budget", "method", "importance", "include", "exclude", "seed")
-    return {
-        **{key: as_json(plan.settings.get(key), key) for key in keys},
-        "attributes": plan.graph.attribute_values(plan.graph.resized(plan.widths)),
-        "before": vars(plan.before),
-        "after": vars(plan.after),
-        "seconds": plan.seconds if seconds is None else seconds,
-    }
-
-
-def _require_text(manifest: Manifest) -> None:
-    """Refuse lone surrogates in names, because the files cannot hold or restore them."""
-    try:
-        json.dumps(manifest.model_dump(), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise IntrafuseError(
-            "names must be valid Unicode, but a lone surrogate was found",
-            value=error.object[max(0, error.start - 20) : error.end + 20],
-            remedy="rename the layer, or change the arguments",
-        ) from error
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "intrafuse": __version__,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +16,19 @@ from intrafuse.checkpoint.tensors import agrees, dtype_name, unpack
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.modules import held_sizes
 
-__all__ = ["WEIGHTS", "build_saved", "check_fit", "read_saved", "require_finite", "require_whole"]
+__all__ = [
+    "BUFFERS",
+    "WEIGHTS",
+    "build_saved",
+    "check_fit",
+    "read_saved",
+    "require_finite",
+    "require_whole",
+]
 
 WEIGHTS = "model.safetensors"
+BUFFERS = "buffers.safetensors"  # beside shards: what no checkpoint of transformers holds
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 REMEDY = "build the network as it was before pruning, and pass it as model="
 PLANLESS = (
     "; if the saved network was pruned, save the result of prune, or pass plan= to save, because a "
@@ -27,9 +38,14 @@ PLANLESS = (
 
 def read_saved(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Read the tensors and check them against the manifest."""
-    path = folder / WEIGHTS
-    packed = read_tensors(path)
-    require_whole(path, manifest)
+    packed: dict[str, Tensor] = {}
+    for name in _files(manifest):
+        part = read_tensors(folder / name)
+        require_whole(folder / name, manifest)
+        twice = sorted(packed.keys() & part.keys())
+        if twice:
+            raise IntrafuseError("two files hold the same tensor", value=name, layer=twice[0])
+        packed |= part
     tensors = {}
     for name in sorted(packed.keys() | manifest.tensors.keys()):
         stored, tensor = manifest.tensors.get(name), packed.get(name)
@@ -46,10 +62,17 @@ def read_saved(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
+def _files(manifest: Manifest) -> list[str]:
+    """Name the files of the tensors: one, or shards; and the buffers of a streamed checkpoint."""
+    shards = [name for name in manifest.files if SHARD.fullmatch(name)]
+    return [*(sorted(shards) or [WEIGHTS]), *([BUFFERS] if BUFFERS in manifest.files else [])]
+
+
 def require_whole(path: Path, manifest: Manifest) -> None:
     """Refuse a file whose SHA-256 differs from the manifest."""
     if manifest.files.get(path.name) != file_sha256(path):
-        what = "weights are" if path.name == WEIGHTS else "plan is"
+        what = {"plan.safetensors": "plan is", "config.json": "configuration is"}.get(path.name)
+        what = what or "weights are"
         raise IntrafuseError(
             f"the {what} corrupt, or not what the manifest describes (SHA-256 differs)",
             value=str(path),

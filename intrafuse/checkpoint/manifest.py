@@ -13,17 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, Va
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.reading import parse_json, read_text
 
-__all__ = ["SCHEMA", "Manifest", "Stored", "as_json", "signed"]
+__all__ = ["SCHEMA", "Data", "Manifest", "Stored", "as_json", "signed"]
 
 SCHEMA = 2  # version 1, which can still be read, has no digest
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Data(BaseModel):
+class Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Stored(_Data):
+class Stored(Data):
     """One parameter or buffer in a saved network.
 
     Attributes:
@@ -39,7 +39,7 @@ class Stored(_Data):
     order: tuple[NonNegativeInt, ...] | None = None
 
 
-class Manifest(_Data):
+class Manifest(Data):
     """The contents of a folder, and the settings that made it.
 
     Attributes:

@@ -13,6 +13,7 @@ from intrafuse.cli.method import MethodOptions
 from intrafuse.cli.options import RANDOM, Common, DataOptions, ModelOptions
 from intrafuse.cli.output import Advance, progress, show_note, show_table, write_json
 from intrafuse.cli.prune_options import PruneOptions
+from intrafuse.cli.stream import StreamOptions, stream
 
 if TYPE_CHECKING:
     from intrafuse.catalog.data import Images
@@ -55,11 +56,15 @@ def prune(
     check: Annotated[
         bool, typer.Option(help="Run the pruned network as a check, also against the original.")
     ] = True,
+    streaming: StreamOptions = StreamOptions(),
     common: Common = Common(),
 ) -> None:
     """Make a network smaller, and save it."""
+    streaming.require_use()
     settings = options.settings(common, method=method.build(), **asdict(budget))
     common.start()
+    if streaming.stream:
+        return stream(model, settings, streaming, data, out, common)
     import intrafuse
     from intrafuse.checkpoint.folder import usable
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["merge_groups"]
+__all__ = ["merge_groups", "merging"]
 
 
 def merge_groups(
@@ -51,30 +51,57 @@ def merge_groups(
     Raises:
         IntrafuseError: the method returned a map for another group, size or width.
     """
-    ordered = groups if method.order == "forward" else list(reversed(groups))
-    shrinking = [group for group in ordered if widths[group.name] < group.size]
-    maps = []
-    for done, group in enumerate(shrinking):
-        context.pending = frozenset(other.name for other in shrinking[done:])
-        free = not group.chosen or (method.chooses and not group.normed)
-        own = method if free else Select()
-        merge_map = own(group, scores[group.name], widths[group.name], context).check()
-        if (merge_map.group, merge_map.size, merge_map.width) != (
-            group.name,
-            group.size,
-            widths[group.name],
-        ):
-            raise IntrafuseError(
-                f"a method must return the map of {group.size} to {widths[group.name]} channels",
-                value=(merge_map.group, merge_map.size, merge_map.width),
-                layer=group.name,
-            )
-        if repair == "analytic" and not group.normed:
-            merge_map = analytic_repair(merge_map, group, context)
-        context.weights.merge(merge_map)
-        maps.append(merge_map)
-        if context.progress is not None:
-            context.progress(done + 1, len(shrinking))
+    maps = tuple(merging(method, groups, scores, widths, context, repair=repair))
     solved = Solved.of(method.solved(maps, context), context.weights)
     solved.put(context.weights)
-    return tuple(maps), solved
+    return maps, solved
+
+
+def merging(
+    method: Method,
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    context: Context,
+    *,
+    repair: Literal["analytic"] | None = None,
+    merged: Container[str] = (),
+) -> Iterator[MergeMap]:
+    """Reduce groups one after the other, and give each map when its group is merged.
+
+    Args:
+        method, groups, scores, widths, context, repair: as for `merge_groups`.
+        merged: names of groups that the context's weights have merged already.
+
+    Raises:
+        IntrafuseError: as for `merge_groups`.
+    """
+    ordered = groups if method.order == "forward" else list(reversed(groups))
+    shrinking = [group for group in ordered if widths[group.name] < group.size]
+    for done, group in enumerate(shrinking):
+        if group.name not in merged:
+            context.pending = frozenset(other.name for other in shrinking[done:])
+            merge_map = _map_of(method, group, scores[group.name], widths[group.name], context)
+            if repair == "analytic" and not group.normed:
+                merge_map = analytic_repair(merge_map, group, context)
+            context.weights.merge(merge_map)
+            yield merge_map
+            del merge_map  # its matrices may be large
+        if context.progress is not None:
+            context.progress(done + 1, len(shrinking))
+
+
+def _map_of(
+    method: Method, group: ChannelGroup, scores: Tensor, width: int, context: Context
+) -> MergeMap:
+    """Ask the method for a group's map; channels that it may not combine are selected."""
+    free = not group.chosen or (method.chooses and not group.normed)
+    own = method if free else Select()
+    merge_map = own(group, scores, width, context).check()
+    if (merge_map.group, merge_map.size, merge_map.width) != (group.name, group.size, width):
+        raise IntrafuseError(
+            f"a method must return the map of {group.size} to {width} channels",
+            value=(merge_map.group, merge_map.size, merge_map.width),
+            layer=group.name,
+        )
+    return merge_map

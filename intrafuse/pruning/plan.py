@@ -32,7 +32,7 @@ from intrafuse.surgery.install import install
 from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.weights import Weights
 
-__all__ = ["MergeMap", "Plan"]
+__all__ = ["MergeMap", "Plan", "as_data"]
 
 FORMAT = 2
 BEFORE_SOLVED = 1  # plans without solved layers are written so that earlier versions read them
@@ -191,26 +191,7 @@ class Plan:
 
     def as_data(self) -> dict[str, Any]:
         """Return settings, sizes and widths as JSON data."""
-        names = ("method", "importance", "budget", "seed")
-        widths = {
-            group.name: {
-                "index": group.index,
-                "before": group.size,
-                "after": self.widths[group.name],
-                "written_by": list(group.layers),
-                "read_by": list(dict.fromkeys(slot.layer for slot in group.readers)),
-            }
-            for group in self.graph.groups
-        }
-        return {
-            **{name: self.settings.get(name) for name in names},
-            "before": vars(self.before),
-            "after": vars(self.after),
-            "removed": dict(self.removed),
-            "widths": widths,
-            "notes": {group: dict(note) for group, note in self.notes.items()},
-            "seconds": self.seconds,
-        }
+        return as_data(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to one safetensors file; a failure leaves no partial file."""
@@ -301,6 +282,30 @@ class Plan:
         if macs != (plan.before.macs, plan.after.macs) or min(counted) < 0:
             raise ValueError("the channel graph contradicts the sizes of the plan")
         return plan
+
+
+def as_data(planned: Any) -> dict[str, Any]:
+    """Return settings, sizes and widths of a plan, or of what streaming made, as JSON data."""
+    names = ("method", "importance", "budget", "seed")
+    widths = {
+        group.name: {
+            "index": group.index,
+            "before": group.size,
+            "after": planned.widths[group.name],
+            "written_by": list(group.layers),
+            "read_by": list(dict.fromkeys(slot.layer for slot in group.readers)),
+        }
+        for group in planned.graph.groups
+    }
+    return {
+        **{name: planned.settings.get(name) for name in names},
+        "before": vars(planned.before),
+        "after": vars(planned.after),
+        "removed": dict(planned.removed),
+        "widths": widths,
+        "notes": {group: dict(note) for group, note in planned.notes.items()},
+        "seconds": planned.seconds,
+    }
 
 
 class _PlanData(BaseModel):

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
-from functools import partial
-from typing import Any, Unpack
+from collections.abc import Callable, Iterable
+from typing import Unpack
 
 from torch import nn
 
-from intrafuse.allocation.budget import Figures, choose_widths, measure
-from intrafuse.allocation.latency import LatencyModel
-from intrafuse.allocation.patterns import choose_groups
+from intrafuse.allocation.budget import measure
 from intrafuse.allocation.timing import latencies
 from intrafuse.graph import ExampleInputs, trace
-from intrafuse.graph.groups import ChannelGraph, ChannelGroup
-from intrafuse.importance.metrics import score
-from intrafuse.moments.damage import damage_by_width
+from intrafuse.graph.groups import ChannelGraph
 from intrafuse.moments.synthetic import synthesise
 from intrafuse.pruning.each_group import merge_groups
 from intrafuse.pruning.plan import Plan
+from intrafuse.pruning.prepare import describe, prepare
 from intrafuse.pruning.repair import reestimate_batchnorm
 from intrafuse.pruning.result import Pruned, Report
-from intrafuse.pruning.settings import Arguments, Settings, name_of, takes_settings
+from intrafuse.pruning.settings import Arguments, Settings, takes_settings
 from intrafuse.pruning.verification.proof import check as prove
 from intrafuse.support.arguments import check_arguments
 from intrafuse.support.batches import require_rereadable
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
-from intrafuse.surgery.batchnorm import fold_norms
-from intrafuse.surgery.context import Context
 from intrafuse.surgery.weights import Weights
 
 __all__ = ["Pruned", "Report", "plan", "prune"]
 
-OBSERVED = 6  # most networks to time while choosing widths for a latency budget
 AFTER = ("batchnorm", "synthetic")  # repairs that run after surgery
 
 
@@ -88,21 +80,17 @@ def plan(
     graph = example_inputs
     if not isinstance(graph, ChannelGraph):
         graph = trace(model, graph, include=asked.include or ())
-    example_inputs = graph.program.example_inputs
-    groups = choose_groups(graph, asked.include, asked.exclude)
     weights = Weights.of(graph, model)
-    before = measure(graph, graph.sizes, weights.counted())
-    if method.folds_batchnorm:
-        fold_norms(weights)
-    context = Context(
-        weights, weights.snapshot(), model, example_inputs, data, int(asked.seed), progress
+    ready = prepare(asked, weights, model, data=data, progress=progress)
+    scores = ready.scores()
+    widths, predicted = ready.widths(scores)
+    maps, solved = merge_groups(
+        method, ready.groups, scores, widths, ready.context, repair=asked.repair
     )
-    scores = {group.name: score(group, context, asked.importance) for group in groups}
-    widths, predicted = _choose(asked, groups, scores, context, before)
-    maps, solved = merge_groups(method, groups, scores, widths, context, repair=asked.repair)
+    before = ready.before
     after = measure(graph, weights.sizes, weights.counted()) if maps else before
     fold = method.folds_batchnorm and bool(maps)
-    described = {**_describe(asked), "latency": predicted}
+    described = {**describe(asked), "latency": predicted}
     return Plan(graph, maps, fold, described, before, after, time.perf_counter() - started, solved)
 
 
@@ -175,73 +163,3 @@ def prune(
         unclear=made.graph.unclear(made.graph.resized(made.widths)),
     )
     return Pruned(smaller, made, report)
-
-
-def _choose(
-    asked: Settings,
-    groups: list[ChannelGroup],
-    scores: Mapping[str, Any],
-    context: Context,
-    before: Figures,
-) -> tuple[dict[str, int], dict[str, float] | None]:
-    """Choose the widths of groups; for a latency budget, also predict the latency."""
-    budget, graph, original = asked.wanted, context.weights.graph, context.original
-    predicts = budget.scope == "predicted"
-    damage = damage_by_width(groups, _folded(context.weights)) if predicts else None
-    choose = partial(choose_widths, graph, groups, scores, budget, damage=damage)
-    if budget.kind == "latency":
-        assert context.model is not None
-        return _settle(choose, LatencyModel(context.model, graph, groups, context.example_inputs))
-    return choose(amount=_counting(budget.kind, original, before)), None
-
-
-def _folded(weights: Weights) -> Weights:
-    """Return the tensors with batch norm folded, even if the method does not fold it."""
-    if weights.statistics:
-        return weights
-    copy = weights.snapshot()
-    fold_norms(copy)
-    return copy
-
-
-def _counting(kind: str, weights: Weights, before: Figures) -> Callable[[Mapping[str, int]], float]:
-    """Return a function from group widths to the size that a budget limits."""
-    graph, counted = weights.graph, weights.counted()
-
-    def amount(widths: Mapping[str, int]) -> float:
-        shrinks = any(width < graph.by_name[name].size for name, width in widths.items())
-        figures = measure(graph, graph.resized(widths), counted) if shrinks else before
-        return getattr(figures, kind)
-
-    return amount
-
-
-def _settle(
-    choose: Callable[..., dict[str, int]], timed: LatencyModel
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Choose widths by predicted latency, time them, and repeat until the widths stay the same.
-
-    Returns:
-        The widths, and the predicted latency "before" and "after" in milliseconds.
-    """
-    widths = choose(amount=timed.milliseconds)
-    for _ in range(OBSERVED):
-        timed.observe(widths)
-        known, widths = widths, choose(amount=timed.milliseconds)
-        if widths == known:
-            break
-    return widths, {"before": timed.milliseconds({}), "after": timed.milliseconds(widths)}
-
-
-def _describe(asked: Settings) -> dict[str, Any]:
-    """Return the settings of a plan as JSON data."""
-    importance = asked.importance
-    return {
-        "method": asked.compression.as_data(),
-        "importance": importance if isinstance(importance, str) else name_of(importance),
-        "budget": asdict(asked.wanted),
-        "include": None if asked.include is None else list(asked.include),
-        "exclude": list(asked.exclude),
-        "seed": asked.seed,
-        "repair": asked.repair,
-    }

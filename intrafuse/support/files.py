@@ -38,7 +38,16 @@ try:
 except ImportError:  # no locks on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["file_target", "folder_target", "put_back", "replacing", "replacing_folder", "sweep"]
+__all__ = [
+    "file_target",
+    "folder_target",
+    "locked",
+    "put_back",
+    "remove_folder",
+    "replacing",
+    "replacing_folder",
+    "sweep",
+]
 
 PREFIX, SUFFIX = ".intrafuse-", ".tmp"
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -84,6 +93,40 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush_folder(stage.new)
         _install(stage, target)
         _flush_folder(target.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and let only one process at a time work in it.
+
+    Raises:
+        IntrafuseError: another process works there, or the folder cannot be made.
+    """
+    with _telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(folder)
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise IntrafuseError(
+                "another run works in this folder",
+                value=str(folder.parent),
+                remedy="wait for it, or choose a new folder",
+            ) from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with everything in it; to readers it is there as a whole or not at all.
+
+    Raises:
+        IntrafuseError: the folder cannot be removed.
+    """
+    with _telling(path), _staging(path) as stage:
+        os.rename(path, stage.new)
 
 
 def file_target(path: Path) -> Path | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from intrafuse.graph.typed import named_modules
 
-__all__ = ["follow_sizes", "has_config", "take_configuration"]
+__all__ = ["follow_sizes", "has_config", "take_configuration", "take_fields"]
 
 PAIRS = 40  # most pairs of fields to try together; each trial builds the model once
 WORDS = ("dim", "size", "inner", "heads")  # parts of names of size fields that may be None
@@ -76,6 +76,13 @@ def take_configuration(model: nn.Module, like: nn.Module) -> None:
     for module, other in zip(model.modules(), like.modules(), strict=True):
         if "config" in vars(other):
             module.config = copy.deepcopy(other.config, copied)
+
+
+def take_fields(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Set the numbers of a model's configuration that differ from those of a saved one."""
+    config: Any = getattr(model, "config", None)
+    numbers = {k: v for k, v in fields.items() if type(v) in (int, float) and hasattr(config, k)}
+    _write(model, config, {k: v for k, v in numbers.items() if getattr(config, k) != v})
 
 
 def has_config(model: nn.Module) -> bool:

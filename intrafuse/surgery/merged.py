@@ -12,7 +12,7 @@ from intrafuse.graph.blocks import put_channels
 from intrafuse.graph.groups import ChannelGraph
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["merged_output"]
+__all__ = ["merged_output", "scale_outputs"]
 
 
 def merged_output(
@@ -72,3 +72,15 @@ def _rescaled(
         for line in lines
     )
     return output * scale + offset
+
+
+def scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
+    """Multiply each output of a layer's weight by its gain (outputs,)."""
+    shape = [1] * weight.dim()
+    groups = len(gain) // weight.shape[axis]
+    if groups <= 1:
+        shape[axis] = -1
+        return weight * gain.view(shape)
+    # A grouped transposed convolution: weight (groups x inputs, outputs / groups, kernel...).
+    blocks = torch.unflatten(weight, 0, (groups, -1))
+    return (blocks * gain.view(groups, 1, -1, *shape[2:])).flatten(0, 1)

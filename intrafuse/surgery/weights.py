@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from intrafuse.graph.axes import leaves, tree_size
 from intrafuse.graph.blocks import channel_rows, put_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm, Slot
 from intrafuse.graph.typed import length
-from intrafuse.support.device import require_numbers
 from intrafuse.support.errors import IntrafuseError
+from intrafuse.surgery.handles import Checked, Held, Loading, require_finite, require_fit
 from intrafuse.surgery.merge_map import MergeMap
+from intrafuse.surgery.merged import scale_outputs
 
 __all__ = ["Statistics", "Weights"]
 
@@ -25,20 +27,25 @@ class Weights:
     """The one owner of a network's tensors while it is planned, merged and repaired.
 
     Tensors, sizes and statistics are read through read-only views. Only these operations change
-    them: `merge`, `rescale`, `fold`, `put`, `note` and `forget`. Each operation updates tensors,
-    sizes and statistics together. It replaces tensors instead of writing into them, so the original
-    model does not change.
+    them: `merge`, `rescale`, `fold`, `put`, `note`, `forget` and `resume`. Each operation updates
+    tensors, sizes and statistics together. It replaces tensors instead of writing into them, so the
+    original model does not change.
 
     `Weights` changes in place, instead of returning a new object for each merge, because planner,
     methods and moments read the same shrinking network (`Context.weights`). A replaced tensor is
     freed at once, and no caller can continue with outdated weights. A `snapshot` keeps a state: it
     shares the tensors and copies only the dictionaries.
 
+    A tensor may be held as a `Handle`, which is read from its file each time it is asked for. So a
+    network larger than memory can be planned and merged, one group after the other.
+
     Args:
         graph: the channel graph of the traced network.
-        state: its tensors by name; aliases of shared parameters are left out.
+        state: its tensors, or handles of them, by name; aliases of shared parameters are left out.
         buffers: names of the buffers among them.
         widths: channels of the groups whose sizes differ from the traced ones, by name.
+        keep: called with name and tensor of each change; returns what is held in its place.
+            Snapshots hold their changes themselves.
 
     >>> from intrafuse.graph.trace import trace
     >>> layer = nn.Linear(1, 1)
@@ -50,13 +57,19 @@ class Weights:
     def __init__(
         self,
         graph: ChannelGraph,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Held],
         buffers: Iterable[str] = (),
         widths: Mapping[str, int] | None = None,
+        keep: Callable[[str, Tensor], Held] | None = None,
     ) -> None:
         self.graph = graph
         self.buffers = frozenset(buffers)
-        self._state = {k: v.detach() for k, v in state.items() if k not in graph.aliases}
+        named = {name: held for name, held in state.items() if name not in graph.aliases}
+        self._state: dict[str, Held] = {
+            k: v.detach() if isinstance(v, Tensor) else v for k, v in named.items()
+        }
+        self._keep = keep
+        self._loads = keep is not None or any(not isinstance(v, Tensor) for v in named.values())
         self._sizes = graph.resized(widths or {})
         self._statistics: dict[str, Statistics] = {}
         self._folded: frozenset[str] = frozenset()
@@ -64,6 +77,13 @@ class Weights:
     @property
     def state(self) -> Mapping[str, Tensor]:
         """Parameters and buffers by name; shared parameters under one name."""
+        if self._loads:
+            return Loading(self._state)
+        return MappingProxyType(cast("dict[str, Tensor]", self._state))
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """What is held by each name: a tensor or a handle; another object after each change."""
         return MappingProxyType(self._state)
 
     @property
@@ -88,20 +108,34 @@ class Weights:
         return self._folded
 
     @classmethod
-    def of(cls, graph: ChannelGraph, model: nn.Module) -> Weights:
+    def of(
+        cls,
+        graph: ChannelGraph,
+        model: nn.Module,
+        held: Mapping[str, Held] | None = None,
+        keep: Callable[[str, Tensor], Held] | None = None,
+    ) -> Weights:
         """Take the tensors of a model, without copying them.
 
         A module cannot record that a batch norm is already folded. A norm that holds exactly the
         statistics that `fold` leaves is treated as folded.
+
+        Args:
+            graph: the channel graph of the model.
+            model: the network.
+            held: tensors, or handles of them, in place of the model's, by name. The numbers of a
+                handle are checked when it is first loaded.
+            keep: as for `Weights`.
 
         Raises:
             IntrafuseError: a tensor of the graph is missing, has another shape, has fewer than 16
                 bits, or is not finite.
         """
         buffers = dict(model.named_buffers())
-        weights = cls(graph, {**dict(model.named_parameters()), **buffers}, buffers)
+        own = {**dict(model.named_parameters()), **buffers, **(held or {})}
+        weights = cls(graph, own, buffers, keep=keep)
         optional = {layer.bias for layer in graph.layers.values()}
-        missing = sorted(n for n in graph.axes if n not in weights.state and n not in optional)
+        missing = sorted(n for n in graph.axes if n not in weights.held and n not in optional)
         if missing:
             raise IntrafuseError(
                 "the model lacks parameters of the model that the plan was made for",
@@ -109,34 +143,15 @@ class Weights:
                 remedy="make the plan from this model",
             )
         slots = {slot.parameter for group in graph.groups for slot in group.slots}
-        for name in graph.axes:
-            if name not in weights.state:
-                continue
-            tensor = weights.state[name]
-            if tuple(tensor.shape) != graph.shape(name, graph.sizes):
-                raise IntrafuseError(
-                    "the model must have the shapes that the plan was made for",
-                    value=tuple(tensor.shape),
-                    layer=name,
-                    remedy="make the plan from this model",
-                )
-            require_numbers(name, tensor)
-            if name in slots and tensor.is_floating_point() and tensor.itemsize < 2:
-                raise IntrafuseError(
-                    "weights must have 16 bits or more",
-                    value=str(tensor.dtype),
-                    layer=name,
-                    remedy="prune model.to(torch.bfloat16), and quantize the result",
-                )
-            mask = name in buffers and name not in slots  # attention masks hold -inf
-            if tensor.is_floating_point() and not _finite(tensor, mask):
-                raise IntrafuseError(
-                    "weights must be finite, but NaN or infinity was found",
-                    layer=name,
-                    remedy="repair or reload the weights",
-                )
-        known = weights._state
-        passing = (norm.mean for norm in graph.norms if _was_folded(norm, known))
+        for name, tensor in [*weights.held.items()]:
+            infinite = name in buffers and name not in slots  # attention masks hold -inf
+            if name in graph.axes:
+                require_fit(graph, name, tensor, name in slots)
+                if isinstance(tensor, Tensor):
+                    require_finite(name, tensor, infinite=infinite)
+            if not isinstance(tensor, Tensor):
+                weights._state[name] = Checked(tensor, name, infinite)
+        passing = (norm.mean for norm in graph.norms if _was_folded(norm, weights.state))
         weights._folded = frozenset(passing)
         return weights
 
@@ -147,11 +162,11 @@ class Weights:
 
     def present(self, slots: tuple[Slot, ...]) -> list[Slot]:
         """Return the slots whose parameter exists; a layer may lack a bias."""
-        return [slot for slot in slots if slot.parameter in self.state]
+        return [slot for slot in slots if slot.parameter in self._state]
 
     def counted(self) -> dict[str, int]:
         """Count the elements of every parameter, by name, without buffers."""
-        return {name: t.numel() for name, t in self.state.items() if name not in self.buffers}
+        return {name: t.numel() for name, t in self._state.items() if name not in self.buffers}
 
     # -- copies ----------------------------------------------------------------------------------
 
@@ -161,14 +176,19 @@ class Weights:
 
     def on_cpu(self) -> Weights:
         """Return a copy on the CPU, or itself if all tensors are there already."""
-        if all(tensor.device.type == "cpu" for tensor in self.state.values()):
+        tensors = (tensor for tensor in self._state.values() if isinstance(tensor, Tensor))
+        if all(tensor.device.type == "cpu" for tensor in tensors):
             return self
         return self.moved(lambda tensor: tensor.cpu())
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Weights:
-        """Return a copy with `move(tensor)` in place of each tensor and statistic."""
+        """Return a copy with `move(tensor)` in place of each tensor and statistic.
+
+        Handles stay as they are.
+        """
         copy = Weights(self.graph, {}, self.buffers)
-        copy._state = {name: move(tensor) for name, tensor in self._state.items()}
+        copy._state = {k: move(t) if isinstance(t, Tensor) else t for k, t in self._state.items()}
+        copy._loads = self._loads
         copy._statistics = {
             k: (move(mean), move(std)) for k, (mean, std) in self._statistics.items()
         }
@@ -190,7 +210,28 @@ class Weights:
                 wanted = self.graph.shape(name, self.sizes)
                 if tuple(tensor.shape) != wanted:
                     raise ValueError(f"{name} must have the shape {wanted}: {tuple(tensor.shape)}")
-        self._state.update(tensors)
+        for name, tensor in tensors.items():
+            self._set(name, tensor)
+
+    def resume(
+        self,
+        held: Mapping[str, Held],
+        widths: Mapping[str, int],
+        statistics: Mapping[str, Statistics],
+    ) -> None:
+        """Take up what an earlier run had made of the same network.
+
+        Args:
+            held: the tensors that it had changed, or handles of them, by name.
+            widths: channels of the groups that it had merged, by name.
+            statistics: the statistics of layers that it knew.
+        """
+        self._state.update(held)
+        self._sizes = self.graph.resized(widths)
+        self._statistics = dict(statistics)
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        self._state[name] = tensor if self._keep is None else self._keep(name, tensor)
 
     def note(self, weight: str, mean: Tensor, std: Tensor) -> None:
         """Record mean and standard deviation (outputs,) of a layer's current outputs."""
@@ -222,11 +263,11 @@ class Weights:
         elif norm.weight is None or norm.bias is None:
             return
         if norm.weight is not None:
-            self._state[norm.weight] = scale.to(mean)
+            self._set(norm.weight, scale.to(mean))
         if norm.bias is not None:
-            self._state[norm.bias] = shift.to(mean)
-        self._state[norm.mean] = torch.zeros_like(mean)
-        self._state[norm.variance] = torch.full_like(variance, 1 - norm.eps)
+            self._set(norm.bias, shift.to(mean))
+        self._set(norm.mean, torch.zeros_like(mean))
+        self._set(norm.variance, torch.full_like(variance, 1 - norm.eps))
         self._folded |= {norm.mean}
 
     def _affine(self, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -247,11 +288,12 @@ class Weights:
         """
         group = self.graph.by_name[merge_map.group]
         n = self.sizes[group.id]
-        before = dict(self._state)
+        before = Loading(dict(self._state))
         for slot in self.present(group.slots):
             blocks = self.graph.blocks(slot, group.id, self.sizes)
-            old = self._state[slot.parameter]
-            self._state[slot.parameter] = merge_map.change(slot).apply(old, slot.axis, blocks, n)
+            old = self.state[slot.parameter]
+            change = merge_map.change(slot)
+            self._set(slot.parameter, change.apply(old, slot.axis, blocks, n))
         self._merge_statistics(merge_map, group, before)
         self._sizes[group.id] = merge_map.width
         self._follow_size(group, n)
@@ -266,7 +308,7 @@ class Weights:
         """Return gain and shift (outputs,) of a writer, whose outputs may include other groups."""
         at = next(s for s in group.writers + group.carriers if s.parameter == weight)
         blocks = self.graph.blocks(at, group.id, self.sizes)
-        size = self.state[weight].shape[at.axis]
+        size = self._state[weight].shape[at.axis]
         gain, shift = torch.ones(size), torch.zeros(size)
         put_channels(gain, blocks, merge_map.writer_gain.get(weight), merge_map.width)
         put_channels(shift, blocks, merge_map.writer_shift.get(weight), merge_map.width)
@@ -286,7 +328,7 @@ class Weights:
                     ratio = (size / was) ** item.exponent
                     own = tensor.narrow(axis, start, length)
                     own.mul_(ratio).add_(item.offset * (ratio - 1))
-                    self._state[name] = tensor
+                    self._set(name, tensor)
 
     def _merge_statistics(
         self, merge_map: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]
@@ -337,9 +379,8 @@ class Weights:
         layer = self.graph.layers[weight]
         tensor = self.state[weight]
         if gain is not None:
-            self._state[weight] = _scale_outputs(
-                tensor, layer.output_axis, gain.to(tensor.device)
-            ).to(tensor)
+            scaled = scale_outputs(tensor, layer.output_axis, gain.to(tensor.device))
+            self._set(weight, scaled.to(tensor))
             gain = gain.to(tensor)
         bias = self.state.get(layer.bias) if layer.bias is not None else None
         if bias is not None and gain is not None:
@@ -350,23 +391,7 @@ class Weights:
             bias = shift.to(tensor) if bias is None else bias + shift.to(tensor)
         if bias is not None:
             assert layer.bias is not None
-            self._state[layer.bias] = bias
-
-
-def _scale_outputs(weight: Tensor, axis: int, gain: Tensor) -> Tensor:
-    """Multiply each output of a layer's weight by its gain (outputs,)."""
-    shape = [1] * weight.dim()
-    groups = len(gain) // weight.shape[axis]
-    if groups <= 1:
-        shape[axis] = -1
-        return weight * gain.view(shape)
-    # A grouped transposed convolution: weight (groups x inputs, outputs / groups, kernel...).
-    blocks = torch.unflatten(weight, 0, (groups, -1))
-    return (blocks * gain.view(groups, 1, -1, *shape[2:])).flatten(0, 1)
-
-
-def _finite(tensor: Tensor, infinite: bool) -> bool:
-    return not bool((tensor.isnan() if infinite else ~torch.isfinite(tensor)).any())
+            self._set(layer.bias, bias)
 
 
 def _was_folded(norm: Norm, state: Mapping[str, Tensor]) -> bool:

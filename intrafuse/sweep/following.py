@@ -225,7 +225,7 @@ class _Dependents:
 
     def of_change(self, old: Weights, new: Weights) -> list[Node]:
         """List the operators that read anything that differs."""
-        changed = _differing(old.state, new.state)
+        changed = _differing(old.held, new.held)
         for part in (0, 1):  # means and deviations
             told = [{k: s[part] for k, s in w.statistics.items()} for w in (old, new)]
             changed |= _differing(*told)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from intrafuse import IntrafuseError
 from intrafuse.catalog.zoo import resolve_model
+from intrafuse.catalog.zoo.hub import empty_from_folder, without_parameters
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 from language_models import transformers
@@ -163,3 +166,23 @@ def test_a_pipe_in_the_folder_is_refused(tmp_path, file):
 def test_configurations_of_wrong_kinds_are_refused(tmp_path, fields):
     with pytest.raises(IntrafuseError):
         resolve_model(folder_of(tmp_path / "m", **fields))
+
+
+# --- models without parameters ------------------------------------------------------------------
+
+
+def test_a_model_without_parameters_has_its_buffers(tmp_path):
+    model, inputs = empty_from_folder(Path(folder_of(tmp_path / "m").removeprefix("hf:")))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert not model.training and inputs[0].shape == (1, 16)
+    assert model.get_input_embeddings().weight.shape == (20, 8)
+
+
+def test_only_modules_of_the_same_thread_are_built_without_parameters():
+    before = nn.Module.register_parameter
+    with without_parameters(torch.bfloat16), ThreadPoolExecutor(1) as pool:
+        mine, other = nn.Linear(2, 2), pool.submit(nn.Linear, 2, 2).result()
+        assert mine.weight.is_meta and mine.weight.dtype == torch.bfloat16
+        assert not other.weight.is_meta
+    assert nn.Module.register_parameter is before and torch.get_default_dtype() == torch.float32

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intrafuse.support.calls import alone
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.extras import import_extra
 from intrafuse.support.reading import require_file
 
-__all__ = ["from_hub"]
+__all__ = ["empty_from_folder", "from_hub", "require_none_pickled", "without_parameters"]
 
 TOKENS = 16  # length of the sequence for tracing a language model
 
@@ -42,7 +45,7 @@ def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         )
         kind = _class(transformers, config)
         if local and not any(Path(name).glob("*.safetensors")):
-            _require_none_pickled(Path(name))
+            require_none_pickled(Path(name))
             model = kind(config)
         else:
             model = kind.from_pretrained(
@@ -52,12 +55,16 @@ def from_hub(name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     except IntrafuseError:
         raise
     except Exception as error:  # configurations and files can fail in any way
-        reason = str(error).partition("\n")[0]
-        raise IntrafuseError(
-            f"the model cannot be loaded ({type(error).__name__}: {reason})",
-            value=f"hf:{name}",
-            remedy="name a folder with config.json and *.safetensors, as save_pretrained writes",
-        ) from error
+        raise _cannot_load(name, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> IntrafuseError:
+    reason = str(error).partition("\n")[0]
+    return IntrafuseError(
+        f"the model cannot be loaded ({type(error).__name__}: {reason})",
+        value=f"hf:{name}",
+        remedy="name a folder with config.json and *.safetensors, as save_pretrained writes",
+    )
 
 
 def _class(transformers: Any, config: Any) -> Any:
@@ -92,8 +99,72 @@ def _implementations(config: Any) -> Iterator[object]:
         yield from () if inner is None else _implementations(inner)
 
 
-def _require_none_pickled(folder: Path) -> None:
-    """Refuse a folder with weights in other formats, which would be replaced by random ones."""
+def empty_from_folder(folder: Path) -> tuple[nn.Module, tuple[Tensor, ...] | dict[str, Tensor]]:
+    """Build a transformers model without its parameters, and make example inputs for it.
+
+    Args:
+        folder: holds `config.json`. No code in the folder is run, and no weights are read.
+
+    Returns:
+        The model in evaluation mode, with parameters on the meta device and buffers on the CPU;
+        and the inputs, on the CPU.
+
+    Raises:
+        IntrafuseError: transformers is not installed, or the model cannot be built.
+    """
+    transformers = import_extra("transformers", "hf")
+    try:
+        require_file(folder / "config.json")
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        kind = _class(transformers, config)
+        with without_parameters(getattr(config, "dtype", None)):
+            model = kind(config).eval()
+        return model, _inputs(model)
+    except IntrafuseError:
+        raise
+    except Exception as error:  # configurations can fail in any way
+        raise _cannot_load(str(folder), error) from error
+
+
+@contextmanager
+def without_parameters(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Put the parameters of modules that this thread builds on the meta device, buffers not.
+
+    Args:
+        dtype: of parameters and buffers whose dtype the code does not say.
+
+    >>> with without_parameters():
+    ...     norm = nn.BatchNorm1d(3)
+    >>> norm.weight.device.type, norm.running_mean.device.type
+    ('meta', 'cpu')
+    """
+    register, own = nn.Module.register_parameter, threading.get_ident()
+
+    def emptied(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if threading.get_ident() == own and param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    before = torch.get_default_dtype()
+    with alone():
+        nn.Module.register_parameter = emptied  # type: ignore[method-assign]
+        try:
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                torch.set_default_dtype(dtype)
+            yield
+        finally:
+            torch.set_default_dtype(before)
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def require_none_pickled(folder: Path) -> None:
+    """Refuse a folder with weights in other formats, which would be replaced by random ones.
+
+    Raises:
+        IntrafuseError: the folder holds such weights.
+    """
     known = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in known)
     if ignored:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.reading import require_file
 
-__all__ = ["file_sha256", "is_finite", "load_weights", "read_tensors"]
+__all__ = ["file_sha256", "is_finite", "load_weights", "read_tensors", "require_keys"]
 
 PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # since PyTorch 2.8
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     True
     """
     tensors = read_tensors(Path(path))
-    _check_keys(model, tensors, path)
+    require_keys(model, tensors, path)
     wanted = model.state_dict()
     tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
     broken = [n for n, t in sorted(tensors.items()) if not is_finite(t)]
@@ -124,8 +124,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse a file whose names, shapes or kinds of dtype differ from the model's."""
+def require_keys(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    remedy: str = "check the model's name and arguments, such as num_classes",
+) -> None:
+    """Refuse weights whose names, shapes or kinds of dtype differ from the model's.
+
+    Args:
+        model: the network; nothing changes.
+        tensors: the weights by name; on the meta device, if they were not read yet.
+        path: where they lie, for the error.
+        remedy: what to do, for the error.
+
+    Raises:
+        IntrafuseError: keys are missing, unexpected or have the wrong shape.
+    """
     wanted = model.state_dict(keep_vars=True)
     given = {id(wanted[name]) for name in tensors if name in wanted}
     missing = [
@@ -147,7 +162,7 @@ def _check_keys(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
         raise IntrafuseError(
             f"the weights do not fit the model; {'; '.join(found)}",
             value=str(path),
-            remedy="check the model's name and arguments, such as num_classes",
+            remedy=remedy,
         )
 
 
