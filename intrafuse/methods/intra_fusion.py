@@ -128,6 +128,11 @@ class IntraFusion(Method):
                 "regularisation must not be negative", value=self.regularisation, usage=True
             )
 
+    @property
+    def independent(self) -> bool:
+        """From output to input, the writers of a group are still the original ones."""
+        return self.features == "writers"
+
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:

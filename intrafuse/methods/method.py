@@ -51,6 +51,11 @@ class Method(ABC):
     order: ClassVar[Literal["forward", "backward"]] = "backward"
     chooses: ClassVar[bool] = False
 
+    @property
+    def independent(self) -> bool:
+        """Whether the map of a group follows from its scores and the original weights alone."""
+        return False
+
     @abstractmethod
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context

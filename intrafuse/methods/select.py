@@ -32,6 +32,11 @@ class Select(Method):
     folds_batchnorm: ClassVar[bool] = False
     order: ClassVar[Literal["forward", "backward"]] = "backward"
 
+    @property
+    def independent(self) -> bool:
+        """Scores alone decide."""
+        return True
+
     def __call__(
         self, group: ChannelGroup, scores: Tensor, width: int, context: Context
     ) -> MergeMap:

@@ -15,7 +15,7 @@ from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["merge_groups", "merging"]
+__all__ = ["in_order", "map_of", "merge_groups", "merging", "responsible"]
 
 
 def merge_groups(
@@ -76,12 +76,11 @@ def merging(
     Raises:
         IntrafuseError: as for `merge_groups`.
     """
-    ordered = groups if method.order == "forward" else list(reversed(groups))
-    shrinking = [group for group in ordered if widths[group.name] < group.size]
+    shrinking = in_order(method, groups, widths)
     for done, group in enumerate(shrinking):
         if group.name not in merged:
             context.pending = frozenset(other.name for other in shrinking[done:])
-            merge_map = _map_of(method, group, scores[group.name], widths[group.name], context)
+            merge_map = map_of(method, group, scores[group.name], widths[group.name], context)
             if repair == "analytic" and not group.normed:
                 merge_map = analytic_repair(merge_map, group, context)
             context.weights.merge(merge_map)
@@ -91,13 +90,29 @@ def merging(
             context.progress(done + 1, len(shrinking))
 
 
-def _map_of(
+def in_order(
+    method: Method, groups: Sequence[ChannelGroup], widths: Mapping[str, int]
+) -> list[ChannelGroup]:
+    """List the groups that shrink, in the order that the method wants."""
+    ordered = groups if method.order == "forward" else reversed(groups)
+    return [group for group in ordered if widths[group.name] < group.size]
+
+
+def responsible(method: Method, group: ChannelGroup) -> Method:
+    """Return the method itself, or selection for channels that it may not combine."""
+    free = not group.chosen or (method.chooses and not group.normed)
+    return method if free else Select()
+
+
+def map_of(
     method: Method, group: ChannelGroup, scores: Tensor, width: int, context: Context
 ) -> MergeMap:
-    """Ask the method for a group's map; channels that it may not combine are selected."""
-    free = not group.chosen or (method.chooses and not group.normed)
-    own = method if free else Select()
-    merge_map = own(group, scores, width, context).check()
+    """Ask the method for a group's map; channels that it may not combine are selected.
+
+    Raises:
+        IntrafuseError: the method returned a map for another group, size or width.
+    """
+    merge_map = responsible(method, group)(group, scores, width, context).check()
     if (merge_map.group, merge_map.size, merge_map.width) != (group.name, group.size, width):
         raise IntrafuseError(
             f"a method must return the map of {group.size} to {width} channels",

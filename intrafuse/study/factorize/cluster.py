@@ -19,8 +19,7 @@ from intrafuse.study.factorize.worker import (
     throttled,
     work,
 )
-from intrafuse.support.errors import IntrafuseError
-from intrafuse.support.extras import import_extra
+from intrafuse.support.cluster import connected
 from intrafuse.support.files import replacing_folder
 
 __all__ = ["run_ray"]
@@ -85,12 +84,7 @@ def run_ray(
     Raises:
         IntrafuseError: Ray is not installed, or cannot be reached or started.
     """
-    ray = import_extra("ray", "ray")
-    own = not ray.is_initialized()
-    if own:
-        size = {} if address else {"num_cpus": parallel, "include_dashboard": False}
-        _connect(ray, address, size)
-    try:
+    with connected(address, parallel) as ray:
         board = ray.remote(num_cpus=0)(_Board).remote()
         ray.get(board.read.remote())  # wait until the board exists
         # Ray restarts a worker after a crash and after an exception.
@@ -101,20 +95,6 @@ def run_ray(
             sent = {name: (folder / name).read_bytes() for name in names}
             waiting[remote.remote(_run_name(folder, sent), sent, board)] = (folder, task)
         return _collect(ray, board, waiting, report)
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _connect(ray: Any, address: str | None, size: dict[str, Any]) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **size)
-    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
-        raise IntrafuseError(
-            f"Ray cannot be reached or started ({' '.join(str(error).split())})",
-            value=address,
-            remedy="start the cluster (ray start --head) and pass its address",
-        ) from error
 
 
 def _run_name(folder: Path, sent: dict[str, bytes]) -> str:
