@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
 from intrafuse.allocation.budget import Figures, measure
+from intrafuse.checkpoint.cluster import planned_by_ray, require_independent
 from intrafuse.checkpoint.scratch import SCRATCH, Scratch
 from intrafuse.checkpoint.source import Source
 from intrafuse.checkpoint.written import MANIFEST, Output, parse_size
 from intrafuse.graph import trace
-from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.methods import Method
 from intrafuse.moments.sources import MomentSource
 from intrafuse.pruning.each_group import merging
@@ -27,7 +28,7 @@ from intrafuse.pruning.plan import as_data
 from intrafuse.pruning.prepare import Prepared, describe, prepare
 from intrafuse.pruning.result import Report
 from intrafuse.pruning.settings import Arguments, Settings, takes_settings
-from intrafuse.support.arguments import check_arguments
+from intrafuse.support.arguments import check_arguments, check_choice
 from intrafuse.support.calls import apart
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import folder_target, locked, sweep
@@ -38,6 +39,7 @@ __all__ = ["Streamed", "prune_checkpoint"]
 
 # Metrics that read only weights; the others run the model.
 IMPORTANCE = ("l1", "l2", "linf", "random", "lamp", "fpgm")
+Workers = Literal["none", "ray"]
 Progress = Callable[[str, int, int], None]
 
 
@@ -100,6 +102,8 @@ def prune_checkpoint(
     settings: Settings | None = None,
     *,
     shard_size: str | int = "1GB",
+    workers: Workers = "none",
+    address: str | None = None,
     progress: Progress | None = None,
     **arguments: Unpack[Arguments],
 ) -> Streamed:
@@ -118,6 +122,9 @@ def prune_checkpoint(
             call.
         settings: how to prune.
         shard_size: most bytes of an output file, such as "500MB"; a larger tensor has its own.
+        workers: `ray` plans groups as tasks of a Ray cluster that reads the checkpoint at the same
+            path, with `select` and `intra-fusion`, whose maps do not depend on each other.
+        address: address of the cluster. None uses the running Ray, or starts it on this machine.
         progress: called with (step, done, all); the steps are `scoring`, `merging` (one group, so
             about two for each layer) and `writing`.
         arguments: fields of `Settings`; they override those of `settings`.
@@ -137,12 +144,15 @@ def prune_checkpoint(
     asked = Settings.of(settings, arguments)
     check_arguments(folder=folder, progress=progress)
     most = parse_size(shard_size)
+    check_choice("workers", workers, Workers)
     _require_weights_only(asked)
+    if workers == "ray":
+        require_independent(asked)
     source = Source.of(Path(folder).expanduser().resolve())
     out = _usable(out, source.folder)
     with locked(out / SCRATCH):
         scratch = Scratch.open(out, _digest(asked, source, most), started)
-        run = _Run(asked, source, scratch, progress or _silent)
+        run = _Run(asked, source, scratch, progress or _silent, workers, address)
         try:
             weights = run.merge()
         except IntrafuseError:
@@ -163,12 +173,15 @@ class _Run:
         source: the checkpoint.
         scratch: what was done before, and what this run does.
         progress: called with (step, done, all).
+        workers, address: as for `prune_checkpoint`.
     """
 
     asked: Settings
     source: Source
     scratch: Scratch
     progress: Progress
+    workers: Workers
+    address: str | None
 
     def merge(self) -> Weights:
         """Merge the groups that are not merged yet."""
@@ -184,13 +197,27 @@ class _Run:
         widths = scratch.journal.widths or {}
         scratch.resume(weights)
         repair = "analytic" if asked.repair == "analytic" else None
-        for merge_map in merging(
-            asked.compression, ready.groups, scores, widths, ready.context,
-            repair=repair, merged=scratch.journal.merged,
-        ):  # fmt: skip
-            scratch.note_group(merge_map.group, merge_map.note, weights)
-            del merge_map  # its matrices may be large
+        merged = scratch.journal.merged
+        left = [group for group in ready.groups if group.name not in merged]
+        with self._method(left, scores, widths) as method:
+            for merge_map in merging(
+                method, ready.groups, scores, widths, ready.context, repair=repair, merged=merged
+            ):
+                scratch.note_group(merge_map.group, merge_map.note, weights)
+                del merge_map  # its matrices may be large
         return weights
+
+    def _method(
+        self,
+        groups: Sequence[ChannelGroup],
+        scores: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+    ) -> AbstractContextManager[Method]:
+        """Return the method, or one that waits for the maps of a cluster."""
+        if self.workers == "none":
+            return nullcontext(self.asked.compression)
+        folder = self.source.folder
+        return planned_by_ray(self.asked, folder, groups, scores, widths, self.address)
 
     def _scores(self, ready: Prepared) -> dict[str, Tensor]:
         """Score the groups that are not scored yet."""

@@ -38,10 +38,22 @@ class StreamOptions:
         typer.Option(metavar="SIZE", help=f"Largest file that --stream writes; {SHARD}."),
     ] = None
 
+    workers: Annotated[
+        str | None,
+        typer.Option(help="With --stream: ray plans groups on a cluster (select, intra-fusion)."),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(help="With --workers ray: the cluster; default: a running one, or a new one."),
+    ] = None
+
     def require_use(self) -> None:
-        """Refuse --shard-size without --stream."""
-        if self.shard_size is not None and not self.stream:
-            raise IntrafuseError("--shard-size needs --stream", value=self.shard_size, usage=True)
+        """Refuse other options without --stream."""
+        for name in ("shard_size", "workers", "address"):
+            value = getattr(self, name)
+            if value is not None and not self.stream:
+                option = name.replace("_", "-")
+                raise IntrafuseError(f"--{option} needs --stream", value=value, usage=True)
 
 
 def stream(
@@ -63,6 +75,8 @@ def stream(
             out,
             settings,
             shard_size=options.shard_size or SHARD,
+            workers=options.workers or "none",  # type: ignore[arg-type]
+            address=options.address,
             progress=advance,
         )
     record = {**model.record(), **_data(made)}

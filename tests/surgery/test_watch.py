@@ -26,7 +26,7 @@ def hooks(model):
 
 def test_inputs_are_seen_by_position_and_by_name():
     model, seen, x = Named(), [], torch.tensor([[1.0, 1.0]])
-    with watching([(model.layer, seen.append), (model.idle, seen.append)], inputs=True):
+    with watching([(model.layer, seen.append), (model.idle, seen.append)]):
         model(x)
         model(x=x)
     assert [t.tolist() for t in seen] == [[[1.0, 1.0]], [[1.0, 2.0]]] * 2
@@ -43,8 +43,8 @@ def test_hooks_come_off_when_something_fails():
         yield model.layer, lambda x: None
         raise OSError("gone")
 
-    with pytest.raises(OSError, match="gone"), watching(broken(), inputs=True):
+    with pytest.raises(OSError, match="gone"), watching(broken()):
         pass
-    with pytest.raises(KeyError), watching([(model.layer, fail)], inputs=True):
+    with pytest.raises(KeyError), watching([(model.layer, fail)]):
         model(torch.ones(1, 2))
     assert not hooks(model)
