@@ -5,6 +5,7 @@ prunes it by `prune_checkpoint`, and tells its own peak. By default the checkpoi
 
     python benchmarks/stream.py
     python benchmarks/stream.py --llama7b --folder /work/checkpoint
+    python benchmarks/stream.py --kill   # killed when half of the groups are merged, and continued
 
 `--llama7b` needs 13.5 GB for the checkpoint and about as much again for the result.
 """
@@ -12,9 +13,12 @@ prunes it by `prune_checkpoint`, and tells its own peak. By default the checkpoi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,8 +86,8 @@ def write_checkpoint(folder: Path, sizes: dict[str, int], most: int) -> int:
     return total
 
 
-def prune(folder: Path, out: Path, method: str, share: float) -> None:
-    """Prune in this process, and print figures as JSON."""
+def prune(folder: Path, out: Path, method: str, share: float, kill: bool) -> None:
+    """Prune in this process, and print figures as JSON; or be killed half way."""
     torch.set_num_threads(1)
     steps: dict[str, float] = {}
     started = time.perf_counter()
@@ -91,11 +95,16 @@ def prune(folder: Path, out: Path, method: str, share: float) -> None:
     def progress(step: str, done: int, total: int) -> None:
         steps[step] = time.perf_counter() - started
         print(f"{step} {done} of {total}, {steps[step]:.0f} s, {peak():.2f} GB", file=sys.stderr)
+        if kill and step == "merging" and done == total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     made = prune_checkpoint(
         folder, out, channels=share, method=method, exclude=EXCLUDED, progress=progress
     )
+    files = json.loads((out / "intrafuse.json").read_text())["files"]
+    shards = "".join(files[name] for name in sorted(files) if name.startswith("model"))
     figures = {"seconds": made.seconds, "peak_gb": peak(), "until": steps}
+    figures["sha256"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
     print(json.dumps({**figures, "removed": made.removed, "pretrained": made.pretrained}))
 
 
@@ -110,17 +119,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write; removed at the end")
     parser.add_argument("--method", default="select")
     parser.add_argument("--share", type=float, default=0.5, help="channels to remove")
+    parser.add_argument("--kill", action="store_true", help="kill it half way, and go on")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(), "checkpoint")
     source, out = folder / "source", folder / "out"
     if args.child:
-        return prune(source, out, args.method, args.share)
+        return prune(source, out, args.method, args.share, args.kill)
     try:
         sizes, most = (LLAMA7B, 5 * 10**9) if args.llama7b else (SMALL, 20 * 10**6)
         total = write_checkpoint(source, sizes, most)
         command = [sys.executable, __file__, "--child", "--folder", str(folder)]
         command += ["--method", args.method, "--share", str(args.share)]
+        if args.kill:
+            subprocess.run([*command, "--kill"], stdout=subprocess.DEVNULL)
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         written = sum(path.stat().st_size for path in out.glob("model*.safetensors"))
         print(json.dumps({"read_gb": total / 1e9, "written_gb": written / 1e9, **json.loads(told)}))
