@@ -348,3 +348,16 @@ def copy_channels(model, graph):
                         torch.from_numpy(even.ravel())
                     ].clone()
     return model
+
+
+class CalledTwice(nn.Module):
+    """Calls one layer twice, once by name, and one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.idle = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+
+    def forward(self, x):
+        return self.layer(input=self.layer(x))

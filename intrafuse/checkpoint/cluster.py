@@ -11,17 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from intrafuse.checkpoint.source import Source
-from intrafuse.graph import trace
 from intrafuse.graph.groups import ChannelGroup
 from intrafuse.methods import Method
 from intrafuse.pruning.each_group import in_order, map_of, responsible
-from intrafuse.pruning.prepare import Prepared, prepare
+from intrafuse.pruning.prepare import Prepared
 from intrafuse.pruning.settings import Settings
 from intrafuse.support.cluster import connected
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.context import Context
 from intrafuse.surgery.merge_map import MergeMap
-from intrafuse.surgery.weights import Weights
 
 __all__ = ["planned_by_ray", "require_independent"]
 
@@ -94,8 +92,9 @@ class _Waiting(Method):
         try:
             tensors, note = self._ray.get(self._waiting.pop(group.name))
         except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, IntrafuseError) else error from error
+            if isinstance(error.cause, IntrafuseError):
+                raise error.cause from error
+            raise
         return replace(MergeMap.from_tensors(group.name, tensors), note=note)
 
     def _submit(self) -> None:
@@ -123,9 +122,6 @@ def _ready(folder: str, asked: Settings) -> Prepared:
     """Return a checkpoint that is ready to be planned; a worker traces it once."""
     key = folder, repr(asked)
     if key not in _KNOWN:
-        source = Source.of(Path(folder))
-        graph = trace(source.model, source.inputs, include=asked.include or ())
-        weights = Weights.of(graph, source.model, source.held)
         _KNOWN.clear()
-        _KNOWN[key] = prepare(asked, weights, source.model)
+        _KNOWN[key] = Source.of(Path(folder)).prepared(asked)
     return _KNOWN[key]

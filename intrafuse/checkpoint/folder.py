@@ -27,7 +27,16 @@ from intrafuse.checkpoint.loading import (
     require_finite,
     require_whole,
 )
-from intrafuse.checkpoint.manifest import SCHEMA, Manifest, Stored, as_json
+from intrafuse.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    PLAN,
+    RECIPE,
+    SCHEMA,
+    Manifest,
+    Stored,
+    as_json,
+)
 from intrafuse.checkpoint.tensors import dtype_name, memory_order, pack
 from intrafuse.pruning.plan import Plan
 from intrafuse.pruning.result import Pruned
@@ -41,9 +50,6 @@ from intrafuse.surgery.hf_config import follow_sizes, has_config, take_fields
 from intrafuse.surgery.install import size_changes
 
 __all__ = ["MANIFEST", "PLAN", "WEIGHTS", "load", "save", "usable"]
-
-MANIFEST, PLAN, RECIPE = "intrafuse.json", "plan.safetensors", "recipe.yaml"
-CONFIG = "config.json"  # of a checkpoint that was pruned by streaming
 
 
 @apart

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intrafuse.catalog.zoo import ZOO, file_sha256, from_zoo
 from intrafuse.catalog.zoo.weights import is_finite, read_tensors
-from intrafuse.checkpoint.manifest import Manifest, Stored
+from intrafuse.checkpoint.manifest import CONFIG, PLAN, Manifest, Stored
 from intrafuse.checkpoint.tensors import agrees, dtype_name, unpack
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.modules import held_sizes
@@ -71,7 +71,7 @@ def _files(manifest: Manifest) -> list[str]:
 def require_whole(path: Path, manifest: Manifest) -> None:
     """Refuse a file whose SHA-256 differs from the manifest."""
     if manifest.files.get(path.name) != file_sha256(path):
-        what = {"plan.safetensors": "plan is", "config.json": "configuration is"}.get(path.name)
+        what = {PLAN: "plan is", CONFIG: "configuration is"}.get(path.name)
         what = what or "weights are"
         raise IntrafuseError(
             f"the {what} corrupt, or not what the manifest describes (SHA-256 differs)",

@@ -13,7 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, Va
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.reading import parse_json, read_text
 
-__all__ = ["SCHEMA", "Data", "Manifest", "Stored", "as_json", "signed"]
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "PLAN",
+    "RECIPE",
+    "SCHEMA",
+    "Data",
+    "Manifest",
+    "Stored",
+    "as_json",
+    "signed",
+]
+
+MANIFEST, PLAN, RECIPE = "intrafuse.json", "plan.safetensors", "recipe.yaml"  # files of a folder
+CONFIG = "config.json"  # of a checkpoint of transformers
 
 SCHEMA = 2  # version 1, which can still be read, has no digest
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

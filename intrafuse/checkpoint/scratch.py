@@ -20,7 +20,7 @@ from torch import Tensor
 
 from intrafuse.checkpoint.manifest import Data, Stored
 from intrafuse.checkpoint.stored import StoredTensor, bytes_of, tensors_of, write_tensors
-from intrafuse.checkpoint.tensors import memory_order
+from intrafuse.checkpoint.tensors import dtype_name, memory_order
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import remove_folder, replacing
 from intrafuse.support.reading import read_text
@@ -174,8 +174,7 @@ class Scratch:
         write_tensors(path, {**self._waiting, **(more or {})})
         for name, kept in self._waiting.items():
             kept.move(StoredTensor(path, name, kept.shape, kept.dtype, kept.order))
-            dtype = str(kept.dtype).removeprefix("torch.")
-            stored = Stored(shape=kept.shape, dtype=dtype, order=kept.order)
+            stored = Stored(shape=kept.shape, dtype=dtype_name(kept), order=kept.order)
             self._places[name] = Place(file=path.name, tensor=stored)
         self._waiting.clear()
         return path.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from intrafuse.catalog.zoo.hub import empty_from_folder
 from intrafuse.catalog.zoo.weights import require_keys
+from intrafuse.checkpoint.manifest import CONFIG
 from intrafuse.checkpoint.stored import StoredTensor, stored_tensors
+from intrafuse.graph import trace
+from intrafuse.pruning.prepare import Prepared, prepare
+from intrafuse.pruning.settings import Settings
 from intrafuse.support.batches import map_tensors
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.reading import read_text
 from intrafuse.surgery.handles import Held
+from intrafuse.surgery.weights import Weights
 
 __all__ = ["Source", "emptied", "unsaved"]
 
-CONFIG = "config.json"
 RENAMED = (
     "check config.json; where transformers renames or joins the tensors of a model as it loads "
     "them, streaming cannot read them: use intrafuse.prune"
@@ -75,6 +79,23 @@ class Source:
         _to_meta(model)
         inputs = map_tensors(lambda tensor: tensor.to("meta"), inputs)
         return cls(folder, model, inputs, held, digest)
+
+    def prepared(
+        self,
+        asked: Settings,
+        keep: Callable[[str, Tensor], Held] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Prepared:
+        """Trace the model, and make its tensors ready to be scored and merged.
+
+        Args:
+            asked: the settings.
+            keep: as for `Weights`.
+            progress: called with (groups merged, all groups).
+        """
+        graph = trace(self.model, self.inputs, include=asked.include or ())
+        weights = Weights.of(graph, self.model, self.held, keep)
+        return prepare(asked, weights, self.model, progress=progress)
 
 
 def emptied(held: Held) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from intrafuse.catalog.zoo.hub import require_none_pickled
 from intrafuse.checkpoint.loading import WEIGHTS
 from intrafuse.checkpoint.manifest import Stored
-from intrafuse.checkpoint.tensors import pack, unpack
+from intrafuse.checkpoint.tensors import dtype_name, pack, unpack
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import replacing
 from intrafuse.support.reading import read_json, require_file
@@ -70,8 +70,7 @@ class StoredTensor:
         Raises:
             IntrafuseError: the file cannot be read any more.
         """
-        dtype = str(self.dtype).removeprefix("torch.")
-        stored = Stored(shape=self.shape, dtype=dtype, order=self.order)
+        stored = Stored(shape=self.shape, dtype=dtype_name(self), order=self.order)
         try:
             require_file(self.path)
             with safe_open(self.path, "pt") as file:
@@ -207,7 +206,7 @@ def _header(tensors: Mapping[str, Held]) -> bytes:
 
 
 def _content(tensor: Tensor) -> memoryview:
-    stored = Stored(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+    stored = Stored(shape=tuple(tensor.shape), dtype=dtype_name(tensor))
     packed = tensor if tensor.is_contiguous() else pack(tensor, stored)
     return packed.detach().reshape(-1).view(torch.uint8).numpy().data
 

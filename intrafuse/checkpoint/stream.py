@@ -16,16 +16,16 @@ from torch import Tensor
 
 from intrafuse.allocation.budget import Figures, measure
 from intrafuse.checkpoint.cluster import planned_by_ray, require_independent
+from intrafuse.checkpoint.manifest import MANIFEST
 from intrafuse.checkpoint.scratch import SCRATCH, Scratch
 from intrafuse.checkpoint.source import Source
-from intrafuse.checkpoint.written import MANIFEST, Output, parse_size
-from intrafuse.graph import trace
+from intrafuse.checkpoint.written import Output, parse_size
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup
 from intrafuse.methods import Method
 from intrafuse.moments.sources import MomentSource
 from intrafuse.pruning.each_group import merging
 from intrafuse.pruning.plan import as_data
-from intrafuse.pruning.prepare import Prepared, describe, prepare
+from intrafuse.pruning.prepare import Prepared, describe
 from intrafuse.pruning.result import Report
 from intrafuse.pruning.settings import Arguments, Settings, takes_settings
 from intrafuse.support.arguments import check_arguments, check_choice
@@ -185,11 +185,9 @@ class _Run:
 
     def merge(self) -> Weights:
         """Merge the groups that are not merged yet."""
-        asked, scratch, model = self.asked, self.scratch, self.source.model
-        graph = trace(model, self.source.inputs, include=asked.include or ())
-        weights = Weights.of(graph, model, self.source.held, scratch.keep)
-        ready = prepare(asked, weights, model, progress=partial(self.progress, "merging"))
-        self.before = ready.before
+        asked, scratch = self.asked, self.scratch
+        ready = self.source.prepared(asked, scratch.keep, partial(self.progress, "merging"))
+        weights, self.before = ready.context.weights, ready.before
         scratch.flush()  # batch norm that was folded
         scores = self._scores(ready)
         if scratch.journal.widths is None:

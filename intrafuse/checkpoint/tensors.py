@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from intrafuse.checkpoint.manifest import Stored
+from intrafuse.surgery.handles import Held
 
 __all__ = ["agrees", "dtype_name", "memory_order", "pack", "unpack"]
 
 
-def dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Held) -> str:
     """Return the name of a tensor's dtype in the manifest, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 

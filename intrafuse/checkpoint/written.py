@@ -25,11 +25,19 @@ from intrafuse.checkpoint.describe import (
     versions,
 )
 from intrafuse.checkpoint.loading import BUFFERS, WEIGHTS
-from intrafuse.checkpoint.manifest import SCHEMA, Manifest, Stored, as_json
+from intrafuse.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    RECIPE,
+    SCHEMA,
+    Manifest,
+    Stored,
+    as_json,
+)
 from intrafuse.checkpoint.scratch import Kept, Scratch
-from intrafuse.checkpoint.source import CONFIG, Source, emptied, unsaved
+from intrafuse.checkpoint.source import Source, emptied, unsaved
 from intrafuse.checkpoint.stored import INDEX, StoredTensor, bytes_of, write_tensors
-from intrafuse.checkpoint.tensors import memory_order
+from intrafuse.checkpoint.tensors import dtype_name, memory_order
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.files import replacing
 from intrafuse.support.modules import place
@@ -41,7 +49,6 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["Output", "parse_size"]
 
-MANIFEST, RECIPE = "intrafuse.json", "recipe.yaml"
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "generation_config.json", "chat_template*", "*processor_config.json"),
@@ -149,7 +156,7 @@ class Output:
             tensors={
                 name: Stored(
                     shape=tuple(held.shape),
-                    dtype=str(held.dtype).removeprefix("torch."),
+                    dtype=dtype_name(held),
                     pruned_axes=pruned_axes(graph, name),
                     order=_order(held),
                 )

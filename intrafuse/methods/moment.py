@@ -91,7 +91,7 @@ class Moment(MomentSource, Method):
                 return self._read_out(merge_map, selected, context)
             if self.transport == "intra-fusion":
                 merge_map = fused(group, keep, context)
-        later = self.solves_later(context.weights.graph)
+        later = self.solves_later(context)
         (beside,) = self.readings_beside(group, [merge_map], context, without=later)
         return self._read_out(merge_map, beside, context)
 

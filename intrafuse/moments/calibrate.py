@@ -12,18 +12,18 @@ from torch.fx import Node
 from intrafuse.graph.blocks import positions
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Slot
 from intrafuse.moments.readers import Reading, Written, place_taps, reader_taps
-from intrafuse.moments.solve import solve_layers
+from intrafuse.moments.solve import SAMPLES, solve_layers
 from intrafuse.support.batches import batches
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.support.sums import Sums
 from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.activations import Activations, Batches
+from intrafuse.sweep.patches import drawn_lines
 
 __all__ = ["Calibration"]
 
 BATCHES = 64  # most batches of the data to use
-SAMPLES = 16_384  # most positions of each layer's input to keep, over all batches
 PAIRS = (0, 0), (1, 1), (0, 1)  # covariances to sum: 0 is the old activation, 1 the new one
 
 
@@ -118,7 +118,8 @@ class Calibration:
             if places and len(was) != len(now):  # the reader was already re-solved
                 before, was = after, now
             for x, y in zip(before, after, strict=True):
-                total.add(_part(self._lines(x, axis), was), _part(self._lines(y, axis), now))
+                old, new = (drawn_lines(value, axis, self._each) for value in (x, y))
+                total.add(_part(old, was), _part(new, now))
         return total
 
     def written(
@@ -135,7 +136,7 @@ class Calibration:
             inputs = [was.of(node.all_input_nodes[0]) for node in was.calls.get(name, [])]
             total = Sums(*PAIRS)
             for x in (x for values in inputs for x in values or ()):
-                lines = self._lines(x, -1).cpu()
+                lines = drawn_lines(x, -1, self._each).cpu()
                 total.add(lines, lines[:, :0])
             if not total.count or weight.dim() != 2:
                 found.append(None)
@@ -183,15 +184,10 @@ class Calibration:
         self._batches = self._batches or Batches(self.model, graph, self.inputs)
         return self._batches
 
-    def _lines(self, x: Tensor, axis: int) -> Tensor:
-        """Draw positions of a layer's input: (samples, channels), float32."""
-        lines = x.movedim(axis, -1)
-        count, each = lines[..., 0].numel(), SAMPLES // len(self.inputs)
-        if count <= each:
-            return lines.reshape(-1, x.shape[axis]).float()
-        generator = torch.Generator().manual_seed(count)
-        chosen = torch.randperm(count, generator=generator)[:each].sort().values
-        return lines[torch.unravel_index(chosen.to(x.device), lines.shape[:-1])].float()
+    @property
+    def _each(self) -> int:
+        """Most positions to draw in each batch."""
+        return SAMPLES // len(self.inputs)
 
 
 def _reading(total: Sums, layer: str, taps: Tensor, kernel: Tensor, calls: int) -> Reading:

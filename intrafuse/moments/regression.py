@@ -57,11 +57,7 @@ class Regression:
         """Return the mean error of W (groups, outputs, d), in units of the outputs' variance."""
         error = ((weight @ self.xx - 2 * self.yx) * weight).sum(-1) + self.yy
         known = self.yy > 1e-12 * self.yy.max()
-        return (
-            float((error / self.yy.clamp_min(torch.finfo(self.yy.dtype).tiny))[known].mean())
-            if known.any()
-            else 0.0
-        )
+        return float((error[known] / self.yy[known]).mean()) if known.any() else 0.0
 
     def single(self) -> Regression:
         """Return the same in float32, which is enough to choose by."""

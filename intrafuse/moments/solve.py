@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from intrafuse.graph.groups import ChannelGraph, Layer
-from intrafuse.graph.rules import arguments, operator_name
+from intrafuse.graph.rules import arguments
 from intrafuse.moments.regression import Fits, Regression
 from intrafuse.moments.taps import as_taps
 from intrafuse.support.sums import Sums
@@ -35,9 +35,10 @@ from intrafuse.surgery.merge_map import MergeMap
 from intrafuse.surgery.merged import merged_output
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.activations import Activations, Batches
-from intrafuse.sweep.patches import drawn, is_plain, lines, patches
+from intrafuse.sweep.following import weight_read
+from intrafuse.sweep.patches import drawn, drawn_lines, is_plain, lines, patches, without
 
-__all__ = ["solvable", "solve_layers"]
+__all__ = ["SAMPLES", "solvable", "solve_layers"]
 
 PAIRS = (1, 1), (0, 1)  # covariances to sum: 0 is what is wanted, 1 what is read
 SAMPLES = 16_384  # most positions of each layer to draw, over all batches
@@ -61,14 +62,13 @@ def solvable(graph: ChannelGraph) -> dict[Node, Layer]:
     )
     found: dict[Node, Layer] = {}
     for node in program.nodes:
-        if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
-            layer = graph.layers.get(program.parameter(node.args[1]))
-            if layer is None or uses[layer.weight] != 1:
-                continue
-            plain = is_plain(node)
-            straight = (layer.output_axis, layer.input_axis) == ((0, 1) if plain else (1, 0))
-            if straight and (plain or arguments(node)["groups"] == 1):
-                found[node] = layer
+        layer = graph.layers.get(weight_read(program, node))
+        if layer is None or uses[layer.weight] != 1:
+            continue
+        plain = is_plain(node)
+        straight = (layer.output_axis, layer.input_axis) == ((0, 1) if plain else (1, 0))
+        if straight and (plain or arguments(node)["groups"] == 1):
+            found[node] = layer
     return found
 
 
@@ -170,7 +170,7 @@ class _Samples:
         axis = 1 - weight.dim()
         most = max(1, min(SAMPLES, NUMBERS // wanted.shape[axis]) // len(self.batches))
         if is_plain(self.node):
-            at = drawn(_without(wanted.shape, axis), most)
+            at = drawn(without(wanted.shape, axis), most)
             twin = self.batches.twins[batch][self.node]
             x = patches(twin, new, weight.shape[2:], at)
             self.groups = x.shape[1] // weight.shape[1]
@@ -178,8 +178,8 @@ class _Samples:
             by_group = (part.flatten(1).unflatten(1, (self.groups, -1)) for part in (y, x))
             self._split(self.patches, *(part.movedim(1, 0) for part in by_group))
         if self.groups == 1:
-            at = drawn(_without(new.shape, axis), most)
-            self._split(self.channels, *(lines(part, axis, at)[None] for part in (old, new)))
+            channels = (drawn_lines(part, axis, most)[None] for part in (old, new))
+            self._split(self.channels, *channels)
         self._seen += 1
 
     def _split(self, sums: tuple[Sums, Sums], *parts: Tensor) -> None:
@@ -189,12 +189,6 @@ class _Samples:
         cut = count - count // HELD if count >= HELD else few
         sums[0].add(*(part[:, :cut] for part in parts))
         sums[1].add(*(part[:, cut:] for part in parts))
-
-
-def _without(shape: Sequence[int], axis: int) -> list[int]:
-    sizes = [*shape]
-    del sizes[axis]
-    return sizes
 
 
 def _solved(task: _Task, samples: _Samples, max_gain: float) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from intrafuse.graph.groups import ChannelGraph, ChannelGroup
+from intrafuse.graph.groups import ChannelGroup
 from intrafuse.moments.calibrate import Calibration
 from intrafuse.moments.propagate import Propagation
 from intrafuse.moments.readers import Reading, Written, reader_taps, readings, written
@@ -24,6 +24,7 @@ from intrafuse.surgery.weights import Weights
 
 __all__ = ["MomentSource", "Source"]
 
+SOLVABLE = "layers that are solved later"  # key in a context's cache
 Source = Literal["analytic", "synthetic", "calibration"]
 
 
@@ -83,11 +84,14 @@ class MomentSource:
             context.original, context.weights, maps, self.max_gain
         )
 
-    def solves_later(self, graph: ChannelGraph) -> frozenset[str]:
+    def solves_later(self, context: Context) -> frozenset[str]:
         """Return the weights of the layers that `solved` will solve."""
         if self.source == "analytic":
             return frozenset()
-        return frozenset(layer.weight for layer in solvable(graph).values())
+        if SOLVABLE not in context.cache:
+            layers = solvable(context.weights.graph).values()
+            context.cache[SOLVABLE] = frozenset(layer.weight for layer in layers)
+        return context.cache[SOLVABLE]
 
     def outputs(self, names: Sequence[str], weights: Weights, context: Context) -> list[Written]:
         """Return mean and covariance of the outputs of linear maps; None where unknown."""
@@ -122,6 +126,9 @@ class MomentSource:
         without: Container[str] = (),
     ) -> list[dict[str, Reading]]:  # fmt: skip
         """Return readings of a group's old and new channels, for each of several maps."""
+        if without and all(slot.parameter in without for slot in group.readers):
+            self._measured(context)  # data is read, or made, before the first group is merged
+            return [{} for _ in maps]
         n = context.weights.sizes[group.id]
         both = context.weights.snapshot()
         both.merge(beside(group.name, n, maps))

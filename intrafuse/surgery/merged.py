@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from intrafuse.graph.axes import Block, Tree, leaves, locate, tree_size
 from intrafuse.graph.blocks import put_channels
-from intrafuse.graph.groups import ChannelGraph
+from intrafuse.graph.groups import ChannelGraph, Rescale
 from intrafuse.surgery.merge_map import MergeMap
 
-__all__ = ["merged_output", "scale_outputs"]
+__all__ = ["followed", "merged_output", "scale_outputs", "writer_lines"]
 
 
 def merged_output(
@@ -48,29 +48,40 @@ def merged_output(
             output = _rescaled(merge_map, layer, output, axis, locate(tree, group.id, sizes))
         for item in graph.rescales:
             if item.weight == layer and group.id in leaves(item.over):
-                ratio = tree_size(item.over, sizes) / tree_size(item.over, before)
-                start, length = (tree_size(part, sizes) for part in (item.before, item.part))
-                output = output.clone()
-                output.narrow(axis, start, length).mul_(ratio**item.exponent)
+                output = followed(item, output, axis, before, sizes)
     return output
+
+
+def followed(
+    item: Rescale, tensor: Tensor, axis: int, before: Mapping[int, int], sizes: Mapping[int, int]
+) -> Tensor:
+    """Rescale outputs along an axis as a changed size wants it, from its value before."""
+    ratio = (tree_size(item.over, sizes) / tree_size(item.over, before)) ** item.exponent
+    start, length = (tree_size(tree, sizes) for tree in (item.before, item.part))
+    tensor = tensor.clone()
+    tensor.narrow(axis, start, length).mul_(ratio).add_(item.offset * (ratio - 1))
+    return tensor
+
+
+def writer_lines(
+    merge_map: MergeMap, writer: str, where: Sequence[Block], size: int
+) -> tuple[Tensor, Tensor]:
+    """Return gain and shift (size,) of a writer, whose outputs may include other groups."""
+    gain, shift = torch.ones(size), torch.zeros(size)
+    put_channels(gain, where, merge_map.writer_gain.get(writer), merge_map.width)
+    put_channels(shift, where, merge_map.writer_shift.get(writer), merge_map.width)
+    return gain, shift
 
 
 def _rescaled(
     merge_map: MergeMap, layer: str | None, output: Tensor, axis: int, where: Sequence[Block]
 ) -> Tensor:
     """Scale and shift merged channels by the gains and shifts of their writer."""
-    gain, shift = (
-        values.get(layer or "") for values in (merge_map.writer_gain, merge_map.writer_shift)
-    )
-    if gain is None and shift is None:
+    if layer is None or layer not in {*merge_map.writer_gain, *merge_map.writer_shift}:
         return output
-    lines = torch.ones(output.shape[axis]), torch.zeros(output.shape[axis])
-    for line, values in zip(lines, (gain, shift), strict=True):
-        put_channels(line, where, values, merge_map.width)
-    scale, offset = (
-        line.to(output).view([-1 if i == axis else 1 for i in range(output.dim())])
-        for line in lines
-    )
+    shape = [-1 if i == axis else 1 for i in range(output.dim())]
+    lines = writer_lines(merge_map, layer, where, output.shape[axis])
+    scale, offset = (line.to(output).view(shape) for line in lines)
     return output * scale + offset
 
 

@@ -9,14 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from intrafuse.graph.axes import leaves, tree_size
+from intrafuse.graph.axes import leaves
 from intrafuse.graph.blocks import channel_rows, put_channels
 from intrafuse.graph.groups import ChannelGraph, ChannelGroup, Norm, Slot
 from intrafuse.graph.typed import length
 from intrafuse.support.errors import IntrafuseError
 from intrafuse.surgery.handles import Checked, Held, Loading, require_finite, require_fit
 from intrafuse.surgery.merge_map import MergeMap
-from intrafuse.surgery.merged import scale_outputs
+from intrafuse.surgery.merged import followed, scale_outputs, writer_lines
 
 __all__ = ["Statistics", "Weights"]
 
@@ -298,37 +298,22 @@ class Weights:
         self._sizes[group.id] = merge_map.width
         self._follow_size(group, n)
         for weight in sorted({*merge_map.writer_gain, *merge_map.writer_shift}):
-            self.rescale(weight, *self._writer_lines(merge_map, group, weight))
+            at = next(s for s in group.writers + group.carriers if s.parameter == weight)
+            blocks = self.graph.blocks(at, group.id, self.sizes)
+            size = self._state[weight].shape[at.axis]
+            self.rescale(weight, *writer_lines(merge_map, weight, blocks, size))
         for weight in sorted({*merge_map.gain, *merge_map.shift}):
             self._rescale_layer(weight, merge_map.gain.get(weight), merge_map.shift.get(weight))
-
-    def _writer_lines(
-        self, merge_map: MergeMap, group: ChannelGroup, weight: str
-    ) -> tuple[Tensor, Tensor]:
-        """Return gain and shift (outputs,) of a writer, whose outputs may include other groups."""
-        at = next(s for s in group.writers + group.carriers if s.parameter == weight)
-        blocks = self.graph.blocks(at, group.id, self.sizes)
-        size = self._state[weight].shape[at.axis]
-        gain, shift = torch.ones(size), torch.zeros(size)
-        put_channels(gain, blocks, merge_map.writer_gain.get(weight), merge_map.width)
-        put_channels(shift, blocks, merge_map.writer_shift.get(weight), merge_map.width)
-        return gain, shift
 
     def _follow_size(self, group: ChannelGroup, old: int) -> None:
         """Rescale the outputs of layers that depend on a changed size (`Rescale`)."""
         for item in self.graph.rescales:
             if group.id not in leaves(item.over):
                 continue
-            size = tree_size(item.over, self.sizes)
-            was = tree_size(item.over, {**self.sizes, group.id: old})
-            start, length = (tree_size(tree, self.sizes) for tree in (item.before, item.part))
+            before = {**self.sizes, group.id: old}
             for name, axis in ((item.weight, item.axis), (item.bias, 0)):
                 if name is not None and name in self.state:
-                    tensor = self.state[name].clone()
-                    ratio = (size / was) ** item.exponent
-                    own = tensor.narrow(axis, start, length)
-                    own.mul_(ratio).add_(item.offset * (ratio - 1))
-                    self._set(name, tensor)
+                    self._set(name, followed(item, self.state[name], axis, before, self.sizes))
 
     def _merge_statistics(
         self, merge_map: MergeMap, group: ChannelGroup, before: Mapping[str, Tensor]

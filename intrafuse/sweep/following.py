@@ -23,7 +23,7 @@ from intrafuse.graph.program import Program
 from intrafuse.graph.rules import location, operator_name
 from intrafuse.surgery.weights import Weights
 
-__all__ = ["Following", "is_held", "warn_unknown"]
+__all__ = ["Following", "is_held", "warn_unknown", "weight_read"]
 
 Value = TypeVar("Value")
 
@@ -68,10 +68,9 @@ class Following(ABC, Generic[Value]):
         Tensors count as changed if they are other objects.
         """
         other = self.renewed(weights)
-        self._dependents = self._dependents or _Dependents(self.weights.graph)
-        other._dependents = self._dependents
+        other._dependents = self._index
         other._known, other._freed = dict(self._known), set(self._freed)
-        stack = self._dependents.of_change(self.weights, other.weights)
+        stack = self._index.of_change(self.weights, other.weights)
         other._differing = set(stack)
         while stack:  # the users of a result that was never known were not known either
             node = stack.pop()
@@ -117,14 +116,16 @@ class Following(ABC, Generic[Value]):
             return []
         return [n for n in node.all_input_nodes if not is_held(self.program, n)]
 
-    @cached_property
+    @property
     def calls(self) -> dict[str, list[Node]]:
         """The operators that call each convolution or linear map, by the name of its weight."""
-        found: dict[str, list[Node]] = {}
-        for node in self.program.nodes:
-            if node.op == "call_function" and operator_name(node).startswith(("conv", "linear")):
-                found.setdefault(self.program.parameter(node.args[1]), []).append(node)
-        return found
+        return self._index.calls
+
+    @property
+    def _index(self) -> _Dependents:
+        """Who reads what, which is the same for all tensors."""
+        self._dependents = self._dependents or _Dependents(self.weights.graph)
+        return self._dependents
 
     def free(self, nodes: Iterable[Node]) -> None:
         """Free the results of those operators that nothing needs any more."""
@@ -167,6 +168,12 @@ def is_held(program: Program, node: Node) -> bool:
     return node in program.parameters or CONSTANT in node.meta
 
 
+def weight_read(program: Program, node: Node) -> str:
+    """Name the weight that a convolution or linear map reads; "" for other operators."""
+    known = node.op == "call_function" and operator_name(node).startswith(("conv", "linear"))
+    return program.parameter(node.args[1]) if known else ""
+
+
 def warn_unknown(node: Node, what: str, error: Exception) -> None:
     """Warn that a result stays unknown because of an error, which does not stop pruning.
 
@@ -206,15 +213,18 @@ def _missing(
 
 
 class _Dependents:
-    """Which operators read each tensor, and each size."""
+    """Which operators read each tensor and each size, and which call each layer."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         program = graph.program
         self.tensors: dict[str, list[Node]] = {}
         self.sizes: dict[int, list[Node]] = {}
+        self.calls: dict[str, list[Node]] = {}
         biases = {layer.weight: layer.bias for layer in graph.layers.values() if layer.bias}
         for node in program.nodes:
             inputs = node.all_input_nodes
+            if weight := weight_read(program, node):
+                self.calls.setdefault(weight, []).append(node)
             names = {program.parameters[n] for n in inputs if n in program.parameters}
             for name in {*names, *(biases[n] for n in names if n in biases)}:
                 self.tensors.setdefault(name, []).append(node)

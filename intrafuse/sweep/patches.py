@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from intrafuse.graph.rules import arguments, operator_name
 
-__all__ = ["drawn", "is_plain", "lines", "patches"]
+__all__ = ["drawn", "drawn_lines", "is_plain", "lines", "patches", "without"]
 
 Positions = tuple[Tensor, ...]  # an index for every dimension but that of the channels
 
@@ -31,6 +31,18 @@ def drawn(shape: Sequence[int], most: int) -> Positions:
         generator = torch.Generator().manual_seed(count)
         chosen = torch.randperm(count, generator=generator)[:most].sort().values
     return torch.unravel_index(chosen, tuple(shape)) if len(shape) else ()
+
+
+def without(shape: Sequence[int], axis: int) -> list[int]:
+    """Return the sizes of all dimensions but one."""
+    sizes = [*shape]
+    del sizes[axis]
+    return sizes
+
+
+def drawn_lines(x: Tensor, axis: int, most: int) -> Tensor:
+    """Draw positions, and return their channels along an axis: (samples, channels), float32."""
+    return lines(x, axis, drawn(without(x.shape, axis), most))
 
 
 def lines(x: Tensor, axis: int, positions: Positions) -> Tensor:

@@ -15,6 +15,7 @@ from intrafuse.graph.rules import arguments, operator_name
 from intrafuse.support.sums import Sums
 from intrafuse.surgery.weights import Weights
 from intrafuse.sweep.activations import Activations, Batches
+from intrafuse.sweep.following import weight_read
 from intrafuse.sweep.operators import written
 
 __all__ = ["measure", "walk"]
@@ -126,9 +127,9 @@ def measure(
 def _name(program: Program, node: Node) -> str:
     """Name the weight of a convolution or linear map, or the running mean of a batch norm."""
     name = operator_name(node) if node.op == "call_function" else ""
-    if name.startswith(("conv", "linear")):
-        return program.parameter(node.args[1])
-    return program.parameter(arguments(node)["running_mean"]) if "batch_norm" in name else ""
+    if "batch_norm" in name:
+        return program.parameter(arguments(node)["running_mean"])
+    return weight_read(program, node)
 
 
 def _show(see: See, passes: Sequence[_Pass], node: Node) -> Tensor | None:

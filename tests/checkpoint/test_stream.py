@@ -21,7 +21,7 @@ from language_models import SIZES, build, transformers
 import intrafuse
 from intrafuse import IntrafuseError, prune_checkpoint
 from intrafuse.catalog.zoo import resolve_model
-from intrafuse.checkpoint import scratch, stream
+from intrafuse.checkpoint import scratch
 from intrafuse.checkpoint.scratch import SCRATCH
 from intrafuse.checkpoint.stored import StoredTensor
 from intrafuse.methods.moment import Moment
@@ -56,7 +56,7 @@ def traced(model: nn.Module, inputs, *, include=()) -> intrafuse.ChannelGraph:
 
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch) -> None:
-    monkeypatch.setattr(stream, "trace", traced)
+    monkeypatch.setattr("intrafuse.checkpoint.source.trace", traced)
 
 
 @pytest.fixture

@@ -2,22 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
+from networks import CalledTwice
 
 from intrafuse.surgery.watch import watching
-
-
-class Named(nn.Module):
-    """Calls one layer twice, once by name, and one never."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.idle = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-
-    def forward(self, x):
-        return self.layer(input=self.layer(x))
 
 
 def hooks(model):
@@ -25,7 +12,7 @@ def hooks(model):
 
 
 def test_inputs_are_seen_by_position_and_by_name():
-    model, seen, x = Named(), [], torch.tensor([[1.0, 1.0]])
+    model, seen, x = CalledTwice(), [], torch.tensor([[1.0, 1.0]])
     with watching([(model.layer, seen.append), (model.idle, seen.append)]):
         model(x)
         model(x=x)
@@ -34,7 +21,7 @@ def test_inputs_are_seen_by_position_and_by_name():
 
 
 def test_hooks_come_off_when_something_fails():
-    model = Named()
+    model = CalledTwice()
 
     def fail(_):
         raise KeyError("seen")

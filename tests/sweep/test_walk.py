@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NETWORKS, build
+from networks import NETWORKS, CalledTwice, build
 from torch import Tensor, nn
 
 import intrafuse
@@ -140,21 +140,8 @@ def test_a_form_of_data_is_traced_once(monkeypatch):
     assert len(traced) == 2
 
 
-class Called(nn.Module):
-    """Calls one layer twice, once by name, and one never."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.idle = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-
-    def forward(self, x):
-        return self.layer(input=self.layer(x))
-
-
 def test_moments_of_all_calls_of_a_layer_are_measured_together():
-    model = Called().train()
+    model = CalledTwice().train()
     data = [torch.tensor([[1.0, 1.0], [3.0, 1.0]]), (torch.tensor([[5.0, 1.0]]),)]
     ordered = {"layer.weight": lambda x: x, "idle.weight": lambda x: x}
     weights = Weights.of(trace(model, data[0]), model)
